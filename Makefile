@@ -1,0 +1,33 @@
+# `make test` works on a machine with Python 3.11+ and make, and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: test test-all lint wheel clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+test: $(VENV)/.installed  ## What every change must pass.
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/.installed  ## The slow tests too.
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(VENV)/.installed  ## Builds the wheel, and imports it beside its core dependencies only.
+	rm -rf dist build/wheel-venv
+	$(BIN)/python -m build --wheel --outdir dist .
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/pip install --quiet dist/*.whl
+	cd build && JAX_PLATFORMS=cpu wheel-venv/bin/python -c "import sys, cdb_jax; assert 'flax' not in sys.modules; print('cdb_jax', cdb_jax.__version__)"
+
+clean:
+	rm -rf $(VENV) build dist runs .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,23 @@
+"""cdb_jax: stochastic regularisation of the backward pass for JAX."""
+
+from cdb_jax.channels import (
+    Axes as Axes,
+    input_channels as input_channels,
+    output_channels as output_channels,
+)
+from cdb_jax.policy import Policy as Policy
+from cdb_jax.presets import (
+    algorithm_1 as algorithm_1,
+    released_code as released_code,
+    released_layer_rate as released_layer_rate,
+)
+from cdb_jax.report import channel_report as channel_report
+from cdb_jax.selection import (
+    apply_selection as apply_selection,
+    sample_selection as sample_selection,
+)
+from cdb_jax.transform import (
+    ChannelDropBackState as ChannelDropBackState,
+    channel_drop_back as channel_drop_back,
+)
+from cdb_jax.version import __version__ as __version__

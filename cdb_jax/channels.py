@@ -1,0 +1,460 @@
+"""Which axis of which leaf holds the channels: a static layout, decided from paths and shapes.
+
+Nothing here touches array values, so everything happens once, when a step is traced.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import fnmatch
+import hashlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Ints = int | tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Convention:
+    """Finds channels by the parameter names and ranks of Flax (NNX, Linen) and Equinox.
+
+    A plain object rather than a function, because `optax.inject_hyperparams` takes every
+    callable argument for a schedule.
+    """
+
+    direction: str
+
+    def __repr__(self) -> str:
+        return f"cdb_jax.{self.direction}_channels"
+
+
+output_channels = Convention("output")
+"""Channels are what a layer puts out: `kernel` axis -1, `weight` axis 0 (Equinox, PyTorch)."""
+
+input_channels = Convention("input")
+"""Channels are what a layer takes in: `kernel` axis -2, `weight` axis 1 (Equinox, PyTorch)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The channel axes of a leaf, and the axes that stack several layers in one leaf.
+
+    Args:
+      channel: an axis, or several that together index the channels, or `output_channels` /
+        `input_channels` to find them in the shape that is left without the stack axes.
+      stack: the axis or axes along which layers are stacked (scanned blocks, experts). Every
+        index is a layer of its own, with a selection of its own.
+
+    Examples:
+      >>> import cdb_jax
+      >>> cdb_jax.Axes(-1, stack=0)  # a scanned dense kernel (layers, in, out)
+      Axes(channel=-1, stack=0)
+      >>> cdb_jax.Axes(cdb_jax.output_channels, stack=0)  # a subtree of scanned blocks
+      Axes(channel=cdb_jax.output_channels, stack=0)
+    """
+
+    channel: Ints | Convention
+    stack: Ints = ()
+
+
+AxisSpec = int | tuple[int, ...] | Axes | Convention | None
+Rule = Callable[[str, Any], AxisSpec]
+ChannelAxes = AxisSpec | Rule | Any  # `Any`: a prefix tree of specs.
+
+
+class Leaf(NamedTuple):
+    """One array of the tree, and how a selection reaches it.
+
+    `layer` is the path whose selection applies: the leaf's own, its kernel's for a bias that
+    follows, or None for a leaf that is left alone; then `reason` says why.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    channel: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
+    layer: str | None = None
+    reason: str = ""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes that a selection speaks of, in the order of its shape."""
+        return self.stack + self.channel
+
+    @property
+    def channels(self) -> int:
+        return math.prod(self.shape[axis] for axis in self.channel)
+
+    @property
+    def depth(self) -> int:
+        """How many layers are stacked in the leaf."""
+        return math.prod(self.stack_shape)
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in self.stack)
+
+
+class Layout(NamedTuple):
+    """The leaves of a tree in flattening order.
+
+    `partial` is True for a part of a larger model: `optax.MaskedNode` in the tree, or a root.
+    """
+
+    leaves: tuple[Leaf, ...]
+    partial: bool
+
+    @property
+    def layers(self) -> tuple[Leaf, ...]:
+        return tuple(leaf for leaf in self.leaves if leaf.layer == leaf.path)
+
+
+EXEMPT = "exempt"  # The reason of a leaf that the user named, as against one that has no channels.
+NO_VALUES = "no floating-point values"
+FEW_DIMENSIONS = "fewer than two dimensions"
+
+
+def resolve(
+    updates: Any,
+    channel_axes: ChannelAxes = output_channels,
+    *,
+    exempt: Sequence[str] = (),
+    share_with_bias: bool = False,
+    root: str = "",
+) -> Layout:
+    """Finds the layers of a tree and the channel axes of each.
+
+    Args:
+      updates: a tree of arrays or `jax.ShapeDtypeStruct`; only paths, shapes and dtypes are read.
+      channel_axes: an `Axes`, int, tuple, convention, None, prefix tree of those, or a rule
+        `(path, leaf)` that returns one of them.
+      exempt: path patterns to leave alone.
+      share_with_bias: whether a bias follows the kernel beside it.
+      root: path of `updates` within the model it was cut from.
+
+    Returns:
+      The layout of `updates`.
+
+    Raises:
+      ValueError: if a spec does not fit the tree, a pattern matches nothing, a kernel cannot be
+        settled by name and rank, two leaves share a path, or nothing is left to drop.
+    """
+    found = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_masked)[0]
+    arrays = [(_canonical_path(keys, root), x) for keys, x in found if not _is_masked(x)]
+    masked = [_canonical_path(keys, root) for keys, x in found if _is_masked(x)]
+    partial = bool(masked) or bool(root)
+    paths = [path for path, _ in arrays]
+    _check_unique(paths)
+    _check_exempt(exempt, paths + masked, partial)
+    spec_of = _spec_lookup(channel_axes, paths, masked, partial)
+
+    leaves = [_resolve_leaf(path, x, spec_of, exempt) for path, x in arrays]
+    if share_with_bias:
+        by_path = {leaf.path: leaf for leaf in leaves}
+        leaves = [_follow_kernel(leaf, by_path, masked) for leaf in leaves]
+    layout = Layout(tuple(leaves), partial)
+    _check_ids([layer.path for layer in layout.layers])
+    if leaves and not layout.layers and not partial:
+        listing = "\n".join(f"  {x.path or '(the tree itself)'}: {x.reason}" for x in leaves[:20])
+        raise ValueError(
+            f"channel_axes={channel_axes!r} and exempt={tuple(exempt)!r} leave nothing to drop in "
+            f"this tree; name the channel axis, such as channel_axes=-1. Its leaves:\n{listing}"
+        )
+    return layout
+
+
+def layer_id(path: str) -> int:
+    """The first 32 bits of SHA-256 of a canonical path: what tells layers' draws apart."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
+
+
+def covers(pattern: str, path: str) -> bool:
+    """Whether a glob pattern matches a path or anything the path lies below."""
+    parts = path.split("/")
+    return any(
+        fnmatch.fnmatchcase("/".join(parts[:depth]), pattern) for depth in range(1, len(parts) + 1)
+    )
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _canonical_path(keys: Sequence[Any], root: str = "") -> str:
+    # Only an *attribute* called `value` is a box (nnx.Variable, nn.Partitioned); the dictionary
+    # key `value` names an attention projection.
+    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
+        keys = keys[:-1]
+    if keys and jax.tree_util.keystr((keys[0],), simple=True) == "params":
+        keys = keys[1:]
+    path = jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+    return "/".join(part for part in (root, path) if part)
+
+
+def _check_unique(paths: Sequence[str]) -> None:
+    for path, times in collections.Counter(paths).items():
+        if times > 1:
+            raise ValueError(
+                f"{times} leaves of the tree have the path {path!r} once `params` and `.value` are "
+                "taken off; rename all but one."
+            )
+
+
+def _check_ids(paths: Sequence[str]) -> None:
+    seen: dict[int, str] = {}
+    for path in paths:
+        other = seen.setdefault(layer_id(path), path)
+        if other != path:
+            raise ValueError(
+                f"the layers {other!r} and {path!r} have the same 32-bit id {layer_id(path):#x}, "
+                "so they would always draw the same channels; rename one of them."
+            )
+
+
+def _check_exempt(exempt: Sequence[str], paths: Sequence[str], partial: bool) -> None:
+    for pattern in () if partial else exempt:
+        if not any(covers(pattern, path) for path in paths):
+            raise ValueError(
+                f"exempt: the pattern {pattern!r} matches none of the paths "
+                f"{_shorten(paths)}; correct it or take it out."
+            )
+
+
+def _shorten(paths: Sequence[str], most: int = 12) -> str:
+    more = f", and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(repr(path) for path in paths[:most]) + more
+
+
+# Specs: what the user says about a tree, brought down to one spec for a leaf.
+
+
+def _is_ints(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(i, int) for i in x) and not hasattr(x, "_fields")
+
+
+def _is_spec(x: Any) -> bool:
+    return x is None or isinstance(x, (int, Axes, Convention)) or _is_ints(x)
+
+
+def _spec_lookup(
+    channel_axes: ChannelAxes, paths: Sequence[str], masked: Sequence[str], partial: bool
+) -> Callable[[str, Any], tuple[AxisSpec, bool]]:
+    """Returns a function from a leaf to its spec and whether that was given for this very leaf."""
+    if _is_spec(channel_axes):
+        return lambda path, x: (channel_axes, False)
+    # A model may be a prefix tree and have a `__call__`; a rule is no tree.
+    if callable(channel_axes) and jax.tree_util.all_leaves([channel_axes]):
+        return lambda path, x: (_checked_rule_result(channel_axes(path, x), path), True)
+
+    # Matched by canonical path rather than tree structure: NNX shows a parameter as
+    # `['kernel'].value` in one place and as `['kernel']` in another.
+    flat = jax.tree_util.tree_flatten_with_path(channel_axes, is_leaf=_is_spec)[0]
+    specs = {_canonical_path(keys): spec for keys, spec in flat if not _is_masked(spec)}
+    for at, spec in specs.items():
+        if not _is_spec(spec):
+            raise ValueError(
+                f"channel_axes: {spec!r} at {at!r} is no channel spec; use an int, a tuple of "
+                "ints, Axes, a convention or None."
+            )
+        fits = any(_below(path, at) for path in paths)
+        hidden = any(_below(path, at) or _below(at, path) for path in masked)
+        if not fits and not hidden and not partial:
+            raise ValueError(
+                f"channel_axes: the tree has a spec at {at!r}, where the updates have nothing; "
+                f"their paths are {_shorten(paths)}."
+            )
+
+    def lookup(path: str, x: Any) -> tuple[AxisSpec, bool]:
+        at = path
+        while at and at not in specs:
+            at = at.rpartition("/")[0]
+        if at not in specs:
+            raise ValueError(
+                f"channel_axes: the tree has no spec for {path!r}; add one there or above it "
+                "(None leaves it alone)."
+            )
+        return specs[at], at == path
+
+    return lookup
+
+
+def _below(path: str, top: str) -> bool:
+    return not top or path == top or path.startswith(top + "/")
+
+
+def _checked_rule_result(spec: Any, path: str) -> AxisSpec:
+    if not _is_spec(spec):
+        raise ValueError(
+            f"channel_axes: the rule returned {spec!r} for {path!r}; return an int, a tuple of "
+            "ints, Axes, a convention or None."
+        )
+    return spec
+
+
+def _resolve_leaf(
+    path: str,
+    x: Any,
+    spec_of: Callable[[str, Any], tuple[AxisSpec, bool]],
+    exempt: Sequence[str],
+) -> Leaf:
+    shape = tuple(getattr(x, "shape", ()))
+    dtype = getattr(x, "dtype", None)
+    alone = Leaf(path, shape)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact) or 0 in shape:
+        return alone._replace(reason=NO_VALUES)
+    if any(covers(pattern, path) for pattern in exempt):
+        return alone._replace(reason=EXEMPT)
+    spec, for_this_leaf = spec_of(path, x)
+    if spec is None:
+        return alone._replace(reason="channel_axes says None")
+    axes = spec if isinstance(spec, Axes) else Axes(spec)
+    stack = _normalise(axes.stack, shape, path)
+    rest = [axis for axis in range(len(shape)) if axis not in stack]
+    by_convention = isinstance(axes.channel, Convention)
+    if len(rest) < 2 and not by_convention and not for_this_leaf:
+        return alone._replace(reason=FEW_DIMENSIONS)
+
+    channel = axes.channel
+    if isinstance(channel, Convention):
+        by_name = _by_convention(channel.direction, path, tuple(shape[axis] for axis in rest))
+        if isinstance(by_name, str):
+            return alone._replace(reason=by_name)
+        channel = tuple(rest[axis] for axis in by_name)
+    channel = _normalise(channel, shape, path)
+    if not channel:
+        raise ValueError(f"channel_axes: {spec!r} for {path!r} names no channel axis.")
+    if set(channel) & set(stack):
+        raise ValueError(
+            f"channel_axes: {spec!r} for {path!r} of shape {shape} uses an axis both as a channel "
+            "and as a stack axis."
+        )
+    return alone._replace(channel=channel, stack=stack, layer=path)
+
+
+def _normalise(axes: Ints, shape: tuple[int, ...], path: str) -> tuple[int, ...]:
+    axes = (axes,) if isinstance(axes, int) else axes
+    for axis in axes:
+        if isinstance(axis, bool) or not isinstance(axis, int):
+            raise TypeError(f"channel_axes: axis {axis!r} for {path!r} is not an int.")
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(
+                f"channel_axes: axis {axis} is out of range for {path!r} of shape {shape}; give "
+                "an axis it has, or None to leave it alone."
+            )
+    positive = tuple(sorted(axis % len(shape) for axis in axes))
+    if len(set(positive)) < len(positive):
+        raise ValueError(
+            f"channel_axes: {axes} for {path!r} of shape {shape} repeats an axis; name each once."
+        )
+    return positive
+
+
+def _follow_kernel(leaf: Leaf, by_path: dict[str, Leaf], masked: Sequence[str]) -> Leaf:
+    """Lets a bias use the selection of the kernel beside it."""
+    parent, _, name = leaf.path.rpartition("/")
+    if name != "bias" or leaf.reason in (EXEMPT, NO_VALUES):
+        return leaf
+    beside = [f"{parent}/{kernel}".lstrip("/") for kernel in ("kernel", "weight")]
+    for path in beside:
+        if path in masked:
+            raise ValueError(
+                f"share_with_bias: {leaf.path!r} follows {path!r}, which is masked out of this "
+                "tree; put both under the same mask or label."
+            )
+    kernel = next((by_path[path] for path in beside if path in by_path), None)
+    if kernel is None or kernel.layer is None:
+        return leaf
+    lead = kernel.stack_shape + tuple(kernel.shape[axis] for axis in kernel.channel)
+    # Equinox convolutions keep trailing ones for the spatial dimensions: (out, 1, 1).
+    if leaf.shape != lead + (1,) * (len(leaf.shape) - len(lead)):
+        raise ValueError(
+            f"share_with_bias: {leaf.path!r} of shape {leaf.shape} cannot follow the channels "
+            f"{lead} of {kernel.path!r}; use output channels, or exempt the bias."
+        )
+    depth = len(kernel.stack)
+    return leaf._replace(
+        stack=tuple(range(depth)),
+        channel=tuple(range(depth, len(lead))),
+        layer=kernel.path,
+        reason="",
+    )
+
+
+# Conventions. Names settle what rank cannot: a kernel of shape (3, 8, 8) is a 1-D convolution, a
+# stack of three dense layers, or a dense layer over (3, 8) inputs.
+
+_POSITION = re.compile(r"(^|_)pos(ition(al)?)?(_|emb|$)", re.IGNORECASE)
+_TOKEN = re.compile(r"token|^cls|^class_embed", re.IGNORECASE)
+_NORM = re.compile(r"norm|^ln|^bn", re.IGNORECASE)
+_CONV = re.compile(r"conv", re.IGNORECASE)
+_DENSE = re.compile(r"dense|linear|einsum|^fc|proj|^(query|key|value|out)$", re.IGNORECASE)
+
+
+def _by_convention(direction: str, path: str, shape: tuple[int, ...]) -> tuple[int, ...] | str:
+    """Returns the channel axes of a leaf, or the reason why it has none."""
+    above, _, name = path.rpartition("/")
+    parent = above.rpartition("/")[2]
+    if len(shape) < 2:
+        return FEW_DIMENSIONS
+    if name in ("bias", "scale") or name.endswith("_bias"):
+        return f"a {name}"
+    if _NORM.search(parent) and name in ("kernel", "weight"):
+        return "normalisation"
+    if _POSITION.search(name) or _TOKEN.search(name) or _POSITION.search(parent):
+        return "position or class token"
+    is_table = name == "weight" and len(shape) == 2 and re.search("embed", parent, re.IGNORECASE)
+    if name == "embedding" or (is_table and "patch" not in parent.lower()):
+        return (len(shape) - 1,) if direction == "output" else "an embedding has no input channels"
+
+    axes = _kernel_axes(name, parent, len(shape))
+    if axes is None:
+        raise ValueError(_cannot_settle(direction, path, shape))
+    output, input = axes
+    if direction == "output":
+        return output
+    if math.prod(shape[axis] for axis in input) == 1:
+        return "one input channel (depthwise)"
+    return input
+
+
+def _kernel_axes(name: str, parent: str, rank: int) -> tuple[tuple[int, ...], ...] | None:
+    """Returns the output and the input axes of a weight, or None if names and rank are not enough.
+
+    A grouped convolution holds its inputs per group, so an input channel there is one of each.
+    """
+    conv, dense = _CONV.search(parent), _DENSE.search(parent)
+    is_product = rank == 2 and not re.search("einsum", parent, re.IGNORECASE)
+    is_conv = rank in (3, 4, 5) and (conv or (rank == 4 and not dense))
+    if name == "kernel":
+        if is_product or is_conv:
+            return (rank - 1,), (rank - 2,)
+        if rank == 3 and parent in ("query", "key", "value"):  # (in, heads, head_dim)
+            return (1, 2), (0,)
+        if rank == 3 and parent == "out":  # (heads, head_dim, out)
+            return (2,), (0, 1)
+    if name in ("weight", "weight_ih", "weight_hh") and (is_product or is_conv):
+        return (0,), (1,)
+    return None
+
+
+def _cannot_settle(direction: str, path: str, shape: tuple[int, ...]) -> str:
+    return (
+        f"channel_axes: name and rank do not settle which axis of {path!r}, shape {shape}, holds "
+        f"the {direction} channels. Say it with a rule, for example\n"
+        "    channel_axes=lambda path, leaf: (\n"
+        f"        cdb_jax.Axes(cdb_jax.{direction}_channels, stack=0)  # layers stacked on axis 0\n"
+        f"        if path == {path!r} else cdb_jax.{direction}_channels)\n"
+        f"where Axes(-1), Axes((-2, -1)) or None (leave it alone) may stand as well, or name it in "
+        f"exempt=({path!r},)."
+    )

@@ -1,0 +1,121 @@
+"""`channel_report`: what a policy will do to a model, as a table for people."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from cdb_jax import channels, selection
+from cdb_jax.policy import Policy
+
+
+class ChannelRow(NamedTuple):
+    """One leaf of the tree.
+
+    `kept` is the number of channels that learn when the layer is masked: exact, or expected with a
+    tilde. `note` says why a leaf is left alone, or whose selection a bias follows.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    channel_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...]
+    channels: int | None
+    kept: str
+    note: str
+
+
+class ChannelReport(NamedTuple):
+    """The rows of a report; `str` lays them out as a table."""
+
+    rows: tuple[ChannelRow, ...]
+    summary: str
+
+    def __str__(self) -> str:
+        header = ("path", "shape", "channel axis", "stack axis", "channels", "kept", "note")
+        cells = [
+            (
+                row.path or "(the tree itself)",
+                "x".join(map(str, row.shape)) or "scalar",
+                ", ".join(map(str, row.channel_axes)) or "-",
+                ", ".join(map(str, row.stack_axes)) or "-",
+                "-" if row.channels is None else str(row.channels),
+                row.kept,
+                row.note,
+            )
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+        lines = [header, tuple("-" * width for width in widths), *cells]
+        table = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+        return "\n".join([*table, self.summary])
+
+
+def channel_report(params: Any, policy: Policy) -> ChannelReport:
+    """Shows for every leaf which axis holds its channels, or why it is left alone.
+
+    Args:
+      params: a tree of arrays or `jax.ShapeDtypeStruct`, as the transformation will see it.
+      policy: the policy to explain.
+
+    Returns:
+      A report with one row for each leaf; print it to see the table.
+
+    Raises:
+      TypeError: if `policy` is not a `Policy`.
+      ValueError: if the policy does not fit the tree; training would raise the same error.
+
+    Examples:
+      >>> import cdb_jax, jax.numpy as jnp
+      >>> params = {"dense": {"kernel": jnp.zeros((2, 4)), "bias": jnp.zeros(4)}}
+      >>> print(cdb_jax.channel_report(params, cdb_jax.Policy(0.5, key=0, channel_choice="exact")))
+      path          shape  channel axis  stack axis  channels  kept  note
+      ------------  -----  ------------  ----------  --------  ----  -------------------------
+      dense/bias    4      -             -           -         all   fewer than two dimensions
+      dense/kernel  2x4    1             -           4         2
+      1 layer, 66.7 % of 12 parameters can be dropped; layer_rate 1.0, rate 0.5, exact channels.
+    """
+    if not isinstance(policy, Policy):
+        raise TypeError(
+            f"policy must be a cdb_jax.Policy, got {policy!r}; write Policy(0.3, key=0), say, and "
+            "give the same one to channel_drop_back."
+        )
+    layout = policy.layout(params)
+    selection.check_layers(policy, layout)
+    rows = tuple(_row(leaf, policy) for leaf in layout.leaves)
+    return ChannelReport(rows, _summary(layout, policy))
+
+
+def _row(leaf: channels.Leaf, policy: Policy) -> ChannelRow:
+    if leaf.layer is None:
+        return ChannelRow(leaf.path, leaf.shape, (), (), None, "all", leaf.reason)
+    note = "" if leaf.layer == leaf.path else f"follows {leaf.layer}"
+    kept = _kept(policy, leaf.channels)
+    return ChannelRow(leaf.path, leaf.shape, leaf.channel, leaf.stack, leaf.channels, kept, note)
+
+
+def _kept(policy: Policy, width: int) -> str:
+    if not isinstance(policy.rate, float):
+        return "scheduled" if callable(policy.rate) else "traced"
+    if policy.channel_choice == "bernoulli":
+        return f"~{(1.0 - policy.rate) * width:.3g}"
+    groups = policy.window_groups or 1
+    return str(groups * int(selection.kept_channels(policy.rate, width // groups)))
+
+
+def _summary(layout: channels.Layout, policy: Policy) -> str:
+    layers = sum(layer.depth for layer in layout.layers)
+    total = sum(leaf.size for leaf in layout.leaves)
+    droppable = sum(leaf.size for leaf in layout.leaves if leaf.layer)
+    rate, layer_rate = (
+        str(x) if isinstance(x, float) else "scheduled" if callable(x) else "an array"
+        for x in (policy.rate, policy.layer_rate)
+    )
+    which = "one layer a step, " if policy.layer_choice == "one" else ""
+    return (
+        f"{layers} layer{'s' * (layers != 1)}, {100 * droppable / max(total, 1):.1f} % of {total:,} "
+        f"parameters can be dropped; {which}layer_rate {layer_rate}, rate {rate}, "
+        f"{policy.channel_choice} channels."
+    )

@@ -1,0 +1,419 @@
+"""Selections: for every layer a short vector of factors, 0 for a dropped channel.
+
+A layer's draw depends on the key, the count and the layer's own path, channel count and stack,
+and on nothing else in the tree:
+
+    instance key = fold_in(fold_in(fold_in(key, count), layer id), stack index)
+
+`fold_in(instance key, 0)` holds the words for the layer as a whole, `fold_in(instance key, 1 + i)`
+those of channels 2i and 2i + 1. Layers with the same number of channels are drawn as one matrix,
+one row for each layer, so the cost in operations does not grow with the depth of the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cdb_jax import channels
+from cdb_jax.policy import Policy
+
+Selection = dict[str, jax.Array]
+
+
+def sample_selection(policy: Policy, updates: Any, count: jax.typing.ArrayLike) -> Selection:
+    """Draws the channels that learn in one step.
+
+    Args:
+      policy: which channels may be dropped, and how often.
+      updates: the tree of gradients, updates or parameters; only its paths, shapes and dtypes are
+        read, so `jax.ShapeDtypeStruct` leaves will do.
+      count: the step, an int scalar. The same policy and count give the same selection.
+
+    Returns:
+      A dict from the canonical path of each layer to its factors, float32 of shape
+      `(*stack, channels)`: 0 where the channel is dropped, otherwise what its updates are
+      multiplied by. With `other_layers="still"` a leaf without channels that stands still has the
+      scalar 0.
+
+    Raises:
+      ValueError: if the policy does not fit the tree.
+
+    Examples:
+      >>> import cdb_jax, jax.numpy as jnp
+      >>> policy = cdb_jax.Policy(0.5, key=0, channel_choice="exact")
+      >>> cdb_jax.sample_selection(policy, {"kernel": jnp.ones((3, 4))}, count=7)
+      {'kernel': Array([0., 1., 0., 1.], dtype=float32)}
+    """
+    return as_selection(draw(policy, policy.layout(updates), count))
+
+
+def apply_selection(updates: Any, selection: Mapping[str, Any], policy: Policy) -> Any:
+    r"""Multiplies every channel by its factor; a factor of 0 selects zero.
+
+    For a leaf :math:`g` with factors :math:`f` along its channel axes,
+
+    .. math:: g'_{\ldots c \ldots} = f_c\, g_{\ldots c \ldots} \text{ if } f_c \ne 0,
+       \text{ else } 0,
+
+    so a NaN in a dropped channel does not pass, and a factor of 1 leaves the bits alone.
+
+    Args:
+      updates: a tree of arrays.
+      selection: factors by path as `sample_selection` returns them, from there or from anywhere
+        else, a recorded selection included.
+      policy: supplies the layout: which leaf belongs to which path, along which axes.
+
+    Returns:
+      The masked tree: structure, shapes, dtypes and shardings of `updates`.
+
+    Raises:
+      ValueError: if the selection lacks a layer of the tree, has one too many, or a wrong shape.
+
+    Examples:
+      >>> import cdb_jax, jax.numpy as jnp
+      >>> policy = cdb_jax.Policy(0.5, key=0)
+      >>> cdb_jax.apply_selection({"kernel": jnp.ones((2, 3))}, {"kernel": [0.0, 1.0, 2.0]}, policy)
+      {'kernel': Array([[0., 1., 2.],
+             [0., 1., 2.]], dtype=float32)}
+    """
+    layout = policy.layout(updates)
+    factors = {path: jnp.asarray(values, jnp.float32) for path, values in selection.items()}
+    for leaf in layout.layers:
+        if leaf.path not in factors:
+            raise ValueError(
+                f"selection has no entry for {leaf.path!r}; add factors of shape "
+                f"{(*leaf.stack_shape, leaf.channels)}."
+            )
+        expected = (*leaf.stack_shape, leaf.channels)
+        if factors[leaf.path].shape != expected:
+            raise ValueError(
+                f"selection[{leaf.path!r}] has shape {factors[leaf.path].shape}; the leaf of shape "
+                f"{leaf.shape} needs {expected}."
+            )
+    for path in factors.keys() - {leaf.path for leaf in layout.leaves}:
+        raise ValueError(f"selection has an entry for {path!r}, which is no leaf of the updates.")
+    keep = {path: values != 0 for path, values in factors.items()}
+    return _mask(updates, keep, factors, layout)
+
+
+def mask(
+    updates: Any,
+    selection: Selection,
+    policy: Policy,
+    layout: channels.Layout,
+    count: jax.typing.ArrayLike,
+) -> Any:
+    """`apply_selection` for a selection that the policy has drawn at `count`."""
+    keep = {path: values != 0 for path, values in selection.items()}
+    # Without rescaling the factors are 0 and 1, and there is nothing to multiply.
+    factors = {} if policy.rescale == "none" else selection
+    keep, factors = _materialise((keep, factors), count)
+    return _mask(updates, keep, factors, layout)
+
+
+def _materialise(vectors: Any, count: jax.typing.ArrayLike) -> Any:
+    """Makes XLA compute the vectors once, instead of anew for every weight they are applied to.
+
+    Fused into the parameter-sized loops, the draw would be repeated for each weight of a channel,
+    and every layer would become a loop of its own to compile: four times the compilation time of
+    AdamW on a ViT-B. The CPU compiler drops barriers before it fuses, but fuses nothing through a
+    conditional; on other platforms a conditional may wait for the host, and barriers hold.
+    """
+    return jax.lax.platform_dependent(
+        vectors,
+        jnp.asarray(count) >= 0,
+        cpu=lambda x, always: jax.lax.cond(
+            always, lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), x
+        ),
+        default=lambda x, always: jax.lax.optimization_barrier(x),
+    )
+
+
+def _mask(
+    updates: Any,
+    keep: Mapping[str, jax.Array],
+    factors: Mapping[str, jax.Array],
+    layout: channels.Layout,
+) -> Any:
+    leaves, treedef = jax.tree.flatten(updates)
+    masked = []
+    for x, leaf in zip(leaves, layout.leaves, strict=True):
+        path = leaf.layer or leaf.path
+        if path in factors:
+            x = _scale(x, _broadcastable(factors[path], leaf))
+        if path in keep:  # Selected, not multiplied by zero: NaN times zero is NaN.
+            x = jnp.where(_broadcastable(keep[path], leaf), x, jnp.zeros((), x.dtype))
+        masked.append(x)
+    return jax.tree.unflatten(treedef, masked)
+
+
+def _broadcastable(vector: jax.Array, leaf: channels.Leaf) -> jax.Array:
+    """Gives a vector the rank of its leaf, with size 1 along the axes it does not speak of."""
+    if vector.ndim:
+        sizes = [leaf.shape[axis] for axis in leaf.axes]
+        vector = vector.reshape(sizes).transpose(np.argsort(leaf.axes))
+    return jnp.expand_dims(vector, [i for i in range(len(leaf.shape)) if i not in leaf.axes])
+
+
+def _scale(x: jax.Array, factors: jax.Array) -> jax.Array:
+    """Multiplies in float32 or better and returns to the dtype of `x`."""
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(_scale(x.real, factors), _scale(x.imag, factors))
+    wide = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
+    return (x.astype(wide) * factors.astype(wide)).astype(x.dtype)
+
+
+class Group(NamedTuple):
+    """Layers with the same number of channels, and their factors as the rows of one matrix."""
+
+    layers: tuple[channels.Leaf, ...]
+    factors: jax.Array  # shape=(rows, channels), dtype=jnp.float32
+
+
+def check_layers(policy: Policy, layout: channels.Layout) -> None:
+    """Raises a ValueError if the layers of a layout do not allow what the policy asks for."""
+    groups = policy.window_groups or 1
+    for layer in layout.layers:
+        if layer.channels % groups:
+            raise ValueError(
+                f"window_groups={groups} does not divide the {layer.channels} channels of "
+                f"{layer.path!r}; use a divisor of every layer's channels, or exempt that layer."
+            )
+    if policy.layer_choice != "one" or not layout.layers:
+        return
+    paths = {layer.path for layer in layout.layers}
+    if isinstance(policy.layer_weights, str):
+        if layout.partial:
+            raise ValueError(
+                "layer_choice='one' picks one layer of the whole model, and this tree holds a part "
+                "of it (it has MaskedNodes, or the policy has a root); give layer_weights as a "
+                f"dict with the path of every layer of the model, such as {{{min(paths)!r}: 1.0}}."
+            )
+        return
+    weighted = {path for path, _ in policy.layer_weights}
+    for path in sorted(paths - weighted):
+        raise ValueError(f"layer_weights has no weight for the layer {path!r}; add one.")
+    for path in () if layout.partial else sorted(weighted - paths):
+        raise ValueError(
+            f"layer_weights has a weight for {path!r}, which is no layer of the tree; its layers "
+            f"are {sorted(paths)}."
+        )
+
+
+def draw(policy: Policy, layout: channels.Layout, count: jax.typing.ArrayLike) -> list[Group]:
+    """Draws the factors of every layer of a layout, grouped by number of channels."""
+    check_layers(policy, layout)
+    by_channels: dict[int, list[channels.Leaf]] = {}
+    for layer in sorted(layout.layers, key=lambda layer: (layer.channels, layer.path)):
+        by_channels.setdefault(layer.channels, []).append(layer)
+    layers = list(itertools.chain(*by_channels.values()))
+    groups = []
+    if layers:
+        rate, layer_rate = _at(policy.rate, count), _at(policy.layer_rate, count)
+        step_key = jax.random.fold_in(
+            jax.random.wrap_key_data(_words(policy.key), impl="threefry2x32"), count
+        )
+        chosen, chance = _choose_layers(policy, layers, step_key)
+        keys = _instance_keys(layers, step_key)
+        gate, offset = _own_words(keys)
+        masked = chosen & (_uniform(gate) < layer_rate)
+        survival = 1.0 - layer_rate * chance
+        stop = 0
+        for width, members in by_channels.items():
+            start, stop = stop, stop + sum(layer.depth for layer in members)
+            keep, probability = _choose_channels(
+                policy, rate, width, keys[start:stop], offset[start:stop]
+            )
+            kept = _kept_factors(policy.rescale, keep, probability)
+            whole = _whole_factors(policy, rate, chosen[start:stop], survival[start:stop])
+            factors = jnp.where(masked[start:stop, None], kept, whole[:, None])
+            groups.append(Group(tuple(members), factors))
+    if policy.layer_choice == "one" and policy.other_layers == "still":
+        groups.append(_standing_still(layout))
+    return groups
+
+
+def as_selection(groups: Sequence[Group]) -> Selection:
+    """Cuts the matrices of the groups into one entry for each layer."""
+    selection = {}
+    for layers, factors in groups:
+        start = 0
+        for layer in layers:
+            rows = factors[start : start + layer.depth]
+            selection[layer.path] = rows.reshape(
+                (*layer.stack_shape, layer.channels) if layer.layer else ()
+            )
+            start += layer.depth
+    return selection
+
+
+def dropped_fraction(groups: Sequence[Group], layout: channels.Layout) -> jax.Array:
+    """The fraction of the maskable parameters whose channel is dropped: float32 scalar."""
+    size: dict[str | None, int] = {}
+    for leaf in layout.leaves:  # A bias that follows counts with its layer.
+        path = leaf.layer or leaf.path
+        size[path] = size.get(path, 0) + leaf.size
+    total = sum(size[layer.path] for layers, _ in groups for layer in layers)
+    fraction = jnp.zeros((), jnp.float32)
+    for layers, factors in groups:
+        shares = [size[layer.path] / layer.depth / total for layer in layers]
+        shares = np.repeat(shares, [layer.depth for layer in layers]).astype(np.float32)
+        fraction += jnp.sum(shares * jnp.mean(factors == 0, axis=1, dtype=jnp.float32))
+    return fraction
+
+
+def kept_channels(rate: float | jax.Array, width: int) -> int | jax.Array:
+    """How many of `width` channels "exact" and "window" keep: at least one, none at rate 1."""
+    if isinstance(rate, float):
+        return 0 if rate == 1.0 else max(1, round((1.0 - rate) * width))
+    kept = jnp.round((1.0 - rate) * width).astype(jnp.int32)
+    return jnp.where(rate >= 1.0, 0, jnp.maximum(1, kept))
+
+
+def _at(rate: Any, count: jax.typing.ArrayLike) -> float | jax.Array:
+    """A Python rate as it is, a schedule at its count, arrays in float32."""
+    value = rate(count) if callable(rate) else rate
+    return value if isinstance(value, float) else jnp.asarray(value, jnp.float32)
+
+
+def _words(key: tuple[int, int] | jax.Array) -> jax.Array:
+    return jnp.asarray(key if isinstance(key, jax.Array) else np.array(key, np.uint32))
+
+
+_fold_each = jax.vmap(jax.random.fold_in)  # One number into each key.
+_fold_many = jax.vmap(jax.random.fold_in, in_axes=(None, 0))  # Many numbers into one key.
+_fold_grid = jax.vmap(_fold_many, in_axes=(0, None))  # Many numbers into each of many keys.
+
+
+def _instance_keys(layers: Sequence[channels.Leaf], step_key: jax.Array) -> jax.Array:
+    """One key for each layer and stack index, in order of layers."""
+    rows = [layer.depth for layer in layers]
+    ids = np.repeat(np.array([channels.layer_id(x.path) for x in layers], np.uint32), rows)
+    index = np.concatenate([np.arange(n, dtype=np.uint32) for n in rows])
+    return _fold_each(_fold_many(step_key, ids), index)
+
+
+def _own_words(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    words = jax.random.key_data(_fold_grid(keys, np.zeros(1, np.uint32)))[:, 0]
+    return words[:, 0], words[:, 1]
+
+
+def _channel_words(keys: jax.Array, width: int) -> jax.Array:
+    """Random words of shape `(rows, width)`, dtype uint32; each fold yields two of them."""
+    pairs = _fold_grid(keys, 1 + np.arange((width + 1) // 2, dtype=np.uint32))
+    return jax.random.key_data(pairs).reshape(keys.shape[0], -1)[:, :width]
+
+
+def _uniform(words: jax.Array) -> jax.Array:
+    """Uniform in [0, 1): 24 bits, so that float32 holds them exactly and 1 is never reached."""
+    return (words >> 8).astype(jnp.float32) * np.float32(2.0**-24)
+
+
+def _choose_layers(
+    policy: Policy, layers: Sequence[channels.Leaf], step_key: jax.Array
+) -> tuple[jax.Array | np.ndarray, np.ndarray]:
+    """Which rows may be masked in this step, and the probability of each: both of shape (rows,)."""
+    rows = np.array([layer.depth for layer in layers])
+    if policy.layer_choice == "bernoulli":
+        return np.ones(rows.sum(), bool), np.ones(rows.sum(), np.float32)
+
+    weights = _layer_weights(policy, layers)
+    paths = sorted(weights)
+    probabilities = np.array([weights[path] for path in paths]) / sum(weights.values())
+    # Canonical paths have no empty parts, so no layer has this one.
+    pick_key = jax.random.fold_in(step_key, channels.layer_id("//layer_choice"))
+    first, second = jax.random.key_data(pick_key)
+    bounds = np.cumsum(probabilities)[:-1].astype(np.float32)
+    picked = jnp.sum(_uniform(first) >= bounds)
+    position = np.repeat([paths.index(layer.path) for layer in layers], rows)
+    index = np.concatenate([np.arange(n) for n in rows]).astype(np.uint32)
+    # Within a stack every index is equally likely.
+    within = index == second % np.repeat(rows, rows).astype(np.uint32)
+    chance = probabilities[position] / np.repeat(rows, rows)
+    return (picked == position) & within, chance.astype(np.float32)
+
+
+def _layer_weights(policy: Policy, layers: Sequence[channels.Leaf]) -> dict[str, float]:
+    if policy.layer_weights == "uniform":
+        return {layer.path: float(layer.depth) for layer in layers}
+    if policy.layer_weights == "size":
+        return {layer.path: float(layer.size) for layer in layers}
+    return dict(policy.layer_weights)
+
+
+def _choose_channels(
+    policy: Policy,
+    rate: float | jax.Array,
+    width: int,
+    keys: jax.Array,
+    offset: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """Which channels a masked layer keeps, bool (rows, width), and the probability of each."""
+    if policy.channel_choice == "bernoulli":
+        keep = _uniform(_channel_words(keys, width)) >= rate
+        # Where all would be dropped none is, so a channel learns a little more often than 1 - rate.
+        spared = ~jnp.any(keep, axis=1, keepdims=True) & (rate < 1.0)
+        return keep | spared, 1.0 - rate + rate**width
+
+    if policy.channel_choice == "exact":
+        kept = kept_channels(rate, width)
+        return _smallest(_channel_words(keys, width), kept), kept / width
+
+    size = width // (policy.window_groups or 1)
+    kept = kept_channels(rate, size)
+    # The remainder favours some offsets by less than size / 2**32.
+    start = (offset % np.uint32(size)).astype(jnp.int32)[:, None]
+    position = np.arange(width, dtype=np.int32)[None, :] % size
+    return (position - start) % size < kept, kept / size
+
+
+def _smallest(words: jax.Array, kept: int | jax.Array) -> jax.Array:
+    """Marks the `kept` smallest words of each row; of equal words the first.
+
+    Sorting the words alone is several times cheaper than ranking them with `argsort`.
+    """
+    ordered = jnp.sort(words, axis=1)
+    last = jnp.take(ordered, jnp.maximum(kept - 1, 0), axis=1)[:, None]
+    below, equal = words < last, words == last
+    room = kept - jnp.sum(below, axis=1, keepdims=True, dtype=jnp.int32)
+    return below | (equal & (jnp.cumsum(equal, axis=1, dtype=jnp.int32) <= room))
+
+
+def _kept_factors(rescale: str, keep: jax.Array, probability: Any) -> jax.Array:
+    if rescale == "none":
+        return keep.astype(jnp.float32)
+    if rescale == "realized":
+        probability = jnp.mean(keep, axis=1, keepdims=True, dtype=jnp.float32)
+    # Where nothing is kept the quotient is not used, and must not be a NaN.
+    probability = jnp.asarray(probability, jnp.float32)
+    return jnp.where(keep, 1.0 / jnp.where(probability > 0, probability, 1.0), 0.0)
+
+
+def _whole_factors(
+    policy: Policy, rate: float | jax.Array, chosen: Any, survival: Any
+) -> jax.Array:
+    """The factors of layers that are not masked in this step: shape (rows,)."""
+    ones = jnp.ones(survival.shape, jnp.float32)
+    if policy.rescale == "expected":
+        # With rate 1 whole layers stand still, and those that learn make up for it.
+        survival = jnp.where(survival > 0, survival, 1.0)
+        ones = jnp.where(rate >= 1.0, 1.0 / survival, ones)
+    if policy.layer_choice == "one" and policy.other_layers == "still":
+        return jnp.where(chosen, ones, 0.0)
+    return ones
+
+
+def _standing_still(layout: channels.Layout) -> Group:
+    """The leaves without channels that may not learn while another layer does."""
+    still = tuple(
+        leaf
+        for leaf in layout.leaves
+        if leaf.layer is None and leaf.reason not in (channels.EXEMPT, channels.NO_VALUES)
+    )
+    return Group(still, jnp.zeros((len(still), 1), jnp.float32))

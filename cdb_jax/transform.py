@@ -1,0 +1,148 @@
+"""`channel_drop_back`: the optax transformation."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cdb_jax import channels, selection
+from cdb_jax.policy import Policy, Rate, as_policy
+
+
+class ChannelDropBackState(NamedTuple):
+    """State of `channel_drop_back`: plain arrays, and no key.
+
+    The key is part of the program and the count is all that changes, so the state can be saved
+    by anything that saves arrays, and a restart continues with the same selections.
+    """
+
+    count: jax.Array  # shape=(), dtype=jnp.int32: steps taken, the count of the next selection.
+    dropped_fraction: jax.Array  # shape=(), dtype=jnp.float32: of the last step, by parameters.
+
+
+def channel_drop_back(
+    rate: Rate | Policy,
+    *,
+    key: Any = None,
+    channel_axes: channels.ChannelAxes = channels.output_channels,
+    layer_rate: Rate = 1.0,
+    layer_choice: str = "bernoulli",
+    layer_weights: Any = "uniform",
+    other_layers: str = "full",
+    channel_choice: str = "bernoulli",
+    window_groups: int | None = None,
+    rescale: str = "none",
+    exempt: tuple[str, ...] = (),
+    share_with_bias: bool = False,
+    root: str = "",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lets a random subset of the channels learn in each step.
+
+    In step :math:`t` every layer :math:`l` is masked with probability `layer_rate`, and each channel
+    :math:`c` of a masked layer is dropped with probability `rate`. With :math:`b_{lc} = 0` for a
+    dropped channel and 1 otherwise, the updates become
+
+    .. math:: g'_{lc} = \frac{b_{lc}}{s_l}\, g_{lc},
+
+    where :math:`s_l` is 1 or set by `rescale`. Forward pass and model are not touched. Placed before
+    an optimizer it masks gradients, and a dropped channel still moves by momentum and weight decay;
+    placed after one it masks updates, and a dropped channel stands still while its moments stay
+    dense. If every channel of a masked layer would be dropped, none is, except with `rate=1`.
+
+    Args:
+      rate: probability that a channel of a masked layer is dropped; in [0, 1]. A number, an optax
+        schedule of the count, or a scalar array, which may be traced. Alternatively a `Policy`, and
+        then no other argument. With `rate=1` a masked layer stands still.
+      key: an int, a JAX key of any implementation, or a legacy `jax.random.PRNGKey`. Required. The
+        same key and count give the same selection, on every device and after any restart.
+      channel_axes: which axis holds the channels: `output_channels` or `input_channels` (by the
+        names of Flax and Equinox), an int or tuple for every leaf of two or more dimensions, `Axes`,
+        a tree of those that is a prefix of the updates (None leaves alone), or a rule
+        `(path, leaf)` that returns one of them.
+      layer_rate: probability that a layer is masked in a step. A layer that is not learns in full.
+        Number, schedule or scalar array.
+      layer_choice: "bernoulli", every layer on its own; or "one", one layer picked in each step
+        (Algorithm 1 of the paper), which is masked with probability `layer_rate`.
+      layer_weights: how "one" picks: "uniform", "size" (by number of parameters) or a dict from
+        path to weight.
+      other_layers: with "one", whether the layers that are not picked learn in "full" or stand
+        "still". In the latter case everything that is not `exempt` does: biases and normalisation
+        too.
+      channel_choice: "bernoulli", each channel on its own; "exact", k kept, all subsets equally
+        likely; "window", a cyclic run of k, so that each channel is kept with probability k/C. Here
+        :math:`k = \max(1, \mathrm{round}((1 - \mathrm{rate})\, C))`, and k = 0 for `rate=1`;
+        with a rate that is an array or a schedule the rounding may differ by one.
+      window_groups: the number g of equal groups of channels that share one window of k/g each.
+      rescale: "none"; "expected", which divides by the probability that a channel of a masked layer
+        learns: k/C, or :math:`1 - r + r^C` for "bernoulli" with rate r, where the last term is the
+        all-dropped rule, and by `1 - layer_rate` for layers that learn when `rate=1`; or
+        "realized", which divides by the fraction kept in this draw, as the released code does.
+      exempt: glob patterns of paths to leave alone, such as `("head", "*/stem/kernel")`; a pattern
+        also covers all that lies below what it matches.
+      share_with_bias: whether a `bias` follows the kernel beside it, instead of learning always.
+      root: path of the given tree inside a larger model, so that a part of the model, such as a
+        pipeline stage, draws what the whole would.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with state `ChannelDropBackState`. It never needs
+      `params`, and accepts any extra arguments.
+
+    Raises:
+      TypeError, ValueError: for a bad argument here; when updates are first seen, for a tree that
+        does not fit `channel_axes`, `exempt`, `layer_weights` or `window_groups`.
+
+    Examples:
+      >>> import cdb_jax, jax, jax.numpy as jnp, optax
+      >>> params = {"dense": {"kernel": jnp.zeros((2, 4)), "bias": jnp.zeros(4)}}
+      >>> tx = optax.chain(
+      ...     cdb_jax.channel_drop_back(0.5, key=jax.random.key(0)), optax.sgd(1.0)
+      ... )
+      >>> state = tx.init(params)
+      >>> gradients = jax.tree.map(jnp.ones_like, params)
+      >>> updates, state = tx.update(gradients, state, params)
+      >>> updates["dense"]["kernel"]  # Two of the four output channels stand still.
+      Array([[-1., -0., -0., -1.],
+             [-1., -0., -0., -1.]], dtype=float32)
+      >>> state[0].dropped_fraction
+      Array(0.5, dtype=float32)
+
+    References:
+      ChannelDropBack, `arXiv 2411.10891 <https://arxiv.org/abs/2411.10891>`_, ICPR 2024.
+    """
+    settings = dict(
+        key=key,
+        channel_axes=channel_axes,
+        layer_rate=layer_rate,
+        layer_choice=layer_choice,
+        layer_weights=layer_weights,
+        other_layers=other_layers,
+        channel_choice=channel_choice,
+        window_groups=window_groups,
+        rescale=rescale,
+        exempt=exempt,
+        share_with_bias=share_with_bias,
+        root=root,
+    )
+    policy = as_policy(rate, settings)
+
+    def init_fn(params: Any) -> ChannelDropBackState:
+        # Layouts are resolved on updates: frameworks may wrap parameters differently in the two,
+        # and `optax.tree.map_params` calls `init` with placeholders.
+        del params
+        return ChannelDropBackState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+
+    def update_fn(
+        updates: Any, state: ChannelDropBackState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ChannelDropBackState]:
+        del params, extra_args
+        layout = policy.layout(updates)
+        groups = selection.draw(policy, layout, state.count)
+        drawn = selection.as_selection(groups)
+        masked = selection.mask(updates, drawn, policy, layout, state.count)
+        fraction = selection.dropped_fraction(groups, layout)
+        return masked, ChannelDropBackState(optax.safe_increment(state.count), fraction)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,73 @@
+"""Image classifiers in Flax NNX, built from a name."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from models.resnet import RESNETS, ResNet
+from models.vit import VITS, ViT
+
+NAMES = (
+    "resnet_small",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "vit_mini/2",
+    "vit_ti/16",
+    "vit_s/16",
+    "vit_b/16",
+    "vit_l/16",
+)
+
+
+def create(
+    name: str,
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    dtype: DTypeLike = jnp.float32,
+    dropout_rate: float = 0.0,
+    rngs: nnx.Rngs,
+) -> ResNet | ViT:
+    """Builds a model that maps images (batch, height, width, channels) to logits (batch, classes).
+
+    Args:
+      name: one of `NAMES`. The number after the slash is the patch size of a ViT, and any that
+        divides the image will do.
+      num_classes: number of logits.
+      image_shape: (height, width, channels) of one image.
+      dtype: of the computation. Parameters, batch statistics and logits are float32 always.
+      dropout_rate: probability that dropout zeroes a value in training.
+      rngs: source of the initial parameters and of the dropout masks.
+
+    Returns:
+      The model in training mode; `model.eval()` switches dropout and batch statistics over.
+
+    Raises:
+      ValueError: if the name is unknown or the patch size does not divide the image.
+    """
+    family, _, patch = name.partition("/")
+    if family in RESNETS and not patch:
+        return ResNet(
+            *RESNETS[family],
+            num_classes=num_classes,
+            in_channels=image_shape[-1],
+            stem="imagenet" if min(image_shape[:2]) > 64 else "cifar",
+            dtype=dtype,
+            dropout_rate=dropout_rate,
+            rngs=rngs,
+        )
+    if family in VITS and patch.isdecimal() and int(patch) > 0:
+        return ViT(
+            *VITS[family],
+            num_classes=num_classes,
+            image_shape=image_shape,
+            patch_size=int(patch),
+            dtype=dtype,
+            dropout_rate=dropout_rate,
+            rngs=rngs,
+        )
+    raise ValueError(
+        f"unknown model {name!r}; choose one of {', '.join(NAMES)} (any patch size may follow "
+        "the slash)."
+    )

@@ -1,0 +1,163 @@
+"""Residual networks (He et al. 2015, arXiv 1512.03385)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+ones, zeros = nnx.initializers.ones, nnx.initializers.zeros
+
+
+class ConvNorm(nnx.Module):
+    """A convolution without bias, then batch normalisation."""
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        size: int,
+        stride: int = 1,
+        *,
+        scale_init: nnx.Initializer = ones,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.conv = nnx.Conv(
+            in_features,
+            features,
+            kernel_size=(size, size),
+            strides=stride,
+            padding=size // 2,
+            use_bias=False,
+            kernel_init=he_normal,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm = nnx.BatchNorm(
+            features, momentum=0.9, scale_init=scale_init, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(self.conv(x))
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions around a shortcut: the block of ResNet-18 and ResNet-34."""
+
+    expansion = 1
+
+    def __init__(
+        self, in_features: int, width: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        layer = partial(ConvNorm, dtype=dtype, rngs=rngs)
+        self.conv1 = layer(in_features, width, 3, stride)
+        # Scale zero makes the block the identity at first, which steadies early training.
+        self.conv2 = layer(width, width, 3, scale_init=zeros)
+        projects = stride > 1 or in_features != width
+        self.shortcut = layer(in_features, width, 1, stride) if projects else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nnx.relu(self.conv1(x))
+        y = self.conv2(y)
+        return nnx.relu(y + (self.shortcut(x) if self.shortcut else x))
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3 and 1x1 convolutions around a shortcut: the block of ResNet-50.
+
+    The 3x3 convolution carries the stride, as in the variant known as v1.5.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self, in_features: int, width: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        features = self.expansion * width
+        layer = partial(ConvNorm, dtype=dtype, rngs=rngs)
+        self.conv1 = layer(in_features, width, 1)
+        self.conv2 = layer(width, width, 3, stride)
+        self.conv3 = layer(width, features, 1, scale_init=zeros)  # As in BasicBlock.
+        projects = stride > 1 or in_features != features
+        self.shortcut = layer(in_features, features, 1, stride) if projects else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nnx.relu(self.conv1(x))
+        y = nnx.relu(self.conv2(y))
+        y = self.conv3(y)
+        return nnx.relu(y + (self.shortcut(x) if self.shortcut else x))
+
+
+class ResNet(nnx.Module):
+    """Stages of residual blocks; each stage after the first halves the image and doubles the width.
+
+    Args:
+      block: `BasicBlock` or `Bottleneck`.
+      depths: number of blocks in each stage.
+      width: width of the first stage.
+      num_classes: number of logits.
+      in_channels: channels of an image.
+      stem: "imagenet" (7x7 convolution of stride 2 and max pooling: a quarter of the side) or
+        "cifar" (3x3 convolution at full size, for small images).
+      dtype: of the computation; parameters and batch statistics are float32.
+      dropout_rate: dropout before the head.
+      rngs: streams "params" and "dropout".
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        depths: tuple[int, ...],
+        width: int = 64,
+        *,
+        num_classes: int,
+        in_channels: int = 3,
+        stem: str = "imagenet",
+        dtype: DTypeLike = jnp.float32,
+        dropout_rate: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        if stem not in ("imagenet", "cifar"):
+            raise ValueError(f"stem={stem!r}; choose 'imagenet' or 'cifar'.")
+        size, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        self.stem = ConvNorm(in_channels, width, size, stride, dtype=dtype, rngs=rngs)
+        self.pools_stem = stem == "imagenet"
+
+        blocks, features = [], width
+        for stage, depth in enumerate(depths):
+            stage_width = width * 2**stage
+            for i in range(depth):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(block(features, stage_width, stride, dtype=dtype, rngs=rngs))
+                features = stage_width * block.expansion
+        self.blocks = nnx.List(blocks)
+
+        self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
+        self.head = nnx.Linear(
+            features,
+            num_classes,
+            kernel_init=nnx.initializers.normal(0.01),
+            dtype=jnp.float32,  # Logits in full precision, whatever the trunk computes in.
+            rngs=rngs,
+        )
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = nnx.relu(self.stem(images))
+        if self.pools_stem:
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        for block in self.blocks:
+            x = block(x)
+        x = jnp.mean(x, axis=(1, 2))
+        return self.head(self.dropout(x))
+
+
+# Block, blocks in each stage, width of the first stage.
+RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, ...], int]] = {
+    "resnet_small": (BasicBlock, (1, 1, 1), 16),  # For images of 8x8 to 32x32.
+    "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), 64),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
+}
