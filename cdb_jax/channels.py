@@ -66,7 +66,7 @@ class Axes:
 
 AxisSpec = int | tuple[int, ...] | Axes | Convention | None
 Rule = Callable[[str, Any], AxisSpec]
-ChannelAxes = AxisSpec | Rule | Any  # `Any`: a prefix tree of specs.
+ChannelAxes = Any  # AxisSpec, a Rule, or a prefix tree of AxisSpecs.
 
 
 class Leaf(NamedTuple):
@@ -424,7 +424,7 @@ def _by_convention(direction: str, path: str, shape: tuple[int, ...]) -> tuple[i
     if direction == "output":
         return output
     if math.prod(shape[axis] for axis in input) == 1:
-        return "one input channel (depthwise)"
+        return "one input channel"
     return input
 
 

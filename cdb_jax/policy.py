@@ -85,7 +85,7 @@ class Policy:
     def _check_combinations(self) -> None:
         if self.rescale == "realized" and isinstance(self.rate, float) and self.rate == 1.0:
             raise ValueError(
-                "rescale='realized' divides by the fraction of channels that are kept, and rate=1.0 "
+                "rescale='realized' divides by the fraction of channels kept, and rate=1.0 "
                 "keeps none; use rescale='expected' or 'none'."
             )
         if self.share_with_bias and self.channel_axes is channels.input_channels:
@@ -152,7 +152,7 @@ def _check_rate(name: str, rate: Any) -> Any:
             f"{name} must be a drop probability: a number, an optax schedule or a scalar array, "
             f"got {rate!r}."
         )
-    if not 0.0 <= rate <= 1.0:  # False for NaN too.
+    if not 0.0 <= float(rate) <= 1.0:  # False for NaN too.
         raise ValueError(f"{name} must be a drop probability between 0 and 1, got {rate!r}.")
     return float(rate)
 

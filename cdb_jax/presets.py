@@ -25,8 +25,8 @@ def released_code(
     Args:
       key: as in `channel_drop_back`.
       exempt: path patterns of the first layers. The released code skips the parameters with index
-        0 to `skip_init_layers` (3 by default), in order of definition. A JAX tree has no such order,
-        so they are named: `("stem",)`, say, or `()` for none.
+        0 to `skip_init_layers` (3 by default), in order of definition. A JAX tree has no such
+        order, so they are named: `("stem",)`, say, or `()` for none.
       rate: drop probability of a channel in a masked layer.
       layer_rate: probability that a layer is masked; `released_layer_rate` is its schedule.
 

@@ -115,7 +115,7 @@ def _summary(layout: channels.Layout, policy: Policy) -> str:
     )
     which = "one layer a step, " if policy.layer_choice == "one" else ""
     return (
-        f"{layers} layer{'s' * (layers != 1)}, {100 * droppable / max(total, 1):.1f} % of {total:,} "
-        f"parameters can be dropped; {which}layer_rate {layer_rate}, rate {rate}, "
+        f"{layers} layer{'s' * (layers != 1)}, {100 * droppable / max(total, 1):.1f} % of "
+        f"{total:,} parameters can be dropped; {which}layer_rate {layer_rate}, rate {rate}, "
         f"{policy.channel_choice} channels."
     )

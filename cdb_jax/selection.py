@@ -263,8 +263,8 @@ def dropped_fraction(groups: Sequence[Group], layout: channels.Layout) -> jax.Ar
     fraction = jnp.zeros((), jnp.float32)
     for layers, factors in groups:
         shares = [size[layer.path] / layer.depth / total for layer in layers]
-        shares = np.repeat(shares, [layer.depth for layer in layers]).astype(np.float32)
-        fraction += jnp.sum(shares * jnp.mean(factors == 0, axis=1, dtype=jnp.float32))
+        weights = np.repeat(shares, [layer.depth for layer in layers]).astype(np.float32)
+        fraction += jnp.sum(weights * jnp.mean(factors == 0, axis=1, dtype=jnp.float32))
     return fraction
 
 
@@ -353,7 +353,7 @@ def _choose_channels(
     width: int,
     keys: jax.Array,
     offset: jax.Array,
-) -> tuple[jax.Array, Any]:
+) -> tuple[jax.Array | np.ndarray, Any]:
     """Which channels a masked layer keeps, bool (rows, width), and the probability of each."""
     if policy.channel_choice == "bernoulli":
         keep = _uniform(_channel_words(keys, width)) >= rate
@@ -385,14 +385,14 @@ def _smallest(words: jax.Array, kept: int | jax.Array) -> jax.Array:
     return below | (equal & (jnp.cumsum(equal, axis=1, dtype=jnp.int32) <= room))
 
 
-def _kept_factors(rescale: str, keep: jax.Array, probability: Any) -> jax.Array:
+def _kept_factors(rescale: str, keep: jax.Array | np.ndarray, probability: Any) -> jax.Array:
     if rescale == "none":
         return keep.astype(jnp.float32)
     if rescale == "realized":
         probability = jnp.mean(keep, axis=1, keepdims=True, dtype=jnp.float32)
     # Where nothing is kept the quotient is not used, and must not be a NaN.
     probability = jnp.asarray(probability, jnp.float32)
-    return jnp.where(keep, 1.0 / jnp.where(probability > 0, probability, 1.0), 0.0)
+    return jnp.where(keep, 1.0 / jnp.where(probability > 0, probability, 1.0), np.float32(0.0))
 
 
 def _whole_factors(

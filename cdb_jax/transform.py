@@ -19,7 +19,7 @@ class ChannelDropBackState(NamedTuple):
     by anything that saves arrays, and a restart continues with the same selections.
     """
 
-    count: jax.Array  # shape=(), dtype=jnp.int32: steps taken, the count of the next selection.
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32: steps taken, the count of the next selection.
     dropped_fraction: jax.Array  # shape=(), dtype=jnp.float32: of the last step, by parameters.
 
 
@@ -41,16 +41,16 @@ def channel_drop_back(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lets a random subset of the channels learn in each step.
 
-    In step :math:`t` every layer :math:`l` is masked with probability `layer_rate`, and each channel
+    In every step each layer :math:`l` is masked with probability `layer_rate`, and each channel
     :math:`c` of a masked layer is dropped with probability `rate`. With :math:`b_{lc} = 0` for a
     dropped channel and 1 otherwise, the updates become
 
     .. math:: g'_{lc} = \frac{b_{lc}}{s_l}\, g_{lc},
 
-    where :math:`s_l` is 1 or set by `rescale`. Forward pass and model are not touched. Placed before
-    an optimizer it masks gradients, and a dropped channel still moves by momentum and weight decay;
-    placed after one it masks updates, and a dropped channel stands still while its moments stay
-    dense. If every channel of a masked layer would be dropped, none is, except with `rate=1`.
+    where :math:`s_l` is 1 or set by `rescale`. Forward pass and model are not touched. Placed
+    before an optimizer it masks gradients, and a dropped channel still moves by momentum and weight
+    decay; placed after one it masks updates, and a dropped channel stands still while its moments
+    stay dense. If every channel of a masked layer would be dropped, none is, except with `rate=1`.
 
     Args:
       rate: probability that a channel of a masked layer is dropped; in [0, 1]. A number, an optax
@@ -59,8 +59,8 @@ def channel_drop_back(
       key: an int, a JAX key of any implementation, or a legacy `jax.random.PRNGKey`. Required. The
         same key and count give the same selection, on every device and after any restart.
       channel_axes: which axis holds the channels: `output_channels` or `input_channels` (by the
-        names of Flax and Equinox), an int or tuple for every leaf of two or more dimensions, `Axes`,
-        a tree of those that is a prefix of the updates (None leaves alone), or a rule
+        names of Flax and Equinox), an int or tuple for every leaf of two or more dimensions,
+        `Axes`, a tree of those that is a prefix of the updates (None leaves alone), or a rule
         `(path, leaf)` that returns one of them.
       layer_rate: probability that a layer is masked in a step. A layer that is not learns in full.
         Number, schedule or scalar array.

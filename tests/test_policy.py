@@ -1,0 +1,216 @@
+"""Bad input: every mistake gets an error that names the argument, the value and the mend."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import cdb_jax
+from cdb_jax import Axes, Policy, channel_drop_back
+
+DENSE = {"dense": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}}
+STACK = {"fc": {"kernel": jnp.zeros((3, 8, 8))}}
+
+AT_CONSTRUCTION = {
+    "negative rate": (dict(rate=-0.1), "rate must be a drop probability.*-0.1"),
+    "rate above one": (dict(rate=1.5), "rate must be a drop probability.*1.5"),
+    "rate NaN": (dict(rate=float("nan")), "rate must be a drop probability.*nan"),
+    "rate a string": (dict(rate="0.3"), "rate must be a drop probability.*'0.3'"),
+    "rate a bool": (dict(rate=True), "rate must be a drop probability.*True"),
+    "rate None": (dict(rate=None), "rate must be a drop probability.*None"),
+    "rate a vector": (dict(rate=jnp.ones(3)), r"rate must be a scalar.*\(3,\)"),
+    "rate a bad array": (dict(rate=jnp.float32(2.0)), "rate must be a drop probability.*2.0"),
+    "layer_rate": (dict(layer_rate=2), "layer_rate must be a drop probability.*2"),
+    "no key": (dict(key=None), r"key is missing.*key=jax.random.key\(0\)"),
+    "float key": (dict(key=0.5), "key must be an int or a JAX key, got 0.5"),
+    "bool key": (dict(key=True), "key must be an int or a JAX key, got True"),
+    "string key": (dict(key="seed"), "key must be an int or a JAX key, got 'seed'"),
+    "negative key": (dict(key=-1), "key=-1 is not in"),
+    "float array key": (dict(key=jnp.ones(2)), "key must be an int or a JAX key.*float32"),
+    "many keys": (
+        dict(key=jax.random.split(jax.random.key(0), 3)),
+        r"key must be one key.*\(3,\).*jax.vmap",
+    ),
+    "layer_choice": (dict(layer_choice="bernouli"), "layer_choice must be one of.*'bernouli'"),
+    "channel_choice": (dict(channel_choice="block"), "channel_choice must be one of.*'block'"),
+    "rescale": (dict(rescale=True), "rescale must be one of.*True"),
+    "other_layers": (
+        dict(layer_choice="one", other_layers="frozen"),
+        "other_layers must be one of.*'frozen'",
+    ),
+    "other_layers alone": (dict(other_layers="still"), "other_layers='still'.*layer_choice='one'"),
+    "layer_weights alone": (dict(layer_weights="size"), "layer_weights='size'.*only with"),
+    "layer_weights name": (
+        dict(layer_choice="one", layer_weights="sizes"),
+        "layer_weights must be one of.*'sizes'",
+    ),
+    "layer_weights number": (
+        dict(layer_choice="one", layer_weights=3),
+        "layer_weights must be 'uniform', 'size' or a dict.*3",
+    ),
+    "negative weight": (
+        dict(layer_choice="one", layer_weights={"a": -1.0}),
+        r"layer_weights\['a'\].*-1.0",
+    ),
+    "no weight": (
+        dict(layer_choice="one", layer_weights={"a": 0.0}),
+        "layer_weights must have a positive sum",
+    ),
+    "window_groups alone": (dict(window_groups=2), "window_groups=2.*only with"),
+    "window_groups zero": (
+        dict(channel_choice="window", window_groups=0),
+        "window_groups must be an int >= 1, got 0",
+    ),
+    "realized at one": (dict(rate=1.0, rescale="realized"), "rescale='realized'.*rate=1.0"),
+    "exempt a string": (dict(exempt="head"), r"exempt=\('head',\)"),
+    "exempt a number": (dict(exempt=(3,)), "exempt must hold path patterns.*3"),
+    "share_with_bias": (dict(share_with_bias=1), "share_with_bias must be a bool, got 1"),
+    "bias of inputs": (
+        dict(share_with_bias=True, channel_axes=cdb_jax.input_channels),
+        "share_with_bias=True.*output_channels",
+    ),
+    "root": (dict(root=3), "root must be a path.*3"),
+    "axes a string": (dict(channel_axes="output"), "channel_axes must be output_channels"),
+    "axes an array": (dict(channel_axes=jnp.int32(1)), "channel_axes must be static"),
+}
+
+
+@pytest.mark.parametrize("settings, message", AT_CONSTRUCTION.values(), ids=AT_CONSTRUCTION)
+def test_mistakes_at_construction(settings, message):
+    settings = {"rate": 0.3, "key": 0} | settings
+    with pytest.raises((TypeError, ValueError), match=message):
+        channel_drop_back(settings.pop("rate"), **settings)
+
+
+ON_A_TREE = {
+    "axis out of range": (DENSE, dict(channel_axes=2), r"axis 2 is out of range.*dense/kernel"),
+    "axis repeated": (DENSE, dict(channel_axes=(1, -1)), "dense/kernel.*repeats an axis"),
+    "axis on a scalar": (
+        {"x": jnp.zeros(())},
+        dict(channel_axes=lambda path, leaf: 0),
+        "axis 0 is out of range for 'x'",
+    ),
+    "axis twice": (
+        STACK,
+        dict(channel_axes=Axes(0, stack=0)),
+        "fc/kernel.*both as a channel and as a stack",
+    ),
+    "axis a bool": (DENSE, dict(channel_axes=lambda p, x: True), "axis True.*is not an int"),
+    "no axis": (DENSE, dict(channel_axes=()), "names no channel axis"),
+    "rule returns a string": (DENSE, dict(channel_axes=lambda p, x: "out"), "rule returned 'out'"),
+    "tree too small": (
+        DENSE | {"head": {"kernel": jnp.zeros((2, 2))}},
+        dict(channel_axes={"dense": -1}),
+        "no spec for 'head/kernel'",
+    ),
+    "tree too large": (DENSE, dict(channel_axes={"dense": -1, "head": -1}), "spec at 'head'"),
+    "tree of strings": (DENSE, dict(channel_axes={"dense": "out"}), "'out' at 'dense'"),
+    "exempt matches nothing": (DENSE, dict(exempt=("haed",)), "'haed' matches none.*dense/kernel"),
+    "nothing left": (DENSE, dict(exempt=("dense",)), "leave nothing to drop"),
+    "only biases": ({"bias": jnp.zeros(3)}, {}, "leave nothing to drop"),
+    "stack or convolution": (STACK, {}, r"name and rank.*fc/kernel.*\(3, 8, 8\)(.|\n)*stack=0"),
+    "unknown name": ({"w": jnp.zeros((3, 4))}, {}, r"name and rank.*'w'.*\(3, 4\)"),
+    "two leaves, one path": (
+        {"params": {"kernel": jnp.zeros((2, 2))}, "kernel": jnp.zeros((2, 2))},
+        {},
+        "2 leaves of the tree have the path 'kernel'",
+    ),
+    "window_groups": (
+        DENSE,
+        dict(channel_choice="window", window_groups=3),
+        "window_groups=3 does not divide the 4 channels of 'dense/kernel'",
+    ),
+    "weights too few": (
+        DENSE,
+        dict(layer_choice="one", layer_weights={"other/kernel": 1.0}),
+        "no weight for the layer 'dense/kernel'",
+    ),
+    "weights too many": (
+        DENSE,
+        dict(layer_choice="one", layer_weights={"dense/kernel": 1.0, "head/kernel": 1.0}),
+        "weight for 'head/kernel', which is no layer",
+    ),
+    "one layer of a part": (
+        DENSE | {"head": optax.MaskedNode()},
+        dict(layer_choice="one"),
+        "layer_choice='one' picks one layer of the whole model",
+    ),
+    "bias without its kernel": (
+        {"a": {"kernel": optax.MaskedNode(), "bias": jnp.zeros(4)}} | DENSE,
+        dict(share_with_bias=True),
+        "'a/bias' follows 'a/kernel', which is masked out",
+    ),
+    "bias of another shape": (
+        {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(3)},
+        dict(share_with_bias=True),
+        r"'bias' of shape \(3,\) cannot follow",
+    ),
+}
+
+
+@pytest.mark.parametrize("tree, settings, message", ON_A_TREE.values(), ids=ON_A_TREE)
+def test_mistakes_on_a_tree(tree, settings, message):
+    tx = channel_drop_back(0.3, key=0, **settings)
+    with pytest.raises((TypeError, ValueError), match=message):
+        tx.update(tree, tx.init(tree))
+
+
+def test_mistakes_with_a_selection():
+    policy = Policy(0.5, key=0)
+    with pytest.raises(ValueError, match="no entry for 'dense/kernel'"):
+        cdb_jax.apply_selection(DENSE, {}, policy)
+    with pytest.raises(ValueError, match=r"shape \(3,\).*needs \(4,\)"):
+        cdb_jax.apply_selection(DENSE, {"dense/kernel": np.ones(3)}, policy)
+    with pytest.raises(ValueError, match="entry for 'x', which is no leaf"):
+        cdb_jax.apply_selection(DENSE, {"dense/kernel": np.ones(4), "x": np.ones(4)}, policy)
+
+
+def test_mistakes_with_a_policy():
+    policy = Policy(0.5, key=0)
+    with pytest.raises(TypeError, match="layer_rate=0.5 was given beside a Policy"):
+        channel_drop_back(policy, layer_rate=0.5)
+    with pytest.raises(TypeError, match="policy must be a cdb_jax.Policy, got 0.3"):
+        cdb_jax.channel_report(DENSE, 0.3)
+    with pytest.raises(ValueError, match="total_steps must be an int >= 1, got 0"):
+        cdb_jax.released_layer_rate(0)
+    with pytest.raises(ValueError, match="final must be a drop probability.*1.3"):
+        cdb_jax.released_layer_rate(10, final=1.3)
+
+
+def test_channel_drop_back_and_policy_take_the_same_arguments():
+    import inspect
+
+    ours = inspect.signature(channel_drop_back).parameters
+    fields = {field.name: field.default for field in dataclasses.fields(Policy)}
+    assert list(ours) == list(fields)
+    for name, default in fields.items():
+        if name != "rate":
+            assert ours[name].default == default, name
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        0,
+        np.int64(0),
+        jnp.int32(0),
+        jax.random.key(0),
+        jax.random.PRNGKey(0),
+        jax.random.key(0, impl="threefry2x32"),
+    ],
+    ids=str,
+)
+def test_keys_that_mean_the_same(key):
+    assert Policy(0.3, key=key).key == (0, 0)
+
+
+def test_other_keys_differ_and_policies_can_be_changed():
+    keys = [1, 2**32, jax.random.key(7, impl="rbg"), jax.random.key(8, impl="unsafe_rbg")]
+    words = {Policy(0.3, key=key).key for key in keys}
+    assert len(words) == len(keys)
+    policy = Policy(0.3, key=keys[2], layer_choice="one", layer_weights={"b": 1, "a": 2})
+    assert dataclasses.replace(policy, rate=0.3) == policy
+    assert hash(policy) == hash(dataclasses.replace(policy))
