@@ -387,7 +387,7 @@ def _smallest(words: jax.Array, kept: int | jax.Array) -> jax.Array:
 
 def _kept_factors(rescale: str, keep: jax.Array | np.ndarray, probability: Any) -> jax.Array:
     if rescale == "none":
-        return keep.astype(jnp.float32)
+        return jnp.asarray(keep, jnp.float32)
     if rescale == "realized":
         probability = jnp.mean(keep, axis=1, keepdims=True, dtype=jnp.float32)
     # Where nothing is kept the quotient is not used, and must not be a NaN.
