@@ -146,7 +146,9 @@ def _mask(
     for x, leaf in zip(leaves, layout.leaves, strict=True):
         path = leaf.layer or leaf.path
         if path in factors:
-            x = _scale(x, _broadcastable(factors[path], leaf))
+            scale = _broadcastable(factors[path], leaf)
+            # Even a product with 1 can flush a subnormal number to zero.
+            x = jnp.where(scale == 1, x, _scale(x, scale))
         if path in keep:  # Selected, not multiplied by zero: NaN times zero is NaN.
             x = jnp.where(_broadcastable(keep[path], leaf), x, jnp.zeros((), x.dtype))
         masked.append(x)

@@ -8,9 +8,17 @@ os.environ["XLA_FLAGS"] = (
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def standard_promotion():
+    """For tests that run other libraries' code, which promotes dtypes as JAX does by default."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
