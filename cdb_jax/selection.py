@@ -6,8 +6,9 @@ and on nothing else in the tree:
     instance key = fold_in(fold_in(fold_in(key, count), layer id), stack index)
 
 `fold_in(instance key, 0)` holds the words for the layer as a whole, `fold_in(instance key, 1 + i)`
-those of channels 2i and 2i + 1. Layers with the same number of channels are drawn as one matrix,
-one row for each layer, so the cost in operations does not grow with the depth of the model.
+those of channels 2i and 2i + 1. All of them come from one vectorised fold for the whole tree;
+layers with the same number of channels then form one matrix, one row for each layer, so the number
+of operations does not grow with the depth of the model.
 """
 
 from __future__ import annotations
@@ -222,19 +223,17 @@ def draw(policy: Policy, layout: channels.Layout, count: jax.typing.ArrayLike) -
             jax.random.wrap_key_data(_words(policy.key), impl="threefry2x32"), count
         )
         chosen, chance = _choose_layers(policy, layers, step_key)
-        keys = _instance_keys(layers, step_key)
-        gate, offset = _own_words(keys)
-        masked = chosen & (_uniform(gate) < layer_rate)
         survival = 1.0 - layer_rate * chance
+        rows = {width: sum(x.depth for x in members) for width, members in by_channels.items()}
+        words = _random_words(policy, _instance_keys(layers, step_key), rows)
         stop = 0
-        for width, members in by_channels.items():
-            start, stop = stop, stop + sum(layer.depth for layer in members)
-            keep, probability = _choose_channels(
-                policy, rate, width, keys[start:stop], offset[start:stop]
-            )
+        for (width, members), (own, each) in zip(by_channels.items(), words, strict=True):
+            start, stop = stop, stop + rows[width]
+            masked = chosen[start:stop] & (_uniform(own[:, 0]) < layer_rate)
+            keep, probability = _choose_channels(policy, rate, width, own[:, 1], each)
             kept = _kept_factors(policy.rescale, keep, probability)
             whole = _whole_factors(policy, rate, chosen[start:stop], survival[start:stop])
-            factors = jnp.where(masked[start:stop, None], kept, whole[:, None])
+            factors = jnp.where(masked[:, None], kept, whole[:, None])
             groups.append(Group(tuple(members), factors))
     if policy.layer_choice == "one" and policy.other_layers == "still":
         groups.append(_standing_still(layout))
@@ -290,7 +289,6 @@ def _words(key: tuple[int, int] | jax.Array) -> jax.Array:
 
 _fold_each = jax.vmap(jax.random.fold_in)  # One number into each key.
 _fold_many = jax.vmap(jax.random.fold_in, in_axes=(None, 0))  # Many numbers into one key.
-_fold_grid = jax.vmap(_fold_many, in_axes=(0, None))  # Many numbers into each of many keys.
 
 
 def _instance_keys(layers: Sequence[channels.Leaf], step_key: jax.Array) -> jax.Array:
@@ -301,15 +299,31 @@ def _instance_keys(layers: Sequence[channels.Leaf], step_key: jax.Array) -> jax.
     return _fold_each(_fold_many(step_key, ids), index)
 
 
-def _own_words(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    words = jax.random.key_data(_fold_grid(keys, np.zeros(1, np.uint32)))[:, 0]
-    return words[:, 0], words[:, 1]
+def _random_words(
+    policy: Policy, keys: jax.Array, rows: Mapping[int, int]
+) -> list[tuple[jax.Array, jax.Array]]:
+    """All random words of a step, dtype uint32, from one vectorised fold for the whole tree.
 
-
-def _channel_words(keys: jax.Array, width: int) -> jax.Array:
-    """Random words of shape `(rows, width)`, dtype uint32; each fold yields two of them."""
-    pairs = _fold_grid(keys, 1 + np.arange((width + 1) // 2, dtype=np.uint32))
-    return jax.random.key_data(pairs).reshape(keys.shape[0], -1)[:, :width]
+    Returns for each width the words of its layers as a whole, shape `(rows, 2)`, and those of their
+    channels, shape `(rows, width)`; a window needs none of the latter.
+    """
+    folds = {
+        width: 1 if policy.channel_choice == "window" else 1 + (width + 1) // 2 for width in rows
+    }
+    flat_keys, flat_index, stop = [], [], 0
+    for width, number in rows.items():
+        start, stop = stop, stop + number
+        shape = (number, folds[width])
+        flat_keys.append(jnp.broadcast_to(keys[start:stop, None], shape).ravel())
+        flat_index.append(jax.lax.broadcasted_iota(jnp.uint32, shape, 1).ravel())
+    folded = _fold_each(jnp.concatenate(flat_keys), jnp.concatenate(flat_index))
+    flat = jax.random.key_data(folded)
+    words, stop = [], 0
+    for width, number in rows.items():
+        start, stop = stop, stop + number * folds[width]
+        of_row = flat[start:stop].reshape(number, folds[width], 2)
+        words.append((of_row[:, 0], of_row[:, 1:].reshape(number, -1)[:, :width]))
+    return words
 
 
 def _uniform(words: jax.Array) -> jax.Array:
@@ -353,19 +367,19 @@ def _choose_channels(
     policy: Policy,
     rate: float | jax.Array,
     width: int,
-    keys: jax.Array,
     offset: jax.Array,
+    words: jax.Array,
 ) -> tuple[jax.Array | np.ndarray, Any]:
     """Which channels a masked layer keeps, bool (rows, width), and the probability of each."""
     if policy.channel_choice == "bernoulli":
-        keep = _uniform(_channel_words(keys, width)) >= rate
+        keep = _uniform(words) >= rate
         # Where all would be dropped none is, so a channel learns a little more often than 1 - rate.
         spared = ~jnp.any(keep, axis=1, keepdims=True) & (rate < 1.0)
         return keep | spared, 1.0 - rate + rate**width
 
     if policy.channel_choice == "exact":
         kept = kept_channels(rate, width)
-        return _smallest(_channel_words(keys, width), kept), kept / width
+        return _smallest(words, kept), kept / width
 
     size = width // (policy.window_groups or 1)
     kept = kept_channels(rate, size)
