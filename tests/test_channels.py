@@ -176,3 +176,10 @@ def test_leaves_without_values_are_left_alone():
         "none": None,
     }
     assert axes_of(tree, -1) == {"kernel": ((1,), ()), "count": None, "empty/kernel": None}
+
+
+def test_layers_with_the_same_id_are_an_error(monkeypatch):
+    monkeypatch.setattr("cdb_jax.channels.layer_id", lambda path: 7)
+    tree = {"a": {"kernel": jnp.zeros((2, 2))}, "b": {"kernel": jnp.zeros((2, 2))}}
+    with pytest.raises(ValueError, match="'a/kernel' and 'b/kernel' have the same 32-bit id 0x7"):
+        resolve(tree)

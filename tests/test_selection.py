@@ -259,6 +259,16 @@ def test_schedules_follow_the_count():
         assert abs(kept - (1 - count / 10)) < 4 * np.sqrt(0.25 / 4000)
 
 
+def test_scheduled_layer_rate():
+    two_steps = lambda count: jnp.where(count < 2, 1.0, 0.0)
+    policy = Policy(0.5, key=0, layer_rate=two_steps, channel_choice="exact")
+    dropped = [
+        int((np.asarray(sample_selection(policy, dense(2, 8), count)["kernel"]) == 0).sum())
+        for count in range(4)
+    ]
+    assert dropped == [4, 4, 0, 0]
+
+
 def test_released_schedule():
     schedule = cdb_jax.released_layer_rate(200)
     values = [float(schedule(count)) for count in (0, 59, 60, 119, 120, 10_000)]

@@ -329,6 +329,18 @@ def test_sharded_updates_stay_where_they_are(spec, choice):
             assert np.prod([int(n) for n in dimensions.split(",")]) <= 1024, line
 
 
+@pytest.mark.parametrize("spec", [("x", None), (None, "y"), ("x", "y"), (None, ("x", "y"))])
+def test_explicit_sharding(spec):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    drop = channel_drop_back(0.5, key=0, rescale="expected")
+    local = {"kernel": jnp.ones((16, 32))}
+    with jax.set_mesh(mesh):
+        grads = jax.device_put(local, NamedSharding(mesh, PartitionSpec(*spec)))
+        updates, _ = jax.jit(drop.update)(grads, drop.init(grads))
+        assert updates["kernel"].sharding.spec == PartitionSpec(*spec)
+    equal(updates, mask_of(drop, grads=local))
+
+
 def test_no_parameter_sized_temporary_and_no_host_sync():
     grads = {str(i): {"kernel": jnp.ones((512, 512))} for i in range(4)}
     drop = channel_drop_back(0.5, key=0, rescale="realized")
