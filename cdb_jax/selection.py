@@ -14,7 +14,7 @@ of operations does not grow with the depth of the model.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -105,34 +105,40 @@ def apply_selection(updates: Any, selection: Mapping[str, Any], policy: Policy) 
 
 def mask(
     updates: Any,
-    selection: Selection,
+    groups: Sequence[Group],
     policy: Policy,
     layout: channels.Layout,
     count: jax.typing.ArrayLike,
 ) -> Any:
-    """`apply_selection` for a selection that the policy has drawn at `count`."""
-    keep = {path: values != 0 for path, values in selection.items()}
+    """`apply_selection` for the groups that the policy has drawn at `count`."""
+
+    def cut(matrices: Sequence[jax.Array]) -> Selection:
+        return as_selection([g._replace(factors=x) for g, x in zip(groups, matrices, strict=True)])
+
+    factors = [group.factors for group in groups]
+    keep = _materialise(cut, [x != 0 for x in factors], count)
     # Without rescaling the factors are 0 and 1, and there is nothing to multiply.
-    factors = {} if policy.rescale == "none" else selection
-    keep, factors = _materialise((keep, factors), count)
-    return _mask(updates, keep, factors, layout)
+    scales = {} if policy.rescale == "none" else _materialise(cut, factors, count)
+    return _mask(updates, keep, scales, layout)
 
 
-def _materialise(vectors: Any, count: jax.typing.ArrayLike) -> Any:
-    """Makes XLA compute the vectors once, instead of anew for every weight they are applied to.
+def _materialise(f: Callable[[Any], Any], x: Any, count: jax.typing.ArrayLike) -> Any:
+    """`f(x)`, which XLA computes once, instead of anew for every weight it is applied to.
 
     Fused into the parameter-sized loops, the draw would be repeated for each weight of a channel,
     and every layer would become a loop of its own to compile: four times the compilation time of
     AdamW on a ViT-B. The CPU compiler drops barriers before it fuses, but fuses nothing through a
     conditional; on other platforms a conditional may wait for the host, and barriers hold.
     """
+
+    def zeros(x: Any) -> Any:
+        return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(f, x))
+
     return jax.lax.platform_dependent(
-        vectors,
+        x,
         jnp.asarray(count) >= 0,
-        cpu=lambda x, always: jax.lax.cond(
-            always, lambda x: x, lambda x: jax.tree.map(jnp.zeros_like, x), x
-        ),
-        default=lambda x, always: jax.lax.optimization_barrier(x),
+        cpu=lambda x, always: jax.lax.cond(always, f, zeros, x),
+        default=lambda x, always: jax.lax.optimization_barrier(f(x)),
     )
 
 

@@ -140,8 +140,7 @@ def channel_drop_back(
         del params, extra_args
         layout = policy.layout(updates)
         groups = selection.draw(policy, layout, state.count)
-        drawn = selection.as_selection(groups)
-        masked = selection.mask(updates, drawn, policy, layout, state.count)
+        masked = selection.mask(updates, groups, policy, layout, state.count)
         fraction = selection.dropped_fraction(groups, layout)
         return masked, ChannelDropBackState(optax.safe_increment(state.count), fraction)
 
