@@ -1,0 +1,319 @@
+"""Images through TensorFlow Datasets and Grain; TensorFlow itself is needed only to prepare a set.
+
+    python examples/data.py cifar10 --data-dir ~/tensorflow_datasets    # once: download and prepare
+
+A batch is a function of the seed and the step alone: a run resumes by starting at its step, and
+with several processes each reads its own share of the same batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+import PIL.Image
+import tensorflow_datasets as tfds
+import tyro
+from absl import logging
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; scripts show its message as one line."""
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+    """scikit-learn's 1,797 handwritten digits, 8x8 pixels of 0 to 16: 1,297 to train on, 500 to
+    test on, with equal shares of every class."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {  # A `Tensor`, because preparing an `Image` takes TensorFlow.
+            "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
+            "label": tfds.features.ClassLabel(num_classes=10),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        images, labels = load_digits(return_X_y=True)
+        images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
+        train, test = train_test_split(
+            np.arange(len(labels)), test_size=500, stratify=labels, random_state=0
+        )
+        return {
+            "train": self._generate_examples(images, labels, train),
+            "test": self._generate_examples(images, labels, test),
+        }
+
+    def _generate_examples(
+        self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for i in indices.tolist():
+            yield i, {"image": images[i], "label": int(labels[i])}
+
+
+class Recipe(NamedTuple):
+    """How the images of a set are brought to one size and augmented."""
+
+    image_shape: tuple[int, int, int]
+    max_value: int = 255
+    shift: int | None = None  # Random shift in pixels; None: random crop, resized.
+    flip: bool = False  # Mirrored digits are other signs, or none.
+    test_split: str = "test"
+
+
+RECIPES = {
+    "digits": Recipe((8, 8, 1), max_value=16, shift=1),
+    "cifar10": Recipe((32, 32, 3), shift=4, flip=True),
+    "cifar100": Recipe((32, 32, 3), shift=4, flip=True),
+    "svhn_cropped": Recipe((32, 32, 3), shift=4),
+    "imagenet2012": Recipe((224, 224, 3), flip=True, test_split="validation"),
+}
+
+
+class DataSet(NamedTuple):
+    """Two sources of examples, and what a model and a step must know about them."""
+
+    name: str
+    train: Sequence[dict[str, Any]]
+    test: Sequence[dict[str, Any]]
+    num_classes: int
+    recipe: Recipe
+
+
+def load(name: str, data_dir: Path | None = None) -> DataSet:
+    """Opens a prepared set for random access; prepares `digits`, which takes a second.
+
+    Args:
+      name: one of `RECIPES`.
+      data_dir: where TensorFlow Datasets keeps its sets; None for its default.
+
+    Raises:
+      UserError: if the set is unknown, not prepared, or not readable.
+    """
+    if name not in RECIPES:
+        raise UserError(f"unknown data set {name!r}; choose one of {', '.join(RECIPES)}.")
+    logging.set_verbosity(logging.ERROR)
+    builder = _builder(name, data_dir)
+    try:
+        if name == "digits":
+            _prepare_digits(builder)
+        test_split = RECIPES[name].test_split
+        train, test = (builder.as_data_source(split) for split in ("train", test_split))
+    except Exception as error:
+        # TensorFlow Datasets raises whatever its parts raise, over several lines.
+        option = f" --data-dir {data_dir}" if data_dir else ""
+        mend = "choose a --data-dir that can be written to."
+        if name != "digits":
+            mend = (
+                "prepare it once with 'pip install tensorflow-cpu' and "
+                f"'python examples/data.py {name}{option}'."
+            )
+        unprepared = name != "digits" and not builder.is_prepared()
+        reason = "is not prepared" if unprepared else first_line(error)
+        raise UserError(f"data set {name!r} in {builder.data_path}: {reason}; {mend}") from error
+    num_classes = builder.info.features["label"].num_classes
+    return DataSet(name, train, test, num_classes, RECIPES[name])
+
+
+def _builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
+    # Of the formats of TensorFlow Datasets this one allows random access.
+    return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+
+
+def _prepare_digits(builder: tfds.core.DatasetBuilder) -> None:
+    if builder.is_prepared():
+        return
+    tfds.disable_progress_bar()
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            builder.download_and_prepare()
+    except OSError:
+        if not builder.is_prepared():  # Another process may have been faster.
+            raise
+
+
+def first_line(error: Exception) -> str:
+    """What is worth showing of an error that may fill a page."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def train_batches(
+    data: DataSet,
+    batch_size: int,
+    *,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless shuffled and augmented batches, from step `start_step` on.
+
+    Every epoch is a new permutation, cut into `steps_per_epoch` full batches.
+
+    Args:
+      data: the data set.
+      batch_size: examples in a batch, over all processes.
+      seed: of the order and the augmentation.
+      start_step: the first batch to yield; those before it are not read.
+      process_index: which share of each batch to yield.
+      process_count: the number of shares; divides `batch_size`.
+      workers: processes that read and augment; 0 for threads, which suits small images.
+
+    Yields:
+      "image" uint8 (batch, height, width, channels) and "label" int32 (batch,).
+    """
+    steps = steps_per_epoch(data, batch_size)
+
+    def example(record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        image = augment(record["image"], data.recipe, rng)
+        return {"image": image, "label": np.int32(record["label"])}
+
+    batches = (
+        grain.MapDataset.source(data.train)
+        .seed(seed)
+        .shuffle()
+        .slice(slice(0, steps * batch_size))
+        .repeat()
+        .random_map(example)  # Before the shares are cut, so that their number changes nothing.
+        .slice(slice(process_index, None, process_count))
+        .batch(batch_size // process_count, drop_remainder=True)
+        .slice(slice(start_step, None))
+    )
+    return _iterate(batches, workers)
+
+
+def test_batches(
+    data: DataSet, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every test image once; as many batches in every process.
+
+    Yields:
+      "image" uint8 (batch, height, width, channels), "label" int32 (batch,) and "weight" float32
+      (batch,): 1, or 0 for an entry that only fills up the last batch.
+    """
+    number = math.ceil(len(data.test) / batch_size) * batch_size
+
+    def example(index: int) -> dict[str, np.ndarray]:
+        record = data.test[min(index, len(data.test) - 1)]
+        return {
+            "image": fit(record["image"], data.recipe),
+            "label": np.int32(record["label"]),
+            "weight": np.float32(index < len(data.test)),
+        }
+
+    batches = (
+        grain.MapDataset.range(number)
+        .slice(slice(process_index, None, process_count))
+        .map(example)
+        .batch(batch_size // process_count)
+    )
+    return _iterate(batches, workers=0)
+
+
+test_batches.__test__ = False  # type: ignore[attr-defined]  # pytest: not a test.
+
+
+def _iterate(batches: grain.MapDataset, workers: int) -> Iterator[dict[str, np.ndarray]]:
+    threads = min(16, os.cpu_count() or 1)
+    iterable = batches.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=2 * threads))
+    if workers:
+        iterable = iterable.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers))
+    return iter(iterable)
+
+
+def steps_per_epoch(data: DataSet, batch_size: int) -> int:
+    """Full batches in the training set."""
+    if batch_size > len(data.train):
+        raise UserError(
+            f"--batch-size {batch_size} is more than the {len(data.train)} training images of "
+            f"{data.name}."
+        )
+    return len(data.train) // batch_size
+
+
+def augment(image: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+    """A random crop, and a random flip where the recipe allows one."""
+    height, width, _ = recipe.image_shape
+    if recipe.shift is None:
+        image = _resize(image, recipe, _random_box(image, rng))
+    else:
+        margin = recipe.shift
+        top, left = rng.integers(2 * margin + 1, size=2)
+        padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)))
+        image = padded[top : top + height, left : left + width]
+    if recipe.flip and rng.random() < 0.5:
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def fit(image: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Brings a test image to the recipe's size: the central seven eighths of its shorter side."""
+    if image.shape == recipe.image_shape:
+        return image
+    height, width, _ = image.shape
+    side = 0.875 * min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    return _resize(image, recipe, (left, top, left + side, top + side))
+
+
+def _random_box(image: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """A box of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3, clipped to the image."""
+    height, width, _ = image.shape
+    area = rng.uniform(0.08, 1.0) * height * width
+    ratio = math.exp(rng.uniform(-1.0, 1.0) * math.log(4 / 3))
+    box_width = min(width, math.sqrt(area * ratio))
+    box_height = min(height, math.sqrt(area / ratio))
+    left = rng.uniform(0.0, width - box_width)
+    top = rng.uniform(0.0, height - box_height)
+    return left, top, left + box_width, top + box_height
+
+
+def _resize(
+    image: np.ndarray, recipe: Recipe, box: tuple[float, float, float, float]
+) -> np.ndarray:
+    height, width, _ = recipe.image_shape
+    if image.shape[-1] == 1:
+        image = np.repeat(image, recipe.image_shape[-1], axis=-1)
+    picture = PIL.Image.fromarray(image)
+    return np.asarray(picture.resize((width, height), PIL.Image.Resampling.BILINEAR, box=box))
+
+
+def prepare(name: tyro.conf.Positional[str], data_dir: Path | None = None) -> None:
+    """Download a data set and prepare it for the examples.
+
+    Args:
+      name: digits, cifar10, cifar100, svhn_cropped or imagenet2012.
+      data_dir: where TensorFlow Datasets keeps its sets.
+    """
+    if name not in RECIPES:
+        raise UserError(f"unknown data set {name!r}; choose one of {', '.join(RECIPES)}.")
+    try:
+        _builder(name, data_dir).download_and_prepare()
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"preparing {name} needs {error.name}; run 'pip install tensorflow-cpu' and try again."
+        ) from error
+    except (AssertionError, OSError, tfds.download.DownloadError) as error:
+        raise UserError(f"{name} could not be prepared: {' '.join(str(error).split())}") from error
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(prepare)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,297 @@
+"""Train an image classifier with ChannelDropBack, or without.
+
+    python examples/train.py                                        # digits, offline, a minute
+    python examples/train.py --model vit_s/4 --dataset cifar10 --method cdb --rate 0.3
+    python examples/train.py --run-dir runs/a --resume              # go on after an interruption
+
+Everything is kept in the run folder: settings.json, metrics.jsonl, curves.png and checkpoints. All
+devices share each batch; with several processes start one command on each host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+
+import cdb_jax
+import data
+import models
+import training
+from data import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train an image classifier with a stochastic backward pass, or without."""
+
+    model: str = "resnet_small"
+    """resnet_small, resnet18, resnet34, resnet50, or vit_mini, vit_ti, vit_s, vit_b, vit_l with a
+    patch size, such as vit_mini/2."""
+    dataset: Literal["digits", "cifar10", "cifar100", "svhn_cropped", "imagenet2012"] = "digits"
+    """digits comes with scikit-learn; the others are prepared once with examples/data.py."""
+    method: Literal["none", "dropout", "cdb", "cdb_after", "released", "algorithm_1"] = "cdb"
+    """none: the optimizer alone. dropout: in the forward pass. cdb: masks gradients, before the
+    optimizer. cdb_after: masks updates, after it. released: the rules and schedule of the authors'
+    code. algorithm_1: channels of one layer a step."""
+    rate: float = 0.3
+    """Probability of dropping: a channel of a masked layer, or with --method dropout a unit."""
+    layer_rate: float = 1.0
+    """Probability that a layer is masked in a step (cdb, cdb_after)."""
+    channel_choice: Literal["bernoulli", "exact", "window"] = "bernoulli"
+    """cdb and cdb_after draw each channel on its own, a fixed number of them, or a cyclic run."""
+    exempt: tuple[str, ...] = ("head",)
+    """Paths of layers that always learn in full. released exempts the first layer instead."""
+    epochs: int = 30
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images a step, over all devices."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum 0.9."""
+    learning_rate: float = 3e-3
+    """Peak, reached after a twentieth of the steps; then it falls to zero along a cosine."""
+    weight_decay: float = 1e-2
+    """Of kernels only: decoupled with adamw, added to the gradient with sgd."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward pass. Parameters are float32 always."""
+    seed: int = 0
+    """Of initial parameters, order of the data, augmentation, dropout and dropped channels."""
+    run_dir: Path = Path("runs/train")
+    """Where results and checkpoints go."""
+    resume: bool = False
+    """Go on from the last checkpoint in --run-dir, if there is one."""
+    data_dir: Path | None = None
+    """Where TensorFlow Datasets keeps its sets."""
+    workers: int = 0
+    """Processes that read and augment images; 0 uses threads."""
+    distributed: bool = False
+    """Join other processes; the next three are found by JAX on TPU pods and under Slurm."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0."""
+    process_count: int | None = None
+    """Number of processes."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} {getattr(self, name)} must be positive.")
+
+
+# What may differ between a run and its continuation.
+NOT_SETTINGS = (
+    *("run_dir", "resume", "data_dir", "workers"),
+    *("distributed", "coordinator", "process_count", "process_id"),
+)
+
+
+class State(NamedTuple):
+    """Everything a step changes, and all that a checkpoint needs to hold."""
+
+    params: nnx.State
+    rest: nnx.State  # Batch statistics and the dropout key.
+    opt_state: Any
+    sums: dict[str, jax.Array]  # Of the metrics of this epoch's steps.
+
+
+def make_policy(config: Config, total_steps: int) -> cdb_jax.Policy | None:
+    """What the chosen method drops; None if it leaves the backward pass alone."""
+    if config.method in ("none", "dropout"):
+        return None
+    if config.method == "algorithm_1":
+        return cdb_jax.algorithm_1(config.rate, key=config.seed, exempt=config.exempt)
+    if config.method == "released":
+        first_layer = "stem" if config.model.startswith("resnet") else "patch_embed"
+        schedule = cdb_jax.released_layer_rate(total_steps)
+        return cdb_jax.released_code(
+            key=config.seed, exempt=(first_layer,), rate=config.rate, layer_rate=schedule
+        )
+    return cdb_jax.Policy(
+        config.rate,
+        key=config.seed,
+        layer_rate=config.layer_rate,
+        channel_choice=config.channel_choice,
+        exempt=config.exempt,
+    )
+
+
+def make_optimizer(
+    config: Config, policy: cdb_jax.Policy | None, total_steps: int
+) -> optax.GradientTransformation:
+    """The optimizer, with ChannelDropBack before it or after it."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, max(1, total_steps // 20), total_steps
+    )
+    kernels = lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)
+    if config.optimizer == "adamw":
+        optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=kernels)
+    else:
+        decay = optax.add_decayed_weights(config.weight_decay, mask=kernels)
+        optimizer = optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
+    if policy is None:
+        return optimizer
+    if config.method == "cdb_after":
+        return optax.chain(optimizer, cdb_jax.channel_drop_back(policy))
+    return optax.chain(cdb_jax.channel_drop_back(policy), optimizer)
+
+
+def make_steps(
+    model: nnx.Module, tx: optax.GradientTransformation, max_value: int
+) -> tuple[Callable, Callable]:
+    """The compiled training step and evaluation step."""
+    model.train()
+    train_graph = nnx.graphdef(model)
+    model.eval()
+    eval_graph = nnx.graphdef(model)
+
+    def scores(model: nnx.Module, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Loss and correctness of every image."""
+        logits = model(batch["image"].astype(jnp.float32) * (2.0 / max_value) - 1.0)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return losses, (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
+
+    def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict]:
+        def loss_fn(params: nnx.State) -> tuple[jax.Array, Any]:
+            model = nnx.merge(train_graph, params, state.rest, copy=True)
+            losses, correct = scores(model, batch)
+            return losses.mean(), (correct.mean(), nnx.split(model, nnx.Param, ...)[2])
+
+        (loss, (accuracy, rest)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        dropped = optax.tree.get(opt_state, "dropped_fraction", jnp.zeros(()))
+        metrics = {"train_loss": loss, "train_accuracy": accuracy, "dropped_fraction": dropped}
+        sums = jax.tree.map(jnp.add, state.sums, metrics)
+        return State(params, rest, opt_state, sums), metrics
+
+    def eval_step(state: State, batch: dict[str, jax.Array]) -> jax.Array:
+        """Sums of loss, correctness and weight."""
+        losses, correct = scores(nnx.merge(eval_graph, state.params, state.rest), batch)
+        weight = batch["weight"]
+        return jnp.stack([jnp.sum(losses * weight), jnp.sum(correct * weight), jnp.sum(weight)])
+
+    return jax.jit(train_step, donate_argnums=0), jax.jit(eval_step)
+
+
+def train(config: Config) -> list[training.Row]:
+    """Trains, and returns the metrics of every epoch.
+
+    Raises:
+      UserError: if the configuration, the data set or the run folder does not allow it.
+      StoppedError: if asked to stop, when everything is saved.
+    """
+    out = training.console()
+    dataset = data.load(config.dataset, config.data_dir)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    mesh = training.data_mesh(config.batch_size)
+    epoch_steps = data.steps_per_epoch(dataset, config.batch_size)
+    total_steps = config.epochs * epoch_steps
+
+    def build() -> nnx.Module:
+        return models.create(
+            config.model,
+            num_classes=dataset.num_classes,
+            image_shape=dataset.recipe.image_shape,
+            dtype=config.dtype,
+            dropout_rate=config.rate if config.method == "dropout" else 0.0,
+            rngs=nnx.Rngs(config.seed),
+        )
+
+    def initial_state() -> State:
+        _, params, rest = nnx.split(build(), nnx.Param, ...)
+        return State(params, rest, tx.init(params), dict(zeros))
+
+    zeros = dict.fromkeys(training.STEP_METRICS, 0.0)
+    try:
+        model = nnx.eval_shape(build)
+        policy = make_policy(config, total_steps)
+        report = policy and cdb_jax.channel_report(nnx.state(model, nnx.Param), policy)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    tx = make_optimizer(config, policy, total_steps)
+    train_step, eval_step = make_steps(model, tx, dataset.recipe.max_value)
+
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
+    run = training.Run(config.run_dir, settings, resume=config.resume)
+    if report:
+        out.print(str(report), soft_wrap=True)
+    step, state = run.restore(0, training.on_all_devices(initial_state, mesh))
+    batches = data.train_batches(
+        dataset,
+        config.batch_size,
+        seed=config.seed,
+        start_step=step,
+        workers=config.workers,
+        **share,
+    )
+    with contextlib.closing(run), training.StopRequest() as stop:
+        for epoch in range(step // epoch_steps + 1, config.epochs + 1):
+            start, first = time.perf_counter(), step
+            with training.EpochProgress(out, epoch, config.epochs, epoch_steps) as progress:
+                while step < epoch * epoch_steps:
+                    if stop.at(step):
+                        run.save(step, state)
+                        raise training.StoppedError(step, stop.signal)
+                    batch = training.distribute(next(batches), mesh)
+                    state, metrics = train_step(state, batch)
+                    step += 1
+                    progress.update(step - first, config.batch_size, metrics)
+            sums = jax.device_get(state.sums)
+            seconds = time.perf_counter() - start
+            row = {
+                "epoch": epoch,
+                "step": step,
+                **{name: float(total) / epoch_steps for name, total in sums.items()},
+                **evaluate(eval_step, state, dataset, config.batch_size, mesh, share),
+                "images_per_second": (step - first) * config.batch_size / seconds,
+            }
+            run.log(row)
+            state = state._replace(sums=training.on_all_devices(lambda: dict(zeros), mesh))
+            run.save(step, state)
+            out.print(training.summary(row, config.epochs), soft_wrap=True)
+    return run.rows
+
+
+def evaluate(
+    eval_step: Callable,
+    state: State,
+    dataset: data.DataSet,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    share: dict[str, int],
+) -> dict[str, float]:
+    """Mean loss and accuracy over the test images, each counted once."""
+    batches = data.test_batches(dataset, batch_size, **share)
+    parts = [eval_step(state, training.distribute(batch, mesh)) for batch in batches]
+    loss, correct, weight = np.sum(jax.device_get(parts), axis=0).tolist()
+    return {"test_loss": loss / weight, "test_accuracy": correct / weight}
+
+
+def main() -> None:
+    try:
+        config = tyro.cli(Config)
+        if config.distributed:
+            training.start_processes(config.coordinator, config.process_count, config.process_id)
+        rows = train(config)
+        training.show_results(config.run_dir, f"{config.model}, {config.method}", rows)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    except training.StoppedError as stopped:
+        training.console().print(f"{stopped}; go on with --resume.")
+        raise SystemExit(128 + stopped.signal) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""What surrounds a training loop: processes and mesh, checkpoints, signals, progress, results."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from rich import progress, table
+from rich.console import Console
+
+from data import UserError, first_line
+
+matplotlib.use("Agg")  # Draws to files; no display is needed.
+from matplotlib import pyplot  # noqa: E402
+
+Row = dict[str, Any]
+STEP_METRICS = ("train_loss", "train_accuracy", "dropped_fraction")
+
+
+def start_processes(coordinator: str | None, process_count: int | None, process_id: int | None):
+    """Joins the other processes. On TPU pods and under Slurm JAX finds the arguments by itself."""
+    try:
+        jax.distributed.initialize(coordinator, process_count, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"jax.distributed did not start: {first_line(error)} Give --coordinator HOST:PORT, "
+            "--process-count and --process-id, the first two alike in every process."
+        ) from error
+
+
+def console() -> Console:
+    """Where to print: one process speaks for all."""
+    return Console(quiet=jax.process_index() > 0, highlight=False)
+
+
+def data_mesh(batch_size: int) -> jax.sharding.Mesh:
+    """All devices of all processes in one axis, "data"."""
+    devices = jax.device_count()
+    if batch_size % devices:
+        raise UserError(
+            f"--batch-size {batch_size} cannot be divided among {devices} devices; use a multiple."
+        )
+    return jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def on_all_devices(f: Callable[[], Any], mesh: jax.sharding.Mesh) -> Any:
+    """The result of `f`, computed and kept on every device."""
+    return jax.jit(f, out_shardings=NamedSharding(mesh, PartitionSpec()))()
+
+
+def distribute(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """Joins the shares of all processes into arrays split along their first axis."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return {
+        name: jax.make_array_from_process_local_data(sharding, share)
+        for name, share in batch.items()
+    }
+
+
+class Run:
+    """A folder with the settings, metrics and checkpoints of one training run.
+
+    Args:
+      folder: made if it does not exist.
+      settings: what the results depend on, as JSON values. A run resumes only with equal ones.
+      resume: whether to go on where the folder's run stopped, if it holds one.
+
+    Raises:
+      UserError: if the folder cannot be written, holds a run that is not to be resumed, or one
+        with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Row, *, resume: bool):
+        logging.set_verbosity(logging.ERROR)
+        self.folder = folder.absolute()
+        settings_file = self.folder / "settings.json"
+        self._metrics_file = self.folder / "metrics.jsonl"
+        self.speaks = jax.process_index() == 0
+        try:
+            exists = settings_file.exists()
+            if exists and not resume:
+                raise UserError(f"{folder} holds a run; go on with --resume, or choose --run-dir.")
+            if exists:
+                _check_settings(folder, json.loads(settings_file.read_text()), settings)
+            self.rows = _read_rows(self._metrics_file)
+            self._checkpoints = ocp.CheckpointManager(
+                self.folder / "checkpoints",
+                options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True),
+            )
+            if self.speaks and not exists:
+                _write(settings_file, json.dumps(settings, indent=2) + "\n")
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"--run-dir {folder} cannot be used: {first_line(error)}") from error
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("run folder")
+
+    def restore(self, step: int, state: Any) -> tuple[int, Any]:
+        """The last checkpoint and its step, on the devices of `state`; without one, what is given.
+
+        Metrics logged after that checkpoint are forgotten: the run will log them again.
+        """
+        last = self._checkpoints.latest_step()
+        if last is not None:
+            shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            try:
+                state = self._checkpoints.restore(last, args=ocp.args.StandardRestore(shapes))
+            except Exception as error:  # Orbax raises whatever its storage layers raise.
+                raise UserError(
+                    f"the checkpoint of step {last} in {self.folder} cannot be read: "
+                    f"{first_line(error)}. Remove checkpoints/{last} to resume from the one before."
+                ) from error
+            step = last
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        return step, state
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts writing a checkpoint; the two newest are kept."""
+        if self._checkpoints.latest_step() != step:
+            self._checkpoints.save(step, args=ocp.args.StandardSave(state))
+
+    def log(self, row: Row) -> None:
+        """Adds a line to `metrics.jsonl`."""
+        self.rows.append(row)
+        if self.speaks:
+            _write(self._metrics_file, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._checkpoints.wait_until_finished()
+        self._checkpoints.close()
+
+
+def _check_settings(folder: Path, recorded: Row, settings: Row) -> None:
+    settings = json.loads(json.dumps(settings))  # As they were written: tuples are lists there.
+    differing = [
+        f"--{name.replace('_', '-')} {recorded.get(name)} (now {settings.get(name)})"
+        for name in sorted(recorded.keys() | settings.keys())
+        if recorded.get(name) != settings.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} holds a run with {', '.join(differing)}; resume with the same settings, or "
+            "choose another --run-dir."
+        )
+
+
+def _read_rows(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _write(file: Path, text: str) -> None:
+    """Replaces a file at once, so that no reader and no crash ever sees half of it."""
+    part = file.with_suffix(file.suffix + ".part")
+    part.write_text(text)
+    part.replace(file)
+
+
+class StoppedError(Exception):
+    """The run was asked to stop, and everything is saved."""
+
+    def __init__(self, step: int, number: int):
+        super().__init__(f"stopped and saved at step {step}")
+        self.signal = number
+
+
+class StopRequest:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second acts as usual.
+
+    With several processes all of them must leave the loop at the same step, so they compare notes
+    every `AGREE_EVERY` steps.
+    """
+
+    AGREE_EVERY = 20
+
+    def __enter__(self) -> StopRequest:
+        self.signal = 0
+        self._previous = {
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.signal = number
+        signal.signal(number, self._previous[signal.Signals(number)])
+
+    def at(self, step: int) -> bool:
+        """Whether to stop before this step."""
+        if jax.process_count() > 1 and step % self.AGREE_EVERY == 0:
+            self.signal = int(multihost_utils.process_allgather(np.array(self.signal)).max())
+            return self.signal > 0
+        return jax.process_count() == 1 and self.signal > 0
+
+
+class EpochProgress:
+    """A bar for the steps of one epoch, which disappears when the epoch is over."""
+
+    def __init__(self, out: Console, epoch: int, epochs: int, steps: int):
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[now]}"),
+            console=out,
+            transient=True,
+            disable=not out.is_terminal or out.quiet,
+        )
+        self._task = self._bar.add_task(f"epoch {epoch}/{epochs}", total=steps, now="compiling")
+        self._shown = time.perf_counter()
+        self._step = 0
+
+    def __enter__(self) -> EpochProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, batch_size: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Shows the metrics of a step, a few times a second: reading them waits for the device."""
+        passed = time.perf_counter() - self._shown
+        if self._bar.disable or passed < 0.3:
+            return
+        loss, accuracy, dropped = (float(metrics[name]) for name in STEP_METRICS)
+        speed = (step - self._step) * batch_size / passed
+        self._bar.update(
+            self._task,
+            completed=step,
+            now=f"loss {loss:.3f}  accuracy {100 * accuracy:.1f} %  {speed:,.0f} images/s  "
+            f"dropped {100 * dropped:.0f} %",
+        )
+        self._shown, self._step = time.perf_counter(), step
+
+
+def summary(row: Row, epochs: int) -> str:
+    """One line for an epoch."""
+    return (
+        f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  "
+        f"accuracy {100 * row['train_accuracy']:.2f} %  held-out loss {row['test_loss']:.4f}  "
+        f"held-out accuracy {100 * row['test_accuracy']:.2f} %  "
+        f"{row['images_per_second']:,.0f} images/s  dropped {100 * row['dropped_fraction']:.1f} %"
+    )
+
+
+def show_results(folder: Path, title: str, rows: Sequence[Row]) -> None:
+    """Prints the final table and draws the curves of one run."""
+    if jax.process_index() > 0 or not rows:
+        return
+    last, best = rows[-1], max(rows, key=lambda row: row["test_accuracy"])
+    names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    formats = ("{:.4f}", "{:.4f}", "{:.2%}", "{:.2%}")
+    lines = [
+        (label, str(row["epoch"]), *(f.format(row[n]) for n, f in zip(names, formats, strict=True)))
+        for label, row in (("last", last), ("best", best))
+    ]
+    columns = ("", "epoch", *(name.replace("_", " ") for name in names))
+    console().print(results_table(title, columns, lines))
+    plot_curves({title: [rows]}, folder / "curves.png", title)
+    console().print(f"metrics, curves and checkpoints are in {folder}", soft_wrap=True)
+
+
+def results_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Any:
+    """A table to print: the first column holds names, the others numbers."""
+    result = table.Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="right" if i else "left")
+    for line in lines:
+        result.add_row(*line)
+    return result
+
+
+def plot_curves(histories: Mapping[str, Sequence[Sequence[Row]]], file: Path, title: str) -> None:
+    """Draws training loss and held-out accuracy over epochs.
+
+    Args:
+      histories: for each label the metrics of one or more runs: their mean is drawn, and their
+        range as a band.
+      file: the PNG to write.
+      title: of the picture.
+    """
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    panels = (
+        (axes[0], "train_loss", 1.0, "training loss"),
+        (axes[1], "test_accuracy", 100.0, "held-out accuracy (%)"),
+    )
+    for panel, name, factor, label in panels:
+        for method, runs in histories.items():
+            epochs = [row["epoch"] for row in runs[0]]
+            values = factor * np.array([[row[name] for row in rows] for rows in runs])
+            (line,) = panel.plot(epochs, values.mean(axis=0), label=method)
+            low, high = values.min(axis=0), values.max(axis=0)
+            panel.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        panel.set_xlabel("epoch")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[1].legend()
+    figure.suptitle(title)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
