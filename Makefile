@@ -1,15 +1,18 @@
-# `make test` works on a machine with Python 3.11+ and make, and nothing else.
+# `make demo` and `make test` work on a machine with Python 3.11+ and make, and nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-all lint wheel clean
+.PHONY: demo test test-all lint wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
+
+demo: $(VENV)/.installed  ## ResNet and ViT on real images, with ChannelDropBack and without.
+	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed  ## What every change must pass.
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 -m "not slow"

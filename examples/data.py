@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 import tyro
-from absl import logging
+from absl import flags, logging
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -113,10 +113,11 @@ def load(name: str, data_dir: Path | None = None) -> DataSet:
             _prepare_digits(builder)
         test_split = RECIPES[name].test_split
         train, test = (builder.as_data_source(split) for split in ("train", test_split))
+        _ = train[0], test[0]  # The files are opened only now.
     except Exception as error:
         # TensorFlow Datasets raises whatever its parts raise, over several lines.
         option = f" --data-dir {data_dir}" if data_dir else ""
-        mend = "choose a --data-dir that can be written to."
+        mend = "remove that folder, or choose another --data-dir that can be written to."
         if name != "digits":
             mend = (
                 "prepare it once with 'pip install tensorflow-cpu' and "
@@ -232,6 +233,7 @@ def _iterate(batches: grain.MapDataset, workers: int) -> Iterator[dict[str, np.n
     threads = min(16, os.cpu_count() or 1)
     iterable = batches.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=2 * threads))
     if workers:
+        flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; this script has its own.
         iterable = iterable.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers))
     return iter(iterable)
 

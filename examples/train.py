@@ -185,8 +185,8 @@ def make_steps(
     return jax.jit(train_step, donate_argnums=0), jax.jit(eval_step)
 
 
-def train(config: Config) -> list[training.Row]:
-    """Trains, and returns the metrics of every epoch.
+def train(config: Config, *, brief: bool = False) -> list[training.Row]:
+    """Trains, and returns the metrics of every epoch. When brief, shows nothing but progress.
 
     Raises:
       UserError: if the configuration, the data set or the run folder does not allow it.
@@ -225,7 +225,7 @@ def train(config: Config) -> list[training.Row]:
 
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
     run = training.Run(config.run_dir, settings, resume=config.resume)
-    if report:
+    if report and not brief:
         out.print(str(report), soft_wrap=True)
     step, state = run.restore(0, training.on_all_devices(initial_state, mesh))
     batches = data.train_batches(
@@ -239,7 +239,8 @@ def train(config: Config) -> list[training.Row]:
     with contextlib.closing(run), training.StopRequest() as stop:
         for epoch in range(step // epoch_steps + 1, config.epochs + 1):
             start, first = time.perf_counter(), step
-            with training.EpochProgress(out, epoch, config.epochs, epoch_steps) as progress:
+            title = f"{config.model}, {config.method}: epoch {epoch}/{config.epochs}"
+            with training.EpochProgress(out, title, epoch_steps) as progress:
                 while step < epoch * epoch_steps:
                     if stop.at(step):
                         run.save(step, state)
@@ -260,7 +261,8 @@ def train(config: Config) -> list[training.Row]:
             run.log(row)
             state = state._replace(sums=training.on_all_devices(lambda: dict(zeros), mesh))
             run.save(step, state)
-            out.print(training.summary(row, config.epochs), soft_wrap=True)
+            if not brief:
+                out.print(training.summary(row, config.epochs), soft_wrap=True)
     return run.rows
 
 

@@ -210,7 +210,7 @@ class StopRequest:
 class EpochProgress:
     """A bar for the steps of one epoch, which disappears when the epoch is over."""
 
-    def __init__(self, out: Console, epoch: int, epochs: int, steps: int):
+    def __init__(self, out: Console, title: str, steps: int):
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
@@ -221,7 +221,7 @@ class EpochProgress:
             transient=True,
             disable=not out.is_terminal or out.quiet,
         )
-        self._task = self._bar.add_task(f"epoch {epoch}/{epochs}", total=steps, now="compiling")
+        self._task = self._bar.add_task(title, total=steps, now="")
         self._shown = time.perf_counter()
         self._step = 0
 

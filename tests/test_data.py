@@ -1,0 +1,271 @@
+"""The data pipeline: the real code on `digits`, and on the other sets through TFDS's mock."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from sklearn.datasets import load_digits
+
+import data
+
+EXAMPLES = Path(data.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return data.load("digits", tmp_path_factory.mktemp("tfds"))
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+def plain(digits):
+    """The set without augmentation, so that images can be recognised."""
+    return digits._replace(recipe=digits.recipe._replace(shift=0))
+
+
+def multiset(images):
+    return sorted(image.tobytes() for image in images)
+
+
+def test_digits_are_the_real_ones_and_the_split_is_fixed(digits):
+    assert (len(digits.train), len(digits.test), digits.num_classes) == (1297, 500, 10)
+    images, labels = load_digits(return_X_y=True)
+    stored = [*digits.train, *digits.test]
+    by_image = {
+        image.astype(np.uint8).tobytes(): label for image, label in zip(images, labels, strict=True)
+    }
+    assert all(by_image[record["image"].tobytes()] == record["label"] for record in stored)
+    assert multiset(record["image"] for record in stored) == multiset(images.astype(np.uint8))
+    shares = np.bincount([record["label"] for record in digits.test]) / np.bincount(labels)
+    np.testing.assert_allclose(shares, 500 / 1797, atol=0.01)
+
+
+def test_a_batch_has_the_promised_shape_and_dtype(digits):
+    (batch,) = take(data.train_batches(digits, 32, seed=0), 1)
+    assert batch.keys() == {"image", "label"}
+    assert batch["image"].shape == (32, 8, 8, 1) and batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (32,) and batch["label"].dtype == np.int32
+    assert batch["image"].max() == digits.recipe.max_value
+
+
+def test_an_epoch_shows_no_image_twice_and_the_next_one_has_another_order(digits):
+    plain_digits = plain(digits)
+    steps = data.steps_per_epoch(digits, 64)
+    assert steps == 20
+    batches = take(data.train_batches(plain_digits, 64, seed=0), 2 * steps)
+    known = multiset(record["image"] for record in digits.train)
+    orders = []
+    for epoch in (batches[:steps], batches[steps:]):
+        images = np.concatenate([batch["image"] for batch in epoch])
+        shown = multiset(images)
+        assert len(shown) == steps * 64
+        remaining = list(known)
+        for image in shown:  # A multiset difference: each stored image at most once.
+            remaining.remove(image)
+        orders.append(images)
+    assert (orders[0] != orders[1]).any(axis=(1, 2, 3)).mean() > 0.9
+
+
+def test_the_seed_decides(digits):
+    first, again, other = (take(data.train_batches(digits, 16, seed=seed), 3) for seed in (0, 0, 1))
+    for a, b, c in zip(first, again, other, strict=True):
+        assert_equal(a, b)
+        assert (a["image"] != c["image"]).any()
+
+
+@pytest.mark.parametrize("start_step", [1, 19, 20, 45])
+def test_a_run_resumes_at_any_step(digits, start_step):
+    batches = take(data.train_batches(digits, 64, seed=3), start_step + 2)
+    resumed = take(data.train_batches(digits, 64, seed=3, start_step=start_step), 2)
+    for a, b in zip(batches[start_step:], resumed, strict=True):
+        assert_equal(a, b)
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_each_batch_of_one_process(digits, process_count):
+    whole = take(data.train_batches(digits, 32, seed=0, start_step=38), 4)
+    shares = [
+        take(
+            data.train_batches(
+                digits, 32, seed=0, start_step=38, process_index=i, process_count=process_count
+            ),
+            4,
+        )
+        for i in range(process_count)
+    ]
+    for step, batch in enumerate(whole):
+        for name, values in batch.items():
+            parts = [share[step][name] for share in shares]
+            np.testing.assert_array_equal(np.stack(parts, 1).reshape(values.shape), values)
+
+
+@pytest.mark.parametrize("batch_size", [50, 64, 999])
+@pytest.mark.parametrize("process_count", [1, 3])
+def test_evaluation_counts_every_test_image_once(digits, batch_size, process_count):
+    size = batch_size - batch_size % process_count
+    shares = [
+        list(data.test_batches(digits, size, process_index=i, process_count=process_count))
+        for i in range(process_count)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    batches = list(itertools.chain(*shares))
+    images = np.concatenate([batch["image"] for batch in batches])
+    weights = np.concatenate([batch["weight"] for batch in batches])
+    assert weights.dtype == np.float32 and set(weights.tolist()) <= {0.0, 1.0}
+    assert multiset(images[weights == 1]) == multiset(record["image"] for record in digits.test)
+
+
+def test_worker_processes_read_what_threads_read(digits):
+    # In a process of its own: forking the many threads of this one would be unsafe.
+    script = f"""
+import itertools, numpy as np, data
+from pathlib import Path
+if __name__ == "__main__":
+    digits = data.load("digits", Path({str(digits.train.dataset_info.data_dir)!r}).parents[1])
+    for a, b in zip(*(itertools.islice(data.train_batches(digits, 64, seed=0, start_step=5,
+                      workers=workers), 7) for workers in (0, 2))):
+        assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+    print("same")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.stdout.strip() == "same", result.stderr
+
+
+MOCKED = [
+    ("cifar10", 10, (32, 32, 3)),
+    ("cifar100", 100, (32, 32, 3)),
+    ("svhn_cropped", 10, (32, 32, 3)),
+    ("imagenet2012", 1000, (224, 224, 3)),
+]
+
+
+@pytest.mark.parametrize("name, num_classes, image_shape", MOCKED)
+def test_the_same_code_reads_the_other_sets(name, num_classes, image_shape):
+    with tfds.testing.mock_data(num_examples=12):
+        dataset = data.load(name)
+        assert dataset.num_classes == num_classes
+        assert dataset.recipe.image_shape == image_shape
+        for batch in (
+            *take(data.train_batches(dataset, 4, seed=0), 4),
+            *data.test_batches(dataset, 5),
+        ):
+            assert batch["image"].shape[1:] == image_shape and batch["image"].dtype == np.uint8
+            assert batch["label"].min() >= 0 and batch["label"].max() < num_classes
+
+
+class TestAugmentation:
+    image = np.arange(1, 1 + 32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3)
+
+    def draws(self, name, image, count=200):
+        rng = np.random.default_rng(0)
+        return [data.augment(image, data.RECIPES[name], rng) for _ in range(count)]
+
+    def test_a_shift_moves_the_image_and_fills_with_zeros(self):
+        recipe = data.RECIPES["svhn_cropped"]
+        offsets = set()
+        for draw in self.draws("svhn_cropped", self.image):
+            assert draw.shape == recipe.image_shape
+            values = draw[draw > 0]
+            assert np.isin(values, self.image).all() and len(np.unique(values)) == len(values)
+            row, column = np.argwhere(draw[..., 0] == self.image[16, 16, 0])[0]
+            offsets.add((int(row) - 16, int(column) - 16))
+        assert {i for offset in offsets for i in offset} == set(range(-4, 5))
+
+    @pytest.mark.parametrize("name, flips", [("cifar10", True), ("svhn_cropped", False)])
+    def test_only_sets_without_signs_are_flipped(self, name, flips):
+        number = 200
+        right = [
+            bool((np.diff(draw[16, 10:20, 0].astype(np.int64)) > 0).all())
+            for draw in self.draws(name, self.image, number)
+        ]
+        if flips:
+            assert abs(np.mean(right) - 0.5) < 4 * 0.5 / np.sqrt(number)
+        else:
+            assert all(right)
+
+    def test_digits_are_not_flipped(self, digits):
+        assert not digits.recipe.flip
+
+    def test_a_resized_crop_stays_inside_the_image(self):
+        ramp = np.linspace(50, 200, 300).astype(np.uint8)
+        image = np.broadcast_to(ramp[None, :, None], (200, 300, 3))
+        widths = []
+        for draw in self.draws("imagenet2012", image, 100):
+            assert draw.shape == (224, 224, 3) and draw.min() >= 50 and draw.max() <= 200
+            row = draw[0, :, 0].astype(int)
+            widths.append(abs(row[-1] - row[0]))
+        assert min(widths) < 50 < 100 < max(widths)
+
+    def test_the_test_image_is_the_centre(self):
+        image = np.zeros((100, 200, 3), np.uint8)
+        image[:, 57:143] = 255  # The central 87.5 % of the shorter side are columns 56.25 to 143.75
+        fitted = data.fit(image, data.RECIPES["imagenet2012"])
+        assert fitted.shape == (224, 224, 3)
+        assert (fitted[:, 5:-5] == 255).all() and (fitted[:, 0] < 255).all()
+
+    def test_grey_images_get_their_channels(self):
+        grey = np.full((30, 40, 1), 7, np.uint8)
+        assert (data.fit(grey, data.RECIPES["imagenet2012"]) == 7).all()
+
+
+class TestMistakes:
+    def test_an_unknown_set(self):
+        with pytest.raises(data.UserError, match="unknown data set 'mnist'; choose one of digits"):
+            data.load("mnist")
+
+    def test_a_set_that_is_not_prepared(self, tmp_path):
+        message = r"'cifar10' in .*: is not prepared; prepare it once with 'pip install tensorflow"
+        with pytest.raises(data.UserError, match=message) as caught:
+            data.load("cifar10", tmp_path)
+        assert "\n" not in str(caught.value)
+        assert f"--data-dir {tmp_path}" in str(caught.value)
+
+    def test_a_folder_that_cannot_be_written(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(data.UserError, match="another --data-dir that can be written"):
+            data.load("digits", tmp_path / "file")
+
+    def test_a_damaged_set(self, tmp_path):
+        data.load("digits", tmp_path)
+        next(tmp_path.rglob("digits-train*")).write_bytes(b"")
+        with pytest.raises(data.UserError, match="'digits' in .* remove that folder") as caught:
+            data.load("digits", tmp_path)
+        assert "\n" not in str(caught.value)
+
+    def test_a_batch_larger_than_the_set(self, digits):
+        with pytest.raises(data.UserError, match="--batch-size 1298 .* 1297 training images"):
+            data.steps_per_epoch(digits, 1298)
+
+    def test_preparing_an_unknown_set(self, tmp_path):
+        result = subprocess.run(
+            [sys.executable, EXAMPLES / "data.py", "mnist", "--data-dir", tmp_path],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: unknown data set 'mnist'")
+
+
+def test_reading_takes_no_tensorflow(digits):
+    take(data.train_batches(digits, 8, seed=0), 1)
+    assert "tensorflow" not in sys.modules
