@@ -88,6 +88,8 @@ class Config:
             if not getattr(self, name) > 0:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag} {getattr(self, name)} must be positive.")
+        if not 0.0 <= self.rate <= 1.0:
+            raise UserError(f"--rate {self.rate} must be a probability between 0 and 1.")
 
 
 # What may differ between a run and its continuation.
@@ -113,10 +115,10 @@ def make_policy(config: Config, total_steps: int) -> cdb_jax.Policy | None:
     if config.method == "algorithm_1":
         return cdb_jax.algorithm_1(config.rate, key=config.seed, exempt=config.exempt)
     if config.method == "released":
-        first_layer = "stem" if config.model.startswith("resnet") else "patch_embed"
+        first = "stem" if config.model.startswith("resnet") else "patch_embed"
         schedule = cdb_jax.released_layer_rate(total_steps)
         return cdb_jax.released_code(
-            key=config.seed, exempt=(first_layer,), rate=config.rate, layer_rate=schedule
+            key=config.seed, exempt=(first,), rate=config.rate, layer_rate=schedule
         )
     return cdb_jax.Policy(
         config.rate,
@@ -195,8 +197,9 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
     out = training.console()
     dataset = data.load(config.dataset, config.data_dir)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    mesh = training.data_mesh(config.batch_size)
-    epoch_steps = data.steps_per_epoch(dataset, config.batch_size)
+    size = config.batch_size
+    mesh = training.data_mesh(size)
+    epoch_steps = data.steps_per_epoch(dataset, size)
     total_steps = config.epochs * epoch_steps
 
     def build() -> nnx.Module:
@@ -213,7 +216,7 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
         _, params, rest = nnx.split(build(), nnx.Param, ...)
         return State(params, rest, tx.init(params), dict(zeros))
 
-    zeros = dict.fromkeys(training.STEP_METRICS, 0.0)
+    zeros = dict.fromkeys(training.STEP_METRICS, np.float32(0.0))
     try:
         model = nnx.eval_shape(build)
         policy = make_policy(config, total_steps)
@@ -227,14 +230,9 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
     run = training.Run(config.run_dir, settings, resume=config.resume)
     if report and not brief:
         out.print(str(report), soft_wrap=True)
-    step, state = run.restore(0, training.on_all_devices(initial_state, mesh))
+    step, state = run.restore(training.on_all_devices(initial_state, mesh))
     batches = data.train_batches(
-        dataset,
-        config.batch_size,
-        seed=config.seed,
-        start_step=step,
-        workers=config.workers,
-        **share,
+        dataset, size, seed=config.seed, start_step=step, workers=config.workers, **share
     )
     with contextlib.closing(run), training.StopRequest() as stop:
         for epoch in range(step // epoch_steps + 1, config.epochs + 1):
@@ -248,15 +246,15 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
                     batch = training.distribute(next(batches), mesh)
                     state, metrics = train_step(state, batch)
                     step += 1
-                    progress.update(step - first, config.batch_size, metrics)
+                    progress.update(step - first, size, metrics)
             sums = jax.device_get(state.sums)
             seconds = time.perf_counter() - start
             row = {
                 "epoch": epoch,
                 "step": step,
                 **{name: float(total) / epoch_steps for name, total in sums.items()},
-                **evaluate(eval_step, state, dataset, config.batch_size, mesh, share),
-                "images_per_second": (step - first) * config.batch_size / seconds,
+                **evaluate(eval_step, state, dataset, size, mesh, share),
+                "images_per_second": (step - first) * size / seconds,
             }
             run.log(row)
             state = state._replace(sums=training.on_all_devices(lambda: dict(zeros), mesh))

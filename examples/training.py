@@ -105,8 +105,8 @@ class Run:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("run folder")
 
-    def restore(self, step: int, state: Any) -> tuple[int, Any]:
-        """The last checkpoint and its step, on the devices of `state`; without one, what is given.
+    def restore(self, state: Any) -> tuple[int, Any]:
+        """The last checkpoint and its step, on the devices of `state`; without one, 0 and `state`.
 
         Metrics logged after that checkpoint are forgotten: the run will log them again.
         """
@@ -120,9 +120,8 @@ class Run:
                     f"the checkpoint of step {last} in {self.folder} cannot be read: "
                     f"{first_line(error)}. Remove checkpoints/{last} to resume from the one before."
                 ) from error
-            step = last
-        self.rows = [row for row in self.rows if row["step"] <= step]
-        return step, state
+        self.rows = [row for row in self.rows if row["step"] <= (last or 0)]
+        return last or 0, state
 
     def save(self, step: int, state: Any) -> None:
         """Starts writing a checkpoint; the two newest are kept."""

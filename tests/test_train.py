@@ -1,0 +1,403 @@
+"""The training script: learning, resuming, stopping, and what it says to mistakes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+import data
+import demo
+import models.resnet
+import models.vit
+import train
+import training
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+SCRIPT = Path(train.__file__)
+METHODS = ("none", "dropout", "cdb", "cdb_after", "released", "algorithm_1")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Most runs here compile what another one has compiled before."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("cache")))
+    jax.config.update(names[1], 0.0)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True)
+def nano_models(monkeypatch):
+    """Models that compile in a moment."""
+    monkeypatch.setitem(models.vit.VITS, "vit_nano", (16, 1, 2))
+    block = models.resnet.BasicBlock
+    monkeypatch.setitem(models.resnet.RESNETS, "resnet_nano", (block, (1,), 8))
+
+
+@pytest.fixture
+def config(tmp_path, data_dir):
+    def make(**changes):
+        settings = dict(model="vit_nano/4", epochs=2, batch_size=160, run_dir=tmp_path / "run")
+        return train.Config(**(settings | {"data_dir": data_dir} | changes))
+
+    return make
+
+
+def final_state(run_dir):
+    """The leaves of the newest checkpoint, by path."""
+    with ocp.CheckpointManager(run_dir / "checkpoints") as checkpoints:
+        step = checkpoints.latest_step()
+        state = checkpoints.restore(step, args=ocp.args.StandardRestore())
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return step, {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def metrics(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def bits(leaf):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf).tobytes()
+
+
+def assert_same_runs(first, second):
+    (step, leaves), (other_step, other) = final_state(first), final_state(second)
+    assert step == other_step and leaves.keys() == other.keys() and leaves
+    for path in leaves:
+        assert bits(leaves[path]) == bits(other[path]), path
+    rows, other_rows = metrics(first), metrics(second)
+    assert [row.keys() for row in rows] == [row.keys() for row in other_rows]
+    for row, other_row in zip(rows, other_rows, strict=True):
+        assert row | {"images_per_second": 0} == other_row | {"images_per_second": 0}
+
+
+def interrupt(monkeypatch, step, number=signal.SIGINT):
+    """Sends a signal while the given step (from 0) is being prepared."""
+    original, calls = training.distribute, []
+
+    def distribute(batch, mesh):
+        if "weight" not in batch:  # Evaluation is not counted.
+            calls.append(1)
+            if len(calls) == step + 1:
+                signal.raise_signal(number)
+        return original(batch, mesh)
+
+    monkeypatch.setattr(training, "distribute", distribute)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(config, method, capsys):
+    rows = train.train(config(method=method, epochs=3, learning_rate=1e-2))
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] < 2.4
+    assert rows[-1]["test_accuracy"] > 0.2
+    dropped = [row["dropped_fraction"] for row in rows]
+    if method in ("none", "dropout"):
+        assert dropped == [0.0] * 3
+        assert "channel axis" not in capsys.readouterr().out
+    else:
+        assert 0 < max(dropped) < 0.4
+        assert "channel axis" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "resnet_nano"},
+        {"model": "resnet_nano", "dtype": "bfloat16", "optimizer": "sgd"},
+        {"dtype": "bfloat16", "channel_choice": "window", "layer_rate": 0.5},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_other_settings_train_too(config, changes):
+    rows = train.train(config(**changes))
+    assert [row["epoch"] for row in rows] == [1, 2] and [row["step"] for row in rows] == [8, 16]
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    assert rows[1]["train_loss"] < rows[0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    "step, number, changes",
+    [
+        (3, signal.SIGINT, {"method": "cdb"}),
+        (11, signal.SIGTERM, {"method": "dropout"}),
+        (7, signal.SIGINT, {"model": "resnet_nano", "method": "cdb_after"}),
+    ],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch, step, number, changes):
+    train.train(config(run_dir=tmp_path / "whole", **changes))
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, step, number)
+        with pytest.raises(training.StoppedError, match=f"saved at step {step + 1}$") as caught:
+            train.train(config(**changes))
+    assert caught.value.signal == number
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train.train(config(resume=True, **changes))
+    assert_same_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_killed_before_its_checkpoint_repeats_the_lost_epoch(config, tmp_path, monkeypatch):
+    train.train(config(run_dir=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        # The second epoch is logged, and then the process dies before anything is saved.
+        save = training.Run.save
+        patch.setattr(training.Run, "save", lambda *args: save(*args) if args[1] < 16 else os.abort)
+        train.train(config())
+    assert final_state(tmp_path / "run")[0] == 8
+    assert len(train.train(config(resume=True))) == 2
+    assert_same_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_trained_again(config):
+    rows = train.train(config())
+    assert train.train(config(resume=True)) == rows
+
+
+def test_resume_without_a_run_starts_one(config):
+    assert len(train.train(config(resume=True, epochs=1))) == 1
+
+
+def test_one_device_and_eight_learn_the_same(config, tmp_path, monkeypatch):
+    eight = train.train(config(model="resnet_nano"))
+    mesh = jax.make_mesh(
+        (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
+    )
+    monkeypatch.setattr(training, "data_mesh", lambda batch_size: mesh)
+    one = train.train(config(model="resnet_nano", run_dir=tmp_path / "one"))
+    assert eight[-1]["dropped_fraction"] == one[-1]["dropped_fraction"]
+    # Sums in another order; batch statistics are those of the whole batch in both.
+    for name in ("train_loss", "test_loss"):
+        assert abs(eight[-1][name] - one[-1][name]) < 1e-3
+
+
+def test_evaluation_is_the_mean_over_the_test_set(data_dir):
+    dataset = data.load("digits", data_dir)
+    model = models.create("vit_nano/4", num_classes=10, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    model.head.kernel[...] = jax.random.normal(jax.random.key(0), (16, 10))
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    _, eval_step = train.make_steps(model, optax.identity(), dataset.recipe.max_value)
+    state = train.State(params, rest, opt_state=None, sums={})
+    mesh = training.data_mesh(96)  # Not a divisor of 500.
+    found = train.evaluate(eval_step, state, dataset, 96, mesh, {})
+
+    images = np.stack([record["image"] for record in dataset.test]).astype(np.float32)
+    labels = np.array([record["label"] for record in dataset.test])
+    logits = model(jnp.asarray(images / 8 - 1))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    assert found["test_loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert found["test_accuracy"] == pytest.approx(float((logits.argmax(-1) == labels).mean()))
+
+
+def test_the_step_is_compiled_once(config, caplog):
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        train.train(config())
+    compiled = [m for m in caplog.messages if m.startswith("Compiling") and "train_step" in m]
+    assert len(compiled) == 1
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    train.main()
+
+
+def test_the_command_leaves_table_plot_metrics_and_settings(
+    monkeypatch, capsys, tmp_path, data_dir
+):
+    folder = tmp_path / "run"
+    run_main(
+        monkeypatch,
+        *("--model", "vit_nano/4", "--epochs", 1, "--batch-size", 160),
+        *("--run-dir", folder, "--data-dir", data_dir),
+    )
+    shown = capsys.readouterr().out
+    assert "epoch 1/1" in shown and "test accuracy" in shown and "dropped 3" in shown
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (row,) = metrics(folder)
+    assert row["epoch"] == 1 and row["step"] == 8
+    assert 0 < row["test_accuracy"] < 1 and row["images_per_second"] > 0
+    assert json.loads((folder / "settings.json").read_text())["method"] == "cdb"
+
+
+MISTAKES = [
+    (["--model", "vgg"], "unknown model 'vgg'; choose one of resnet_small"),
+    (["--model", "vit_nano/3"], "patch_size=3 does not divide images of 8x8"),
+    (["--rate", "1.5"], "--rate 1.5 must be a probability between 0 and 1"),
+    (["--rate", "nan"], "--rate nan must be a probability"),
+    (["--layer-rate", "-0.1"], "layer_rate must be a drop probability"),
+    (["--method", "dropout", "--rate", "2"], "--rate 2.0 must be a probability"),
+    (["--exempt", "hed"], "exempt: the pattern 'hed' matches none of the paths"),
+    (["--batch-size", "4096"], "--batch-size 4096 is more than the 1297 training images"),
+    (["--batch-size", "12"], "--batch-size 12 cannot be divided among 8 devices"),
+    (["--batch-size", "0"], "--batch-size 0 must be positive"),
+    (["--epochs", "-1"], "--epochs -1 must be positive"),
+    (["--learning-rate", "0"], "--learning-rate 0.0 must be positive"),
+    (["--seed", "-1"], "seed"),
+    (["--dataset", "cifar10"], "data set 'cifar10' in .* is not prepared; prepare it once with"),
+]
+
+
+@pytest.mark.parametrize(
+    "arguments, message", MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES]
+)
+def test_a_mistake_gets_one_clear_line(monkeypatch, tmp_path, data_dir, arguments, message):
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
+        run_main(
+            monkeypatch,
+            *("--model", "vit_nano/4", "--run-dir", tmp_path / "run", "--data-dir", data_dir),
+            *arguments,
+        )
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--methd", "cdb"], ["--method", "cbd"], ["--epochs", "many"], ["--rate"]],
+    ids=" ".join,
+)
+def test_a_wrong_flag_is_named(monkeypatch, capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        run_main(monkeypatch, *arguments)
+    assert caught.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_help_explains_every_flag(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_main(monkeypatch, "--help")
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    for field in train.dataclasses.fields(train.Config):
+        assert "--" + field.name.replace("_", "-") in shown
+    assert all(f"{method}:" in shown for method in METHODS)
+
+
+class TestRunFolder:
+    def test_a_run_is_not_overwritten(self, config):
+        train.train(config(epochs=1))
+        with pytest.raises(data.UserError, match="holds a run; go on with --resume, or choose"):
+            train.train(config(epochs=1))
+
+    def test_a_checkpoint_of_another_model(self, config):
+        train.train(config(epochs=1))
+        message = r"holds a run with --model vit_nano/4 \(now resnet_nano\), --rate 0.3 \(now 0.1\)"
+        with pytest.raises(data.UserError, match=message):
+            train.train(config(epochs=1, resume=True, model="resnet_nano", rate=0.1))
+
+    def test_a_folder_that_cannot_be_made(self, config, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(data.UserError, match="--run-dir .*file cannot be used"):
+            train.train(config(run_dir=tmp_path / "file"))
+
+    def test_a_damaged_checkpoint(self, config, tmp_path):
+        train.train(config())
+        for file in (tmp_path / "run/checkpoints/16").rglob("*"):
+            if file.is_file():
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        with pytest.raises(data.UserError, match="checkpoint of step 16 .* Remove") as caught:
+            train.train(config(resume=True))
+        assert "\n" not in str(caught.value)
+
+    def test_damaged_settings(self, config, tmp_path):
+        train.train(config(epochs=1))
+        (tmp_path / "run/settings.json").write_text("{")
+        with pytest.raises(data.UserError, match="--run-dir .* cannot be used"):
+            train.train(config(epochs=1, resume=True))
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(tmp_path, data_dir):
+    data.load("digits", data_dir)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+    def start(folder, *arguments):
+        command = [sys.executable, SCRIPT, "--model", "vit_mini/4", "--epochs", "2"]
+        command += ["--run-dir", tmp_path / folder, "--data-dir", data_dir, *arguments]
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    together = ("--distributed", "--coordinator", address, "--process-count", "2", "--process-id")
+    processes = [start("two", *together, str(i)) for i in range(2)] + [start("one")]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert "epoch 2/2" in outputs[0][0] and "epoch" not in outputs[1][0]
+    two, one = (metrics(tmp_path / folder) for folder in ("two", "one"))
+    assert len(two) == len(one) == 2
+    for name in ("train_loss", "test_loss", "dropped_fraction"):
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-4)
+    # A run of two processes goes on in one, on other devices.
+    again = train.Config(
+        model="vit_mini/4", epochs=2, run_dir=tmp_path / "two", data_dir=data_dir, resume=True
+    )
+    assert train.train(again) == two
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_saves_and_leaves_quietly(tmp_path, data_dir):
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--model", "vit_mini/4", "--epochs", "1000"]
+        + ["--run-dir", tmp_path / "run", "--data-dir", data_dir],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "go on with --resume" in shown and "Traceback" not in errors
+    step, _ = final_state(tmp_path / "run")
+    assert f"saved at step {step};" in shown
+
+
+@pytest.mark.slow
+def test_the_demo_compares_the_methods(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "demo"
+    command = ["demo.py", "--seeds", "2", "--epochs", "2", "--run-dir", str(folder)]
+    monkeypatch.setattr(sys, "argv", command)
+    demo.main()
+    shown = capsys.readouterr().out
+    results = json.loads((folder / "results.json").read_text())
+    assert results.keys() == {"resnet_small", "vit_mini"}
+    for methods in results.values():
+        assert list(methods) == list(demo.METHODS)
+        assert all(len(runs) == 2 and len(runs[0]) == 2 for runs in methods.values())
+    assert "against none" in shown
+    for picture in ("comparison.png", "resnet_small.png", "vit_mini.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_intervals_of_the_demo():
+    # t(0.975, 2) = 4.3027, standard error = 1 / sqrt(3).
+    mean, half = demo.mean_interval(np.array([1.0, 2.0, 3.0]))
+    assert mean == 2.0 and half == pytest.approx(4.3027 / np.sqrt(3), rel=1e-4)
+    assert demo.percent(np.array([0.5])) == "50.00"
