@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -192,6 +193,33 @@ def test_inject_hyperparams():
         optax.inject_hyperparams(channel_drop_back)(rate=0.3, key=0, channel_axes=-1).init(PARAMS)
 
 
+def test_an_injected_rate_follows_the_hyperparam_dtype_in_bfloat16():
+    grads = {"kernel": jnp.ones((2, 4096), jnp.bfloat16)}
+    inject = functools.partial(optax.inject_hyperparams, channel_drop_back)
+    exact = inject(hyperparam_dtype=jnp.float32)(rate=0.3, key=0, channel_choice="exact")
+    updates, state = exact.update(grads, exact.init(grads))
+    assert state.hyperparams["rate"].dtype == jnp.float32
+    assert np.count_nonzero(np.asarray(updates["kernel"])[0]) == round(0.7 * 4096)
+    # Without it optax rounds the rate to the dtype of the updates: 0.3 becomes 0.3008.
+    rounded = inject()(rate=0.3, key=0, channel_choice="exact")
+    updates, state = rounded.update(grads, rounded.init(grads))
+    assert updates["kernel"].dtype == state.hyperparams["rate"].dtype == jnp.bfloat16
+    kept = np.count_nonzero(np.asarray(updates["kernel"])[0])
+    assert kept == round((1 - float(jnp.bfloat16(0.3))) * 4096)
+
+
+def test_a_prefix_tree_for_the_whole_model_serves_its_parts():
+    axes = {"a": cdb_jax.output_channels, "b": {"kernel": 0}}
+    drop = channel_drop_back(0.5, key=0, channel_axes=axes)
+    whole = mask_of(drop)
+    assert set(np.unique(np.asarray(whole["b"]["kernel"]).std(axis=1))) == {0.0}  # Whole rows.
+    parts = optax.partition({"x": drop, "y": drop}, {"a": "x", "b": "y"})
+    equal(mask_of(parts), whole)
+    in_spec = channel_drop_back(0.5, key=0, channel_axes={"a": axes["a"], "b": optax.MaskedNode()})
+    grads = {"a": PARAMS["a"], "b": optax.MaskedNode()}
+    equal(mask_of(in_spec, grads=grads)["a"], whole["a"])
+
+
 def test_partition_and_masked_draw_what_the_whole_draws():
     drop = channel_drop_back(0.5, key=0)
     whole = mask_of(drop)
@@ -296,6 +324,20 @@ def test_saved_and_restored():
     restored = flax.serialization.from_bytes(blank.init(PARAMS), saved)
     equal(blank.update(PARAMS, restored)[0], expected)
     equal(blank.update(PARAMS, pickle.loads(pickle.dumps(state)))[0], expected)
+
+
+def test_saved_and_restored_by_orbax(tmp_path):
+    tx = optax.chain(channel_drop_back(0.5, key=0), optax.trace(0.9))
+    state = tx.init(PARAMS)
+    for _ in range(3):
+        _, state = tx.update(PARAMS, state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", tx.init(PARAMS))
+    assert restored[0].count == 3 and restored[0].count.dtype == jnp.int32
+    for old, new in zip(tx.update(PARAMS, state), tx.update(PARAMS, restored), strict=True):
+        equal(old, new)
 
 
 def test_the_callers_key_survives_donation():
