@@ -179,20 +179,23 @@ def train_batches(
       "image" uint8 (batch, height, width, channels) and "label" int32 (batch,).
     """
     steps = steps_per_epoch(data, batch_size)
+    share = slice(process_index, None, process_count)
 
-    def example(record: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        image = augment(record["image"], data.recipe, rng)
-        return {"image": image, "label": np.int32(record["label"])}
+    def load(indices: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        # Drawn for the whole batch, so that the number of processes changes nothing.
+        uniforms = rng.random((batch_size, 5))[share]
+        records = [data.train[int(i)] for i in indices[share]]
+        images = augment([record["image"] for record in records], data.recipe, uniforms)
+        return {"image": images, "label": _labels(records)}
 
     batches = (
-        grain.MapDataset.source(data.train)
+        grain.MapDataset.range(len(data.train))
         .seed(seed)
         .shuffle()
         .slice(slice(0, steps * batch_size))
         .repeat()
-        .random_map(example)  # Before the shares are cut, so that their number changes nothing.
-        .slice(slice(process_index, None, process_count))
-        .batch(batch_size // process_count, drop_remainder=True)
+        .batch(batch_size)
+        .random_map(load)
         .slice(slice(start_step, None))
     )
     return _iterate(batches, workers)
@@ -207,26 +210,27 @@ def test_batches(
       "image" uint8 (batch, height, width, channels), "label" int32 (batch,) and "weight" float32
       (batch,): 1, or 0 for an entry that only fills up the last batch.
     """
-    number = math.ceil(len(data.test) / batch_size) * batch_size
+    share = slice(process_index, None, process_count)
 
-    def example(index: int) -> dict[str, np.ndarray]:
-        record = data.test[min(index, len(data.test) - 1)]
+    def load(step: int) -> dict[str, np.ndarray]:
+        indices = np.arange(step * batch_size, (step + 1) * batch_size)[share]
+        last = len(data.test) - 1
+        records = [data.test[min(int(i), last)] for i in indices]
         return {
-            "image": fit(record["image"], data.recipe),
-            "label": np.int32(record["label"]),
-            "weight": np.float32(index < len(data.test)),
+            "image": np.stack([fit(record["image"], data.recipe) for record in records]),
+            "label": _labels(records),
+            "weight": (indices <= last).astype(np.float32),
         }
 
-    batches = (
-        grain.MapDataset.range(number)
-        .slice(slice(process_index, None, process_count))
-        .map(example)
-        .batch(batch_size // process_count)
-    )
-    return _iterate(batches, workers=0)
+    steps = math.ceil(len(data.test) / batch_size)
+    return _iterate(grain.MapDataset.range(steps).map(load), workers=0)
 
 
 test_batches.__test__ = False  # type: ignore[attr-defined]  # pytest: not a test.
+
+
+def _labels(records: Sequence[dict[str, Any]]) -> np.ndarray:
+    return np.array([record["label"] for record in records], np.int32)
 
 
 def _iterate(batches: grain.MapDataset, workers: int) -> Iterator[dict[str, np.ndarray]]:
@@ -248,19 +252,31 @@ def steps_per_epoch(data: DataSet, batch_size: int) -> int:
     return len(data.train) // batch_size
 
 
-def augment(image: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
-    """A random crop, and a random flip where the recipe allows one."""
-    height, width, _ = recipe.image_shape
+def augment(images: Sequence[np.ndarray], recipe: Recipe, uniforms: np.ndarray) -> np.ndarray:
+    """Random crops, and random flips where the recipe allows them.
+
+    Args:
+      images: uint8 (height, width, channels) each; of any size if the recipe resizes.
+      recipe: what to do.
+      uniforms: float64 (images, 5), uniform in [0, 1): all the randomness there is.
+
+    Returns:
+      uint8 (images, *recipe.image_shape).
+    """
     if recipe.shift is None:
-        image = _resize(image, recipe, _random_box(image, rng))
+        boxes = [_random_box(image, u) for image, u in zip(images, uniforms, strict=True)]
+        crops = np.stack([_resize(x, recipe, box) for x, box in zip(images, boxes, strict=True)])
     else:
-        margin = recipe.shift
-        top, left = rng.integers(2 * margin + 1, size=2)
-        padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)))
-        image = padded[top : top + height, left : left + width]
-    if recipe.flip and rng.random() < 0.5:
-        image = image[:, ::-1]
-    return np.ascontiguousarray(image)
+        margin, (height, width, _) = recipe.shift, recipe.image_shape
+        padding = ((0, 0), (margin, margin), (margin, margin), (0, 0))
+        padded = np.pad(np.stack(images), padding)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
+        top, left = (uniforms[:, :2] * (2 * margin + 1)).astype(int).T
+        crops = np.moveaxis(windows[np.arange(len(images)), top, left], 1, -1)
+    if recipe.flip:
+        flipped = uniforms[:, 4] < 0.5
+        crops = np.where(flipped[:, None, None, None], crops[:, :, ::-1], crops)
+    return np.ascontiguousarray(crops)
 
 
 def fit(image: np.ndarray, recipe: Recipe) -> np.ndarray:
@@ -273,15 +289,15 @@ def fit(image: np.ndarray, recipe: Recipe) -> np.ndarray:
     return _resize(image, recipe, (left, top, left + side, top + side))
 
 
-def _random_box(image: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float, float]:
+def _random_box(image: np.ndarray, uniforms: np.ndarray) -> tuple[float, float, float, float]:
     """A box of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3, clipped to the image."""
     height, width, _ = image.shape
-    area = rng.uniform(0.08, 1.0) * height * width
-    ratio = math.exp(rng.uniform(-1.0, 1.0) * math.log(4 / 3))
+    area = (0.08 + 0.92 * uniforms[0]) * height * width
+    ratio = (4 / 3) ** (2.0 * uniforms[1] - 1.0)
     box_width = min(width, math.sqrt(area * ratio))
     box_height = min(height, math.sqrt(area / ratio))
-    left = rng.uniform(0.0, width - box_width)
-    top = rng.uniform(0.0, height - box_height)
+    left = uniforms[2] * (width - box_width)
+    top = uniforms[3] * (height - box_height)
     return left, top, left + box_width, top + box_height
 
 

@@ -90,6 +90,8 @@ class Config:
                 raise UserError(f"{flag} {getattr(self, name)} must be positive.")
         if not 0.0 <= self.rate <= 1.0:
             raise UserError(f"--rate {self.rate} must be a probability between 0 and 1.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed} must be at least 0 and less than 2**32.")
 
 
 # What may differ between a run and its continuation.
@@ -197,28 +199,28 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
     out = training.console()
     dataset = data.load(config.dataset, config.data_dir)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    size = config.batch_size
+    size, seed = config.batch_size, np.uint32(config.seed)
     mesh = training.data_mesh(size)
     epoch_steps = data.steps_per_epoch(dataset, size)
     total_steps = config.epochs * epoch_steps
 
-    def build() -> nnx.Module:
+    def build(seed: jax.Array) -> nnx.Module:
         return models.create(
             config.model,
             num_classes=dataset.num_classes,
             image_shape=dataset.recipe.image_shape,
             dtype=config.dtype,
             dropout_rate=config.rate if config.method == "dropout" else 0.0,
-            rngs=nnx.Rngs(config.seed),
+            rngs=nnx.Rngs(jax.random.key(seed)),
         )
 
-    def initial_state() -> State:
-        _, params, rest = nnx.split(build(), nnx.Param, ...)
+    def initial_state(seed: jax.Array) -> State:
+        _, params, rest = nnx.split(build(seed), nnx.Param, ...)
         return State(params, rest, tx.init(params), dict(zeros))
 
     zeros = dict.fromkeys(training.STEP_METRICS, np.float32(0.0))
     try:
-        model = nnx.eval_shape(build)
+        model = nnx.eval_shape(build, seed)
         policy = make_policy(config, total_steps)
         report = policy and cdb_jax.channel_report(nnx.state(model, nnx.Param), policy)
     except (TypeError, ValueError) as error:
@@ -230,7 +232,7 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
     run = training.Run(config.run_dir, settings, resume=config.resume)
     if report and not brief:
         out.print(str(report), soft_wrap=True)
-    step, state = run.restore(training.on_all_devices(initial_state, mesh))
+    step, state = run.restore(training.on_all_devices(mesh, initial_state, seed))
     batches = data.train_batches(
         dataset, size, seed=config.seed, start_step=step, workers=config.workers, **share
     )
@@ -257,7 +259,7 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
                 "images_per_second": (step - first) * size / seconds,
             }
             run.log(row)
-            state = state._replace(sums=training.on_all_devices(lambda: dict(zeros), mesh))
+            state = state._replace(sums=training.on_all_devices(mesh, lambda: dict(zeros)))
             run.save(step, state)
             if not brief:
                 out.print(training.summary(row, config.epochs), soft_wrap=True)

@@ -54,9 +54,9 @@ def data_mesh(batch_size: int) -> jax.sharding.Mesh:
     return jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def on_all_devices(f: Callable[[], Any], mesh: jax.sharding.Mesh) -> Any:
-    """The result of `f`, computed and kept on every device."""
-    return jax.jit(f, out_shardings=NamedSharding(mesh, PartitionSpec()))()
+def on_all_devices(mesh: jax.sharding.Mesh, f: Callable[..., Any], *args: Any) -> Any:
+    """The result of `f(*args)`, computed and kept on every device."""
+    return jax.jit(f, out_shardings=NamedSharding(mesh, PartitionSpec()))(*args)
 
 
 def distribute(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
@@ -278,7 +278,7 @@ def results_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[s
     """A table to print: the first column holds names, the others numbers."""
     result = table.Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        result.add_column(column, justify="right" if i else "left")
+        result.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
     for line in lines:
         result.add_row(*line)
     return result

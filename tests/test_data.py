@@ -173,11 +173,11 @@ def test_the_same_code_reads_the_other_sets(name, num_classes, image_shape):
 
 
 class TestAugmentation:
-    image = np.arange(1, 1 + 32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3)
+    image = np.arange(1, 1 + 32 * 32 * 3, dtype=np.uint16).reshape(32, 32, 3)
 
     def draws(self, name, image, count=200):
-        rng = np.random.default_rng(0)
-        return [data.augment(image, data.RECIPES[name], rng) for _ in range(count)]
+        uniforms = np.random.default_rng(0).random((count, 5))
+        return data.augment([image] * count, data.RECIPES[name], uniforms)
 
     def test_a_shift_moves_the_image_and_fills_with_zeros(self):
         recipe = data.RECIPES["svhn_cropped"]

@@ -253,7 +253,7 @@ MISTAKES = [
     (["--batch-size", "0"], "--batch-size 0 must be positive"),
     (["--epochs", "-1"], "--epochs -1 must be positive"),
     (["--learning-rate", "0"], "--learning-rate 0.0 must be positive"),
-    (["--seed", "-1"], "seed"),
+    (["--seed", "-1"], "--seed -1 must be at least 0"),
     (["--dataset", "cifar10"], "data set 'cifar10' in .* is not prepared; prepare it once with"),
 ]
 
