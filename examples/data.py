@@ -109,8 +109,9 @@ def load(name: str, data_dir: Path | None = None) -> DataSet:
     logging.set_verbosity(logging.ERROR)
     builder = _builder(name, data_dir)
     try:
-        if name == "digits":
-            _prepare_digits(builder)
+        if name == "digits" and not builder.is_prepared():
+            _prepare_quietly(builder)
+            builder = _builder(name, data_dir)
         test_split = RECIPES[name].test_split
         train, test = (builder.as_data_source(split) for split in ("train", test_split))
         _ = train[0], test[0]  # The files are opened only now.
@@ -135,9 +136,7 @@ def _builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
     return tfds.builder(name, data_dir=data_dir, file_format="array_record")
 
 
-def _prepare_digits(builder: tfds.core.DatasetBuilder) -> None:
-    if builder.is_prepared():
-        return
+def _prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
     tfds.disable_progress_bar()
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -161,7 +160,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> grain.DatasetIterator:
     """Endless shuffled and augmented batches, from step `start_step` on.
 
     Every epoch is a new permutation, cut into `steps_per_epoch` full batches.
@@ -203,7 +202,7 @@ def train_batches(
 
 def test_batches(
     data: DataSet, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> Iterator[dict[str, np.ndarray]]:
+) -> grain.DatasetIterator:
     """Every test image once; as many batches in every process.
 
     Yields:
@@ -233,7 +232,7 @@ def _labels(records: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.array([record["label"] for record in records], np.int32)
 
 
-def _iterate(batches: grain.MapDataset, workers: int) -> Iterator[dict[str, np.ndarray]]:
+def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     threads = min(16, os.cpu_count() or 1)
     iterable = batches.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=2 * threads))
     if workers:

@@ -75,7 +75,7 @@ class Config:
     workers: int = 0
     """Processes that read and augment images; 0 uses threads."""
     distributed: bool = False
-    """Join other processes; the next three are found by JAX on TPU pods and under Slurm."""
+    """Join other processes: JAX finds them on TPU pods and under Slurm; else give the next three."""
     coordinator: str | None = None
     """HOST:PORT of process 0."""
     process_count: int | None = None
@@ -95,10 +95,8 @@ class Config:
 
 
 # What may differ between a run and its continuation.
-NOT_SETTINGS = (
-    *("run_dir", "resume", "data_dir", "workers"),
-    *("distributed", "coordinator", "process_count", "process_id"),
-)
+NOT_SETTINGS = {"run_dir", "resume", "data_dir", "workers"}
+NOT_SETTINGS |= {"distributed", "coordinator", "process_count", "process_id"}
 
 
 class State(NamedTuple):
@@ -119,9 +117,8 @@ def make_policy(config: Config, total_steps: int) -> cdb_jax.Policy | None:
     if config.method == "released":
         first = "stem" if config.model.startswith("resnet") else "patch_embed"
         schedule = cdb_jax.released_layer_rate(total_steps)
-        return cdb_jax.released_code(
-            key=config.seed, exempt=(first,), rate=config.rate, layer_rate=schedule
-        )
+        released = dict(key=config.seed, exempt=(first,), rate=config.rate)
+        return cdb_jax.released_code(**released, layer_rate=schedule)
     return cdb_jax.Policy(
         config.rate,
         key=config.seed,
@@ -138,7 +135,8 @@ def make_optimizer(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, max(1, total_steps // 20), total_steps
     )
-    kernels = lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)
+    is_kernel = lambda path, _: "kernel" in jax.tree_util.keystr(path)
+    kernels = lambda params: jax.tree_util.tree_map_with_path(is_kernel, params)
     if config.optimizer == "adamw":
         optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=kernels)
     else:
@@ -236,7 +234,7 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
     batches = data.train_batches(
         dataset, size, seed=config.seed, start_step=step, workers=config.workers, **share
     )
-    with contextlib.closing(run), training.StopRequest() as stop:
+    with contextlib.closing(run), contextlib.closing(batches), training.StopRequest() as stop:
         for epoch in range(step // epoch_steps + 1, config.epochs + 1):
             start, first = time.perf_counter(), step
             title = f"{config.model}, {config.method}: epoch {epoch}/{config.epochs}"
@@ -284,8 +282,9 @@ def evaluate(
 def main() -> None:
     try:
         config = tyro.cli(Config)
-        if config.distributed:
-            training.start_processes(config.coordinator, config.process_count, config.process_id)
+        processes = (config.coordinator, config.process_count, config.process_id)
+        if config.distributed or processes != (None, None, None):
+            training.start_processes(*processes)
         rows = train(config)
         training.show_results(config.run_dir, f"{config.model}, {config.method}", rows)
     except UserError as error:

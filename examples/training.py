@@ -98,12 +98,12 @@ class Run:
                 self.folder / "checkpoints",
                 options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True),
             )
+            if jax.process_count() > 1:  # No process may take this run's file for an older one's.
+                multihost_utils.sync_global_devices("run folder")
             if self.speaks and not exists:
                 _write(settings_file, json.dumps(settings, indent=2) + "\n")
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"--run-dir {folder} cannot be used: {first_line(error)}") from error
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("run folder")
 
     def restore(self, state: Any) -> tuple[int, Any]:
         """The last checkpoint and its step, on the devices of `state`; without one, 0 and `state`.
@@ -306,6 +306,7 @@ def plot_curves(histories: Mapping[str, Sequence[Sequence[Row]]], file: Path, ti
             low, high = values.min(axis=0), values.max(axis=0)
             panel.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         panel.set_xlabel("epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
     axes[0].set_yscale("log")

@@ -128,6 +128,25 @@ def test_evaluation_counts_every_test_image_once(digits, batch_size, process_cou
     assert multiset(images[weights == 1]) == multiset(record["image"] for record in digits.test)
 
 
+def test_processes_may_prepare_the_set_together(tmp_path):
+    script = f"""
+import data
+from pathlib import Path
+print(len(data.load("digits", Path({str(tmp_path)!r})).train))
+"""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=os.environ | {"PYTHONPATH": str(EXAMPLES)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert outputs == ["1297\n"] * 3
+
+
 def test_worker_processes_read_what_threads_read(digits):
     # In a process of its own: forking the many threads of this one would be unsafe.
     script = f"""
