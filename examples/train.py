@@ -75,7 +75,7 @@ class Config:
     workers: int = 0
     """Processes that read and augment images; 0 uses threads."""
     distributed: bool = False
-    """Join other processes: JAX finds them on TPU pods and under Slurm; else give the next three."""
+    """Join other processes: JAX finds them on TPU pods and under Slurm; else give all three:"""
     coordinator: str | None = None
     """HOST:PORT of process 0."""
     process_count: int | None = None
