@@ -148,12 +148,13 @@ def test_other_settings_train_too(config, changes):
 def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch, step, number, changes):
     train.train(config(run_dir=tmp_path / "whole", **changes))
 
+    handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
         interrupt(patch, step, number)
         with pytest.raises(training.StoppedError, match=f"saved at step {step + 1}$") as caught:
             train.train(config(**changes))
     assert caught.value.signal == number
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is handler
     train.train(config(resume=True, **changes))
     assert_same_runs(tmp_path / "run", tmp_path / "whole")
 
