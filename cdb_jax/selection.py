@@ -224,7 +224,8 @@ def draw(policy: Policy, layout: channels.Layout, count: jax.typing.ArrayLike) -
     layers = list(itertools.chain(*by_channels.values()))
     groups = []
     if layers:
-        rate, layer_rate = _at(policy.rate, count), _at(policy.layer_rate, count)
+        rate = _at("rate", policy.rate, count)
+        layer_rate = _at("layer_rate", policy.layer_rate, count)
         step_key = jax.random.fold_in(
             jax.random.wrap_key_data(_words(policy.key), impl="threefry2x32"), count
         )
@@ -283,10 +284,16 @@ def kept_channels(rate: float | jax.Array, width: int) -> int | jax.Array:
     return jnp.where(rate >= 1.0, 0, jnp.maximum(1, kept))
 
 
-def _at(rate: Any, count: jax.typing.ArrayLike) -> float | jax.Array:
+def _at(name: str, rate: Any, count: jax.typing.ArrayLike) -> float | jax.Array:
     """A Python rate as it is, a schedule at its count, arrays in float32."""
     value = rate(count) if callable(rate) else rate
-    return value if isinstance(value, float) else jnp.asarray(value, jnp.float32)
+    if not isinstance(value, (int, float)):
+        return jnp.asarray(value, jnp.float32)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(
+            f"{name} must be a drop probability between 0 and 1, and its schedule returned {value}."
+        )
+    return float(value)
 
 
 def _words(key: tuple[int, int] | jax.Array) -> jax.Array:

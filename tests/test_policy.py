@@ -138,6 +138,12 @@ ON_A_TREE = {
         dict(layer_choice="one"),
         "layer_choice='one' picks one layer of the whole model",
     ),
+    "schedule of percents": (
+        DENSE,
+        dict(layer_rate=lambda step: 30),
+        "layer_rate must be a drop probability.*its schedule returned 30",
+    ),
+    "schedule of NaN": (DENSE, dict(layer_rate=lambda step: float("nan")), "schedule returned nan"),
     "bias without its kernel": (
         {"a": {"kernel": optax.MaskedNode(), "bias": jnp.zeros(4)}} | DENSE,
         dict(share_with_bias=True),
