@@ -14,7 +14,7 @@ of operations does not grow with the depth of the model.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,20 +109,28 @@ def mask(
     policy: Policy,
     layout: channels.Layout,
     count: jax.typing.ArrayLike,
+    done: Collection[str] = (),
 ) -> Any:
-    """`apply_selection` for the groups that the policy has drawn at `count`."""
+    """`apply_selection` for the groups that the policy has drawn at `count`.
+
+    The leaves whose paths are in `done` have zeros for dropped channels already.
+    """
+    wanted = {leaf.layer or leaf.path for leaf in layout.leaves if leaf.path not in done}
 
     def cut(matrices: Sequence[jax.Array]) -> Selection:
         return as_selection([g._replace(factors=x) for g, x in zip(groups, matrices, strict=True)])
 
+    def cut_wanted(matrices: Sequence[jax.Array]) -> Selection:
+        return {path: x for path, x in cut(matrices).items() if path in wanted}
+
     factors = [group.factors for group in groups]
-    keep = _materialise(cut, [x != 0 for x in factors], count)
+    keep = materialise(cut_wanted, [x != 0 for x in factors], count)
     # Without rescaling the factors are 0 and 1, and there is nothing to multiply.
-    scales = {} if policy.rescale == "none" else _materialise(cut, factors, count)
-    return _mask(updates, keep, scales, layout)
+    scales = {} if policy.rescale == "none" else materialise(cut, factors, count)
+    return _mask(updates, keep, scales, layout, done)
 
 
-def _materialise(f: Callable[[Any], Any], x: Any, count: jax.typing.ArrayLike) -> Any:
+def materialise(f: Callable[[Any], Any], x: Any, count: jax.typing.ArrayLike) -> Any:
     """`f(x)`, which XLA computes once, instead of anew for every weight it is applied to.
 
     Fused into the parameter-sized loops, the draw would be repeated for each weight of a channel,
@@ -147,6 +155,7 @@ def _mask(
     keep: Mapping[str, jax.Array],
     factors: Mapping[str, jax.Array],
     layout: channels.Layout,
+    done: Collection[str] = (),
 ) -> Any:
     leaves, treedef = jax.tree.flatten(updates)
     masked = []
@@ -156,7 +165,7 @@ def _mask(
             scale = _broadcastable(factors[path], leaf)
             # Even a product with 1 can flush a subnormal number to zero.
             x = jnp.where(scale == 1, x, _scale(x, scale))
-        if path in keep:  # Selected, not multiplied by zero: NaN times zero is NaN.
+        if path in keep and leaf.path not in done:  # Selected, not multiplied by zero: NaN times zero is NaN.
             x = jnp.where(_broadcastable(keep[path], leaf), x, jnp.zeros((), x.dtype))
         masked.append(x)
     return jax.tree.unflatten(treedef, masked)
@@ -183,6 +192,8 @@ class Group(NamedTuple):
 
     layers: tuple[channels.Leaf, ...]
     factors: jax.Array  # shape=(rows, channels), dtype=jnp.float32
+    masked: jax.Array  # shape=(rows,), dtype=jnp.bool: whether `rate` applies.
+    start: jax.Array | None = None  # shape=(rows,), dtype=jnp.int32: of a window, in each group.
 
 
 def check_layers(policy: Policy, layout: channels.Layout) -> None:
@@ -237,11 +248,11 @@ def draw(policy: Policy, layout: channels.Layout, count: jax.typing.ArrayLike) -
         for (width, members), (own, each) in zip(by_channels.items(), words, strict=True):
             start, stop = stop, stop + rows[width]
             masked = chosen[start:stop] & (_uniform(own[:, 0]) < layer_rate)
-            keep, probability = _choose_channels(policy, rate, width, own[:, 1], each)
+            keep, probability, at = _choose_channels(policy, rate, width, own[:, 1], each)
             kept = _kept_factors(policy.rescale, keep, probability)
             whole = _whole_factors(policy, rate, chosen[start:stop], survival[start:stop])
             factors = jnp.where(masked[:, None], kept, whole[:, None])
-            groups.append(Group(tuple(members), factors))
+            groups.append(Group(tuple(members), factors, masked, at))
     if policy.layer_choice == "one" and policy.other_layers == "still":
         groups.append(_standing_still(layout))
     return groups
@@ -250,7 +261,7 @@ def draw(policy: Policy, layout: channels.Layout, count: jax.typing.ArrayLike) -
 def as_selection(groups: Sequence[Group]) -> Selection:
     """Cuts the matrices of the groups into one entry for each layer."""
     selection = {}
-    for layers, factors in groups:
+    for layers, factors, *_ in groups:
         start = 0
         for layer in layers:
             rows = factors[start : start + layer.depth]
@@ -267,9 +278,9 @@ def dropped_fraction(groups: Sequence[Group], layout: channels.Layout) -> jax.Ar
     for leaf in layout.leaves:  # A bias that follows counts with its layer.
         path = leaf.layer or leaf.path
         size[path] = size.get(path, 0) + leaf.size
-    total = sum(size[layer.path] for layers, _ in groups for layer in layers)
+    total = sum(size[layer.path] for group in groups for layer in group.layers)
     fraction = jnp.zeros((), jnp.float32)
-    for layers, factors in groups:
+    for layers, factors, *_ in groups:
         shares = [size[layer.path] / layer.depth / total for layer in layers]
         weights = np.repeat(shares, [layer.depth for layer in layers]).astype(np.float32)
         fraction += jnp.sum(weights * jnp.mean(factors == 0, axis=1, dtype=jnp.float32))
@@ -382,24 +393,27 @@ def _choose_channels(
     width: int,
     offset: jax.Array,
     words: jax.Array,
-) -> tuple[jax.Array | np.ndarray, Any]:
-    """Which channels a masked layer keeps, bool (rows, width), and the probability of each."""
+) -> tuple[jax.Array, Any, jax.Array | None]:
+    """Which channels a masked layer keeps, bool (rows, width), and the probability of each.
+
+    The third result is where a window starts.
+    """
     if policy.channel_choice == "bernoulli":
         keep = _uniform(words) >= rate
         # Where all would be dropped none is, so a channel learns a little more often than 1 - rate.
         spared = ~jnp.any(keep, axis=1, keepdims=True) & (rate < 1.0)
-        return keep | spared, 1.0 - rate + rate**width
+        return keep | spared, 1.0 - rate + rate**width, None
 
     if policy.channel_choice == "exact":
         kept = kept_channels(rate, width)
-        return _smallest(words, kept), kept / width
+        return _smallest(words, kept), kept / width, None
 
     size = width // (policy.window_groups or 1)
     kept = kept_channels(rate, size)
     # The remainder favours some offsets by less than size / 2**32.
-    start = (offset % np.uint32(size)).astype(jnp.int32)[:, None]
+    start = (offset % np.uint32(size)).astype(jnp.int32)
     position = np.arange(width, dtype=np.int32)[None, :] % size
-    return (position - start) % size < kept, kept / size
+    return (position - start[:, None]) % size < kept, kept / size, start
 
 
 def _smallest(words: jax.Array, kept: int | jax.Array) -> jax.Array:
@@ -445,4 +459,5 @@ def _standing_still(layout: channels.Layout) -> Group:
         for leaf in layout.leaves
         if leaf.layer is None and leaf.reason not in (channels.EXEMPT, channels.NO_VALUES)
     )
-    return Group(still, jnp.zeros((len(still), 1), jnp.float32))
+    zeros = jnp.zeros((len(still), 1), jnp.float32)
+    return Group(still, zeros, masked=zeros[:, 0] > 0)

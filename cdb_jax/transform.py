@@ -145,3 +145,54 @@ def channel_drop_back(
         return masked, ChannelDropBackState(optax.safe_increment(state.count), fraction)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def selection_count(opt_state: Any) -> jax.Array:
+    """The step that an optimizer state has reached: the `count` of `value_and_grad`.
+
+    Finds the count of `channel_drop_back` in any nesting of chains, `optax.MultiSteps` and
+    wrappers; where there is none, the `count` that Adam, schedules and other transformations keep.
+    Under `MultiSteps` all micro-batches of a step share it, so that they add up under one selection.
+
+    Args:
+      opt_state: what `tx.init` or `tx.update` returned.
+
+    Returns:
+      The count, an int scalar.
+
+    Raises:
+      ValueError: if the state has no count, or several that are not the same array or number of
+        steps; then count steps yourself.
+
+    Examples:
+      >>> import cdb_jax, jax.numpy as jnp, optax
+      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+      >>> cdb_jax.selection_count(tx.init({"kernel": jnp.zeros((2, 4))}))
+      Array(0, dtype=int32)
+    """
+    by_path = {}
+    for keys, x in jax.tree_util.tree_leaves_with_path(opt_state):
+        path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+        by_path[path[:-1] if path[-1:] == ("value",) else path] = x  # NNX puts values into boxes.
+    counts = {
+        path[:-1]: x
+        for path, x in by_path.items()
+        if path[-1:] == ("count",) and jnp.shape(x) == () and jnp.issubdtype(x.dtype, jnp.integer)
+    }
+    counts = {at: x for at, x in counts.items() if (*at, "dropped_fraction") in by_path} or counts
+    if not counts:
+        raise ValueError(
+            "this optimizer state has no count, because nothing in the optimizer depends on the "
+            "step; count the steps yourself and give count=step."
+        )
+    # Some wrappers hold steps back, so that what is inside counts less than what is outside.
+    holders = {path[:-1] for path in by_path if path[-1] in ("mini_step", "notfinite_count")}
+    inside = {frozenset(h for h in holders if at[: len(h)] == h) for at in counts}
+    known = {int(x) for x in counts.values() if not isinstance(x, jax.core.Tracer)}
+    if len(inside) > 1 or len(known) > 1:
+        listing = ", ".join("/".join((*at, "count")) for at in counts)
+        raise ValueError(
+            f"this optimizer state has several counts that need not agree ({listing}); give the "
+            "one that is meant, or count the steps yourself."
+        )
+    return next(iter(counts.values()))

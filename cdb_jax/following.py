@@ -1,0 +1,501 @@
+"""Follows weights through a traced program to the products that read them.
+
+A weight may reach a product through operations on layout and dtype only. Such a product becomes one
+that computes the kept part of its weight gradient (`products.multiply`); all other operations stay
+what they are, and what they contribute to a weight's gradient is found by JAX as ever.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from cdb_jax import jaxprs, products
+
+
+class Weight(NamedTuple):
+    """A value that is a leaf of the parameters, rearranged: static.
+
+    `channel` and `stack` are the axes of the value that hold the leaf's channels, major first, and
+    its stacked layers.
+    """
+
+    leaf: int
+    channel: tuple[int, ...]
+    stack: tuple[int, ...]
+
+
+class Uses(NamedTuple):
+    """What a program does with a leaf: the number of its products, and what else reads it."""
+
+    products: int
+    others: tuple[str, ...]
+
+
+class Change(NamedTuple):
+    """What goes with a weight at run time: see `products.multiply`."""
+
+    z: jax.Array
+    at: jax.Array
+    state: jax.Array
+
+
+class Flag:
+    """A boolean scalar at run time; two flags are the same if they are one object."""
+
+    def __init__(self, value: jax.Array | bool):
+        self.value = value
+
+
+ALWAYS = frozenset([Flag(True)])
+NEVER: frozenset[Flag] = frozenset()
+
+
+class Value(NamedTuple):
+    """A value of the program, and the flags of which one is set if its gradient is needed."""
+
+    array: Any
+    change: Change | None = None
+    needed: frozenset[Flag] = NEVER
+
+
+Step = Callable[[Sequence[Value]], list[Value]]
+
+
+class Program(NamedTuple):
+    """A traced program; `steps` replace the equations of the same position."""
+
+    closed: core.ClosedJaxpr
+    steps: dict[int, Step]
+
+
+class _Context(NamedTuple):
+    targets: Sequence[products.Target | None]
+    gated: bool
+    products: list[int]  # Leaves, once for each product.
+    others: list[tuple[int, str]]
+
+
+def follow(
+    closed: core.ClosedJaxpr,
+    weights: Sequence[Weight | None],
+    targets: Sequence[products.Target | None],
+    gated: bool,
+) -> tuple[Program, dict[int, Uses]]:
+    """Finds the products of weights in a program.
+
+    Args:
+      closed: the program.
+      weights: for each of its inputs the leaf that it is, or None for no weight to follow.
+      targets: for each leaf of the parameters what may happen to it.
+      gated: whether gradients that only feed layers that stand still are to be left out.
+
+    Returns:
+      The program with its products replaced, and the uses of each leaf that was followed.
+    """
+    context = _Context(targets, gated, [], [])
+    program, _ = _follow(closed, weights, context)
+    leaves = [weight.leaf for weight in weights if weight is not None]
+    uses = {
+        leaf: Uses(
+            context.products.count(leaf),
+            tuple(dict.fromkeys(reason for other, reason in context.others if other == leaf)),
+        )
+        for leaf in leaves
+    }
+    return program, uses
+
+
+def evaluate(program: Program, operands: Sequence[Value]) -> list[Value]:
+    """Evaluates a program."""
+    jaxpr = program.closed.jaxpr
+    values: dict[core.Var, Value] = {
+        v: Value(x) for v, x in zip(jaxpr.constvars, program.closed.consts, strict=True)
+    }
+    values.update(zip(jaxpr.invars, operands, strict=True))
+    read = lambda v: Value(v.val) if isinstance(v, core.Literal) else values[v]
+    for i, eqn in enumerate(jaxpr.eqns):
+        given = [read(v) for v in eqn.invars]
+        if i in program.steps:
+            results = program.steps[i](given)
+        else:
+            results = _anew(jaxprs.run(eqn, jaxpr, [x.array for x in given]), given)
+        values.update(zip(eqn.outvars, results, strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def any_of(flags: frozenset[Flag]) -> jax.Array | bool:
+    """Whether one of the flags is set: static where that is known."""
+    if flags >= ALWAYS or not flags:
+        return bool(flags)
+    return functools.reduce(jnp.logical_or, [flag.value for flag in flags])
+
+
+def _union(values: Sequence[Value]) -> frozenset[Flag]:
+    flags = NEVER.union(*(x.needed for x in values))
+    return ALWAYS if flags >= ALWAYS else flags
+
+
+def _anew(arrays: Sequence[Any], made_from: Sequence[Value]) -> list[Value]:
+    needed = _union(made_from)
+    return [Value(x, None, needed) for x in arrays]
+
+
+# Finding.
+
+
+def _follow(
+    closed: core.ClosedJaxpr, given: Sequence[Weight | None], context: _Context
+) -> tuple[Program, list[Weight | None]]:
+    """Returns the program, and the weights among its results."""
+    weights: dict[core.Var, Weight] = {
+        v: weight for v, weight in zip(closed.jaxpr.invars, given, strict=True) if weight
+    }
+    read = lambda v: None if isinstance(v, core.Literal) else weights.get(v)
+    steps: dict[int, Step] = {}
+    for i, eqn in enumerate(closed.jaxpr.eqns):
+        inputs = [read(v) for v in eqn.invars]
+        step, results = _step(eqn, closed.jaxpr, inputs, context)
+        if step:
+            steps[i] = step
+        weights.update((v, x) for v, x in zip(eqn.outvars, results, strict=True) if x)
+    return Program(closed, steps), [read(v) for v in closed.jaxpr.outvars]
+
+
+def _step(
+    eqn: core.JaxprEqn, within: core.Jaxpr, weights: list[Weight | None], context: _Context
+) -> tuple[Step | None, list[Weight | None]]:
+    """What replaces an equation, if anything, and which of its results are weights."""
+    name = eqn.primitive.name
+    none: list[Weight | None] = [None] * len(eqn.outvars)
+    if name in _CALLS:
+        step, results = _CALLS[name](eqn, weights, context)
+        return step, results or none
+    if not any(weights) and not (context.gated and name in _PRODUCTS):
+        return None, none
+    if name in _PRODUCTS:
+        return _product(eqn, weights, context), none
+    if name in _LAYOUT and len(eqn.invars) == 1 and weights[0]:
+        target = context.targets[weights[0].leaf]
+        moved = _LAYOUT[name](eqn, weights[0], target)
+        if moved:
+            weight, change_z = moved
+            return functools.partial(_move, eqn, within, change_z), [weight]
+    _used_otherwise(weights, f"read by {name}", context)
+    return None, none
+
+
+def _used_otherwise(weights: Sequence[Weight | None], why: str, context: _Context) -> None:
+    context.others.extend((weight.leaf, why) for weight in weights if weight)
+
+
+# Products.
+
+_PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
+def _product(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Step | None:
+    name, params = eqn.primitive.name, eqn.params
+    shapes = [v.aval.shape for v in eqn.invars]
+    for side in (1, 0):
+        weight = weights[side]
+        if weight is None:
+            continue
+        target = context.targets[weight.leaf]
+        if name == "dot_general":
+            ranks = (len(shapes[0]), len(shapes[1]))
+            found = products.dot_product(params, side, ranks, weight.channel, weight.stack, target)
+        else:
+            found = products.convolution(
+                params, side, shapes[side], weight.channel, weight.stack, target
+            )
+        if isinstance(found, str):
+            _used_otherwise([weight], found, context)
+            continue
+        context.products.append(weight.leaf)
+        _used_otherwise([weights[1 - side]], "multiplied with another weight", context)
+        return functools.partial(_multiply, found)
+    return functools.partial(_gate, products.plain(name, params)) if context.gated else None
+
+
+def _multiply(product: products.Product, operands: Sequence[Value]) -> list[Value]:
+    x, w = operands[1 - product.side], operands[product.side]
+    assert w.change is not None
+    y = products.multiply(product, x.array, w.array, *w.change, any_of(x.needed))
+    return _anew([y], operands)
+
+
+def _gate(op: products.BinaryOp, operands: Sequence[Value]) -> list[Value]:
+    x, y = operands
+    needed = any_of(x.needed), any_of(y.needed)
+    return _anew([products.gate(op, x.array, y.array, needed)], operands)
+
+
+# Layout: operations that move the entries of a weight about, or change their dtype.
+
+Moved = tuple[Weight, Callable[[jax.Array], jax.Array]] | None
+
+
+def _move(
+    eqn: core.JaxprEqn,
+    within: core.Jaxpr,
+    change_z: Callable[[jax.Array], jax.Array],
+    operands: Sequence[Value],
+) -> list[Value]:
+    (w,) = operands
+    assert w.change is not None
+    (array,) = jaxprs.run(eqn, within, [w.array])
+    return [Value(array, w.change._replace(z=change_z(w.change.z)), w.needed)]
+
+
+def _same(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+    return weight, lambda z: z
+
+
+def _converted(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+    dtype = eqn.params["new_dtype"]
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return None
+    return weight, lambda z: lax.convert_element_type(z, dtype)
+
+
+def _transposed(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+    order = eqn.params["permutation"]
+    to = lambda axes: tuple(order.index(axis) for axis in axes)
+    moved = weight._replace(channel=to(weight.channel), stack=to(weight.stack))
+    return moved, lambda z: jnp.transpose(z, order)
+
+
+def _reversed(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+    axes = eqn.params["dimensions"]
+    if set(axes) & {*weight.channel, *weight.stack}:
+        return None
+    return weight, lambda z: lax.rev(z, axes)
+
+
+def _broadcast(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+    place = eqn.params["broadcast_dimensions"]
+    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if any(before[axis] != after[place[axis]] for axis in (*weight.channel, *weight.stack)):
+        return None
+    to = lambda axes: tuple(place[axis] for axis in axes)
+    moved = weight._replace(channel=to(weight.channel), stack=to(weight.stack))
+    shape = target.shape(after, moved.channel)
+    return moved, lambda z: lax.broadcast_in_dim(z, shape, place)
+
+
+def _reshaped(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if eqn.params.get("dimensions") is not None:
+        return None
+    channel, stack = list(weight.channel), list(weight.stack)
+    for old, new in _blocks(before, after):
+        if len(old) == len(new) == 1:
+            channel = [-1 - new[0] if axis == old[0] else axis for axis in channel]
+            stack = [-1 - new[0] if axis == old[0] else axis for axis in stack]
+        elif set(old) & set(stack):
+            return None
+        elif set(old) & set(channel):
+            # Axes that are split or joined must be channels all of them, in their order.
+            at = channel.index(old[0]) if old[0] in channel else len(channel)
+            if channel[at : at + len(old)] != old:
+                return None
+            channel[at : at + len(old)] = [-1 - axis for axis in new]
+    if any(axis >= 0 for axis in (*channel, *stack)):
+        return None  # An axis of size 1 that is gone.
+    moved = Weight(weight.leaf, tuple(-1 - x for x in channel), tuple(-1 - x for x in stack))
+    shape = target.shape(after, moved.channel)
+    return moved, lambda z: z.reshape(shape)
+
+
+def _blocks(
+    before: Sequence[int], after: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """Splits a reshape into the smallest blocks of axes whose sizes multiply to the same.
+
+    Axes of size 1 are in no block, as they hold nothing.
+    """
+    olds = [axis for axis, size in enumerate(before) if size != 1]
+    news = [axis for axis, size in enumerate(after) if size != 1]
+    blocks = []
+    while olds and news:
+        old, new = [olds.pop(0)], [news.pop(0)]
+        m, n = before[old[0]], after[new[0]]
+        while m != n:
+            if m < n:
+                old.append(olds.pop(0))
+                m *= before[old[-1]]
+            else:
+                new.append(news.pop(0))
+                n *= after[new[-1]]
+        blocks.append((old, new))
+    return blocks
+
+
+_LAYOUT: dict[str, Callable[[core.JaxprEqn, Weight, products.Target], Moved]] = {
+    "copy": _same,
+    "copy_p": _same,
+    "name": _same,
+    "optimization_barrier": _same,
+    "sharding_constraint": _same,
+    "convert_element_type": _converted,
+    "transpose": _transposed,
+    "rev": _reversed,
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshaped,
+    "squeeze": _reshaped,
+    "expand_dims": _reshaped,
+}
+
+
+# Calls: equations that hold programs of their own.
+
+Called = tuple[Step | None, list[Weight | None] | None]
+
+
+def _jit(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Called:
+    unspecified = [type(x).__name__ == "UnspecifiedValue" for x in _shardings(eqn)]
+    if not all(unspecified):
+        _used_otherwise(weights, "inside a jit with shardings of its own", context)
+        return None, None
+    program, results = _follow(eqn.params["jaxpr"], weights, context)
+    # Its operations join those around it.
+    changed = program.steps or any(results)
+    return functools.partial(evaluate, program) if changed else None, results
+
+
+def _shardings(eqn: core.JaxprEqn) -> list[Any]:
+    return [*eqn.params["in_shardings"], *eqn.params["out_shardings"]]
+
+
+def _checkpoint(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Called:
+    program, results = _follow(core.ClosedJaxpr(eqn.params["jaxpr"], ()), weights, context)
+    _used_otherwise(results, "a result of jax.checkpoint", context)
+    settings = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
+
+    def step(operands: Sequence[Value]) -> list[Value]:
+        def f(arrays: Sequence[Any], changes: Sequence[Change | None]) -> list[Any]:
+            inputs = [
+                x._replace(array=array, change=change)
+                for x, array, change in zip(operands, arrays, changes, strict=True)
+            ]
+            return [x.array for x in evaluate(program, inputs)]
+
+        again = jax.checkpoint(f, **settings)
+        arrays = again([x.array for x in operands], [x.change for x in operands])
+        return _anew(arrays, operands)
+
+    return step if program.steps else None, None
+
+
+def _cond(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Called:
+    followed = [_follow(branch, weights[1:], context) for branch in eqn.params["branches"]]
+    for _, results in followed:
+        _used_otherwise(results, "a result of a conditional", context)
+
+    def step(operands: Sequence[Value]) -> list[Value]:
+        index, *rest = operands
+
+        def branch(program: Program) -> Callable[..., list[Any]]:
+            def f(arrays: Sequence[Any], changes: Sequence[Change | None]) -> list[Any]:
+                inputs = [
+                    x._replace(array=array, change=change)
+                    for x, array, change in zip(rest, arrays, changes, strict=True)
+                ]
+                return [x.array for x in evaluate(program, inputs)]
+
+            return f
+
+        branches = [branch(program) for program, _ in followed]
+        arrays = lax.switch(index.array, branches, [x.array for x in rest], [x.change for x in rest])
+        return _anew(arrays, operands)
+
+    return step if any(program.steps for program, _ in followed) else None, None
+
+
+def _scan(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Called:
+    consts = eqn.params["num_consts"]
+    first_x = consts + eqn.params["num_carry"]
+    _used_otherwise(weights[consts:first_x], "carried through a loop", context)
+    sliced = [_slice(weight, context) for weight in weights[first_x:]]
+    inner = [*weights[:consts], *[None] * (first_x - consts), *sliced]
+    program, results = _follow(eqn.params["jaxpr"], inner, context)
+    _used_otherwise(results, "a result of a loop", context)
+    settings = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+
+    def step(operands: Sequence[Value]) -> list[Value]:
+        constants, carried, scanned = (
+            operands[:consts],
+            operands[consts:first_x],
+            operands[first_x:],
+        )
+        changes = [
+            _per_iteration(x.change, weight, small) if small else (None, None)
+            for x, weight, small in zip(scanned, weights[first_x:], sliced, strict=True)
+        ]
+
+        def body(carry: Any, xs: Any) -> tuple[Any, Any]:
+            arrays, below = carry
+            flags = frozenset([Flag(below)]) if context.gated else _union(operands)
+            inputs = [*constants, *(Value(x, None, flags) for x in arrays)]
+            learns = []
+            for x, array, own, (_, shared) in zip(scanned, *xs, changes, strict=True):
+                change, needed = None, x.needed
+                if own is not None:
+                    change = Change(*(b if a is None else a for a, b in zip(own, shared)))
+                    if context.gated and own.state is not None:
+                        needed = frozenset([Flag(change.state != products.STILL)])
+                learns.append(needed)
+                inputs.append(Value(array, change, needed))
+            outs = [x.array for x in evaluate(program, inputs)]
+            if context.gated:
+                below = jnp.logical_or(below, any_of(NEVER.union(*learns)))
+            return (outs[: len(arrays)], below), outs[len(arrays) :]
+
+        start = jnp.asarray(any_of(_union([*constants, *carried])))
+        xs = ([x.array for x in scanned], [own for own, _ in changes])
+        (arrays, below), ys = lax.scan(
+            body, ([x.array for x in carried], start), xs, **settings
+        )
+        needed = frozenset([Flag(below)]) if context.gated else _union(operands)
+        return [Value(x, None, needed) for x in (*arrays, *ys)]
+
+    return step if program.steps else None, None
+
+
+def _slice(weight: Weight | None, context: _Context) -> Weight | None:
+    """A weight as one iteration of a loop over its first axis sees it."""
+    if weight is None:
+        return None
+    if 0 in weight.channel:
+        _used_otherwise([weight], "a loop runs over its channels", context)
+        return None
+    return weight._replace(
+        channel=tuple(axis - 1 for axis in weight.channel),
+        stack=tuple(axis - 1 for axis in weight.stack if axis),
+    )
+
+
+def _per_iteration(change: Change, weight: Weight, small: Weight) -> tuple[Any, Any]:
+    """Splits a change into what each iteration of a loop has of its own, and what all share."""
+    if 0 not in weight.stack:
+        return Change(change.z, None, None), Change(None, change.at, change.state)
+    axis = weight.stack.index(0)
+    own = Change(change.z, *(jnp.moveaxis(x, axis, 0) for x in (change.at, change.state)))
+    return own, Change(None, None, None)
+
+
+_CALLS: dict[str, Callable[[core.JaxprEqn, list[Weight | None], _Context], Called]] = {
+    "jit": _jit,
+    "pjit": _jit,
+    "checkpoint": _checkpoint,
+    "remat2": _checkpoint,
+    "cond": _cond,
+    "scan": _scan,
+}

@@ -1,0 +1,170 @@
+"""The part of a channel axis that is kept: cutting it out of an array, and putting it back.
+
+A kept part has a fixed size, so that what is dropped need not be computed. Where several axes
+together index the channels, the part of a shape has size 1 along all of them but the last, which
+holds all kept channels: a product's dimension numbers then hold for parts as for the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Part(NamedTuple):
+    """How many channels are kept, and how they lie. Static.
+
+    The channels fall into `groups` equal groups, each of which keeps `kept` of its `size`. With a
+    `window`, a part lies at an int32 offset, shape `()`: the first kept channel of every group, from
+    which the window runs cyclically. Otherwise there is one group, and a part lies at the int32
+    positions of its channels in rising order, shape `(kept,)`.
+    """
+
+    groups: int
+    size: int
+    kept: int
+    window: bool
+
+    @property
+    def total(self) -> int:
+        """The number of kept channels."""
+        return self.groups * self.kept
+
+    def shape(self, shape: Sequence[int], channel: Sequence[int]) -> tuple[int, ...]:
+        """What is left of a shape whose axes `channel` index the channels."""
+        if not channel:
+            return tuple(shape)
+        left = [1 if axis in channel else size for axis, size in enumerate(shape)]
+        left[channel[-1]] = self.total
+        return tuple(left)
+
+
+def take(
+    x: jax.Array, channel: tuple[int, ...], stack: tuple[int, ...], part: Part, at: jax.Array
+) -> jax.Array:
+    """Cuts the kept part out of an array.
+
+    Args:
+      x: an array whose axes `channel`, major first, together index the channels.
+      channel: those axes; without any, `x` is returned.
+      stack: axes of `x` along which layers are stacked, each with a part of its own.
+      part: how many channels are kept, and how they lie.
+      at: where they lie, for each index of the stack: shape `(*stack shape, *shape of one)`.
+
+    Returns:
+      An array of shape `part.shape(x.shape, channel)`.
+    """
+    if not channel:
+        return x
+    if stack:
+        cut = lambda x, at: take(x, *_without(stack[0], channel, stack[1:]), part, at)
+        return jax.vmap(cut, in_axes=(stack[0], 0), out_axes=stack[0])(x, at)
+    left = part.shape(x.shape, channel)
+    x, axis, order = _merge(x, channel, (part.groups, part.size))
+    if part.window:
+        x = _take_window(x, axis + 1, part.kept, at)
+    else:
+        x = jnp.take(
+            x, at, axis=axis + 1, unique_indices=True, indices_are_sorted=True, mode="clip"
+        )
+    return _split(x, left, order)
+
+
+def put(
+    x: jax.Array,
+    shape: tuple[int, ...],
+    channel: tuple[int, ...],
+    stack: tuple[int, ...],
+    part: Part,
+    at: jax.Array,
+) -> jax.Array:
+    """Puts a kept part where `take` cut it out, into zeros of the given shape."""
+    if not channel:
+        return x
+    if stack:
+        inner = tuple(size for axis, size in enumerate(shape) if axis != stack[0])
+        fill = lambda x, at: put(x, inner, *_without(stack[0], channel, stack[1:]), part, at)
+        return jax.vmap(fill, in_axes=(stack[0], 0), out_axes=stack[0])(x, at)
+    x, axis, order = _merge(x, channel, (part.groups, part.kept))
+    if part.window:
+        x = _put_window(x, axis + 1, part.size, at)
+    else:
+        # Read, not written: a gather joins the loop of the optimizer that follows, a scatter not.
+        channels = jnp.arange(part.size, dtype=jnp.int32)
+        nearest = jnp.searchsorted(at, channels).astype(jnp.int32)
+        nearest = jnp.minimum(nearest, part.kept - 1)
+        is_kept = _along(axis + 1, x.ndim, at[nearest] == channels)
+        x = jnp.take(x, nearest, axis=axis + 1, indices_are_sorted=True, mode="clip")
+        x = jnp.where(is_kept, x, jnp.zeros((), x.dtype))
+    return _split(x, shape, order)
+
+
+def _take_window(x: jax.Array, axis: int, kept: int, start: jax.Array) -> jax.Array:
+    """`kept` entries from `start` on, cyclically: two slices, and a choice between them.
+
+    A window that runs over the end consists of the last entries, from `start` on, and of the first.
+    Both lie where they should in one of two slices of full length, so nothing has to be moved.
+    """
+    last = x.shape[axis] - kept
+    run = lax.dynamic_slice_in_dim(x, jnp.minimum(start, last), kept, axis)
+    first = lax.slice_in_dim(x, 0, kept, axis=axis)
+    wrapped = jnp.arange(kept, dtype=jnp.int32) < start - last
+    return jnp.where(_along(axis, x.ndim, wrapped), first, run)
+
+
+def _put_window(x: jax.Array, axis: int, size: int, start: jax.Array) -> jax.Array:
+    """The inverse of `_take_window`, with pads and slices that join the loop that reads them."""
+    kept = x.shape[axis]
+    last = size - kept
+    zero = jnp.zeros((), x.dtype)
+    pad = [(0, 0, 0)] * x.ndim
+    pad[axis] = (last, last, 0)
+    begin = jnp.minimum(start, last)
+    run = lax.dynamic_slice_in_dim(lax.pad(x, zero, pad), last - begin, size, axis)
+    pad[axis] = (0, last, 0)
+    first = lax.pad(x, zero, pad)
+    position = jnp.arange(size, dtype=jnp.int32)
+    run = jnp.where(_along(axis, x.ndim, position >= start), run, zero)
+    return jnp.where(_along(axis, x.ndim, position < start - last), first, run)
+
+
+def _along(axis: int, rank: int, vector: jax.Array) -> jax.Array:
+    """A vector as an array of the given rank that varies along one axis only."""
+    return jnp.expand_dims(vector, [i for i in range(rank) if i != axis])
+
+
+def _without(
+    axis: int, channel: tuple[int, ...], stack: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of an array after one other axis is gone."""
+    shift = lambda axes: tuple(other - (other > axis) for other in axes)
+    return shift(channel), shift(stack)
+
+
+def _merge(
+    x: jax.Array, channel: tuple[int, ...], sizes: tuple[int, int]
+) -> tuple[jax.Array, int, tuple[int, ...]]:
+    """Replaces the channel axes by two of the given sizes, at the place of the last one.
+
+    Returns the array, the first of the two axes, and the order that the axes were brought into.
+    """
+    others = [axis for axis in range(x.ndim) if axis not in channel]
+    before = [axis for axis in others if axis < channel[-1]]
+    after = [axis for axis in others if axis > channel[-1]]
+    order = (*before, *channel, *after)
+    if order != tuple(range(x.ndim)):
+        x = jnp.transpose(x, order)
+    lead, tail = x.shape[: len(before)], x.shape[len(before) + len(channel) :]
+    return x.reshape(lead + sizes + tail), len(before), order
+
+
+def _split(x: jax.Array, shape: Sequence[int], order: tuple[int, ...]) -> jax.Array:
+    """Undoes `_merge`: to the given shape, whose axes were brought into `order`."""
+    x = x.reshape([shape[axis] for axis in order])
+    if order == tuple(range(len(order))):
+        return x
+    return jnp.transpose(x, [order.index(axis) for axis in range(len(order))])

@@ -1,0 +1,347 @@
+r"""Products whose weight gradient is computed for the kept channels only.
+
+A product :math:`y = x \cdot w` (`dot_general`, `conv_general_dilated`) is linear in its weight, and
+so is its restriction to some channels of the weight. Output channels of the weight are channels of
+the cotangent of :math:`y`, input channels those of :math:`x`: cut these, and the transposed product
+of the parts is the kept part of the weight gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from cdb_jax import parts
+
+# What a layer does in a step.
+STILL, PARTLY, FULL = 0, 1, 2
+
+BinaryOp = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Target(NamedTuple):
+    """What may happen to a layer: its possible states, and the part that learns in `PARTLY`.
+
+    `masked` is its state when it is masked.
+    """
+
+    states: tuple[int, ...]
+    masked: int
+    part: parts.Part | None
+
+    @property
+    def compact(self) -> bool:
+        """Whether the kept part is all of the gradient there can be."""
+        return FULL not in self.states
+
+    def shape(self, shape: tuple[int, ...], channel: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the gradient of a weight."""
+        if self.compact and self.part is not None:
+            return self.part.shape(shape, channel)
+        return tuple(shape)
+
+
+class Product(NamedTuple):
+    """A product with a weight, and where the channels of the weight are.
+
+    `side` is the position of the weight among the operands. `w`, `x` and `y` are the axes of the
+    weight, of the other operand and of the result that hold its channels; `x_stack` and `y_stack`
+    the axes along which several layers are stacked. `part_op` is the operation on parts.
+    """
+
+    op: BinaryOp
+    side: int
+    target: Target
+    w: tuple[int, ...] = ()
+    x: tuple[int, ...] = ()
+    y: tuple[int, ...] = ()
+    w_stack: tuple[int, ...] = ()
+    x_stack: tuple[int, ...] = ()
+    y_stack: tuple[int, ...] = ()
+    x_part: parts.Part | None = None
+    part_op: BinaryOp | None = None
+
+    def of(self, op: BinaryOp, x: jax.Array, w: jax.Array) -> jax.Array:
+        return op(w, x) if self.side == 0 else op(x, w)
+
+
+def dot_product(
+    params: dict[str, Any],
+    side: int,
+    ranks: tuple[int, int],
+    channel: tuple[int, ...],
+    stack: tuple[int, ...],
+    target: Target,
+) -> Product | str:
+    """Describes a `dot_general` with a weight, or says why the weight is not understood."""
+    contract, batch = params["dimension_numbers"]
+    lhs_free, rhs_free = (
+        [i for i in range(ranks[s]) if i not in contract[s] and i not in batch[s]] for s in (0, 1)
+    )
+    # The axes of a result: batch, then what is left of the two operands.
+    first_free = len(batch[0]) + (len(lhs_free) if side == 1 else 0)
+    free = lhs_free if side == 0 else rhs_free
+    other = 1 - side
+
+    if any(axis not in batch[side] for axis in stack):
+        return "layers of a stack meet in one product"
+    if stack and target.states != (PARTLY,):
+        return "stacked layers are computed together, but stand still one by one"
+    places = [tuple(batch[side]).index(axis) for axis in stack]
+    description = Product(
+        partial(lax.dot_general, **params),
+        side,
+        target,
+        w=channel,
+        w_stack=stack,
+        x_stack=tuple(batch[other][i] for i in places),
+        y_stack=tuple(places),
+        x_part=target.part,
+        part_op=partial(lax.dot_general, **params),
+    )
+    if all(axis in free for axis in channel):
+        return description._replace(y=tuple(first_free + free.index(axis) for axis in channel))
+    if all(axis in contract[side] for axis in channel):
+        x = tuple(contract[other][tuple(contract[side]).index(axis)] for axis in channel)
+        return description._replace(x=x)
+    if all(axis in batch[side] for axis in channel):
+        y = tuple(tuple(batch[side]).index(axis) for axis in channel)
+        return description._replace(x=tuple(batch[other][i] for i in y), y=y)
+    return "its channels are partly summed over and partly not"
+
+
+def convolution(
+    params: dict[str, Any],
+    side: int,
+    kernel_shape: tuple[int, ...],
+    channel: tuple[int, ...],
+    stack: tuple[int, ...],
+    target: Target,
+) -> Product | str:
+    """Describes a `conv_general_dilated` with a kernel, or says why it is not understood."""
+    (_, x_features, *_), (out, into, *_), (_, y_features, *_) = params["dimension_numbers"]
+    groups = params["feature_group_count"]
+    if side == 0:
+        return "it is the image of a convolution, not the kernel"
+    if stack or params["batch_group_count"] != 1:
+        return "several convolutions in one"
+    op = partial(lax.conv_general_dilated, **_convolution_arguments(params))
+    part = target.part
+    description = Product(op, side, target, w=channel, part_op=op, x_part=part)
+    if part is None:
+        return description
+    if channel == (into,):
+        # The channels of a kernel in groups are the inputs of each group.
+        x_part = part._replace(groups=groups * part.groups)
+        return description._replace(x=(x_features,), x_part=x_part)
+    if channel != (out,):
+        return "its channels are no feature axis of the convolution"
+    description = description._replace(y=(y_features,))
+    if part.groups % groups == 0:
+        return description
+    if kernel_shape[into] == 1 and kernel_shape[out] == groups:  # Depthwise.
+        part_op = partial(op, feature_group_count=part.total)
+        return description._replace(x=(x_features,), part_op=part_op)
+    return (
+        f"a convolution in {groups} groups, of which a part of the channels is none; "
+        f'channel_choice="window" with window_groups a multiple of {groups} is'
+    )
+
+
+def _convolution_arguments(params: dict[str, Any]) -> dict[str, Any]:
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
+    names += ("feature_group_count", "batch_group_count", "precision", "preferred_element_type")
+    return {name: params[name] for name in names}
+
+
+def plain(name: str, params: dict[str, Any]) -> BinaryOp:
+    """The operation of a product without a weight."""
+    if name == "dot_general":
+        return partial(lax.dot_general, **params)
+    return partial(lax.conv_general_dilated, **_convolution_arguments(params))
+
+
+def multiply(
+    product: Product,
+    x: jax.Array,
+    w: jax.Array,
+    z: jax.Array,
+    at: jax.Array,
+    state: jax.Array,
+    needed: jax.Array | bool,
+) -> jax.Array:
+    """The product of `x` and `w`, differentiable in `x` and `z` only.
+
+    Args:
+      product: what to compute.
+      x: the other operand.
+      w: the weight.
+      z: stands for a change of the weight, `product.target.shape(w.shape, product.w)`; its values
+        do not matter. Its gradient is that of the weight.
+      at: where the kept part lies.
+      state: what the layer does in this step.
+      needed: whether anything that learns in this step lies below `x`; if not, the gradient of `x`
+        is zero. A static False or True saves the conditional.
+
+    Returns:
+      The product.
+    """
+    states = product.target.states
+    cuts_early = FULL not in states and bool(product.x)
+    is_static = isinstance(needed, bool)
+    flag = jnp.zeros((), bool) if is_static else needed
+    w_type = jax.typeof(w)
+    x_type = jax.typeof(x)
+
+    def cut_x(x: jax.Array, at: jax.Array) -> jax.Array:
+        if product.x_part is None:
+            return x
+        return parts.take(x, product.x, product.x_stack, product.x_part, at)
+
+    def forward(x: Any, w: Any, z: Any, at: Any, state: Any, flag: Any) -> Any:
+        y = product.of(product.op, x.value, w.value)
+        wants_x = x.perturbed and needed is not False
+        kept_x = None
+        if z.perturbed:
+            # Where only a part of x is needed, that is all that is kept in memory.
+            kept_x = cut_x(x.value, at.value) if cuts_early else x.value
+        return y, (kept_x, w.value if wants_x else None, at.value, state.value, flag.value)
+
+    def backward(residuals: Any, dy: Any) -> Any:
+        x, w, at, state, flag = residuals
+        if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+            return (None,) * 6
+        dx = dz = None
+        if w is not None:
+            transposed = lambda dy, w: _transpose(
+                lambda x: product.of(product.op, x, w), x_type, dy
+            )
+            dx = transposed(dy, w) if is_static else _either(flag, transposed, (dy, w))
+        if x is not None:
+            dz = weight_gradient(x, dy, at, state)
+        return dx, None, dz, None, None, None
+
+    def weight_gradient(x: jax.Array, dy: jax.Array, at: jax.Array, state: jax.Array) -> jax.Array:
+        def partly(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
+            kept_x = x if cuts_early else cut_x(x, at)
+            part = product.target.part
+            dy = parts.take(dy, product.y, product.y_stack, part, at)
+            kept_type = jax.ShapeDtypeStruct(part.shape(w_type.shape, product.w), w_type.dtype)
+            dw = _transpose(lambda w: product.of(product.part_op, kept_x, w), kept_type, dy)
+            if product.target.compact:
+                return dw
+            return parts.put(dw, w_type.shape, product.w, product.w_stack, part, at)
+
+        def full(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
+            return _transpose(lambda w: product.of(product.op, x, w), w_type, dy)
+
+        if len(states) == 1:
+            return (partly if states == (PARTLY,) else full)(x, dy, at)
+        if STILL not in states:
+            return lax.cond(state == FULL, _fast(full), _fast(partly), x, dy, at)
+        learns = partly if FULL not in states else full
+        if len(states) == 2:
+            return _either(state != STILL, learns, (x, dy, at))
+        either = lambda x, dy, at: lax.cond(state == FULL, _fast(full), _fast(partly), x, dy, at)
+        return _either(state != STILL, either, (x, dy, at), fast=False)
+
+    @jax.custom_vjp
+    def product_of(x: Any, w: Any, z: Any, at: Any, state: Any, flag: Any) -> Any:
+        return product.of(product.op, x, w)
+
+    product_of.defvjp(forward, backward, symbolic_zeros=True)
+    return product_of(x, w, z, at, state, flag)
+
+
+def gate(op: BinaryOp, x: jax.Array, y: jax.Array, needed: tuple[Any, Any]) -> jax.Array:
+    """A product without a weight, whose gradients are zero where nothing that learns lies below."""
+    flags = tuple(jnp.zeros((), bool) if isinstance(flag, bool) else flag for flag in needed)
+    types = jax.typeof(x), jax.typeof(y)
+
+    def forward(x: Any, y: Any, *flags: Any) -> Any:
+        wants = [v.perturbed and flag is not False for v, flag in zip((x, y), needed, strict=True)]
+        saved = (y.value if wants[0] else None, x.value if wants[1] else None)
+        return op(x.value, y.value), (saved, tuple(flag.value for flag in flags))
+
+    def backward(residuals: Any, d: Any) -> Any:
+        (y, x), flags = residuals
+        if isinstance(d, jax.custom_derivatives.SymbolicZero):
+            return (None,) * 4
+        by_x = lambda d, y: _transpose(lambda x: op(x, y), types[0], d)
+        by_y = lambda d, x: _transpose(lambda y: op(x, y), types[1], d)
+        gradients = [
+            None
+            if other is None
+            else f(d, other)
+            if isinstance(need, bool)
+            else _either(flag, f, (d, other))
+            for f, other, need, flag in zip((by_x, by_y), (y, x), needed, flags, strict=True)
+        ]
+        return (*gradients, None, None)
+
+    @jax.custom_vjp
+    def product_of(x: Any, y: Any, *flags: Any) -> Any:
+        return op(x, y)
+
+    product_of.defvjp(forward, backward, symbolic_zeros=True)
+    return product_of(x, y, *flags)
+
+
+def _transpose(linear: Callable[[Any], Any], of: Any, cotangent: jax.Array) -> jax.Array:
+    (result,) = jax.linear_transpose(linear, of)(cotangent)
+    return result
+
+
+def _either(
+    flag: jax.Array, f: Callable[..., jax.Array], operands: tuple[Any, ...], fast: bool = True
+) -> jax.Array:
+    """`f(*operands)` if the flag is set, else zeros, at run time."""
+    out = jax.eval_shape(f, *operands)
+    zeros = lambda *_: jnp.zeros(out.shape, out.dtype)
+    return lax.cond(flag, _fast(f) if fast else f, zeros, *operands)
+
+
+def _fast(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The same function for a branch of a conditional.
+
+    XLA's CPU compiler brings convolutions into the order of axes that its fast kernels need, but
+    not inside a conditional, where a weight gradient then takes a hundred times as long. So there
+    the axes are brought into order here.
+    """
+
+    def branch(*operands: Any) -> jax.Array:
+        closed = jax.make_jaxpr(f)(*operands)
+        if all(eqn.primitive.name != "conv_general_dilated" for eqn in closed.jaxpr.eqns):
+            return f(*operands)
+        return lax.platform_dependent(*operands, cpu=lambda *x: in_order(closed, *x), default=f)
+
+    def in_order(closed: Any, *operands: Any) -> jax.Array:
+        from cdb_jax import jaxprs
+
+        (result,) = jaxprs.evaluate(
+            closed, operands, {"conv_general_dilated": _convolution_in_order}
+        )
+        return result
+
+    return branch
+
+
+def _convolution_in_order(params: dict[str, Any], x: jax.Array, w: jax.Array) -> jax.Array:
+    """A convolution with the axes (batch, ..., features) and (..., in, out), as XLA's CPU has it."""
+    arguments = _convolution_arguments(params)
+    lhs, rhs, out = arguments.pop("dimension_numbers")
+    last = lambda spec: (spec[0], *spec[2:], spec[1])
+    x = jnp.transpose(x, last(lhs))
+    w = jnp.transpose(w, (*rhs[2:], rhs[1], rhs[0]))
+    rank = x.ndim
+    axes = (0, rank - 1, *range(1, rank - 1))
+    kernel = (rank - 1, rank - 2, *range(rank - 2))
+    numbers = lax.ConvDimensionNumbers(axes, kernel, axes)
+    y = lax.conv_general_dilated(x, w, dimension_numbers=numbers, **arguments)
+    order = last(out)
+    return jnp.transpose(y, [order.index(axis) for axis in range(rank)])

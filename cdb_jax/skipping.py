@@ -1,0 +1,404 @@
+"""`value_and_grad` and `grad` that do not compute what a policy throws away."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cdb_jax import channels, following, parts, products, selection
+from cdb_jax.policy import Policy, Rate, as_policy
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    policy: Policy | Rate,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    **settings: Any,
+) -> Callable[..., Any]:
+    r"""`jax.value_and_grad` that computes only the part of the gradient that is kept.
+
+    Equal, up to the order of float additions, to the gradient of `fun` masked by
+    `channel_drop_back` for the same policy and count; so it takes the place of
+    `jax.value_and_grad` *and* of `channel_drop_back`. The loss and the model stay as they are.
+
+    Where a weight :math:`w` reaches a product :math:`y = x \cdot w` through operations on layout
+    and dtype only, the weight gradient is computed for its kept channels K alone: with
+    :math:`\bar y` the cotangent of y,
+
+    .. math:: \bar w_{\cdot K} = x^\top \bar y_{\cdot K} \quad\text{(output channels)},
+       \qquad \bar w_{K \cdot} = x_{\cdot K}^\top \bar y \quad\text{(input channels)}.
+
+    A share `rate` of a third of the step's FLOPs is not done, and as much of the gradient
+    all-reduce not sent. For input channels only the kept part of x is stored. With `layer_rate`,
+    or "one" layer a step, a conditional at run time leaves out the weight gradient of layers that
+    stand still; with `other_layers="still"`, also the gradients that only feed such layers. A
+    weight that is read in any other way gets its full gradient, masked; `channel_report` tells
+    which.
+
+    Args:
+      fun: a function of arrays that returns a float scalar, or a pair of it and auxiliary data.
+      policy: a `Policy`, or its `rate`, followed by its other arguments by name. `rate` must be a
+        Python number, so that the number of kept channels is static, and `channel_choice` "exact"
+        or "window" unless `rate` is 0 or 1. `layer_rate` may be anything.
+      argnums: the position of the argument to differentiate, or several positions. With several
+        the policy's paths start with their rank: "0/dense/kernel".
+      has_aux: whether `fun` returns a pair.
+      **settings: the arguments of `Policy` by name, if `policy` is a rate.
+
+    Returns:
+      A function of the arguments of `fun` and of `count`, by name: the step whose selection to
+      draw, an int scalar, which `selection_count` finds in an optimizer state. It returns what
+      `jax.value_and_grad` would: the value (with the auxiliary data) and the gradient, with zeros
+      for what is dropped. Call it under `jit`.
+
+    Raises:
+      TypeError, ValueError: for a bad policy, a `fun` with an argument called `count`; when called,
+        for a result that is no float scalar, parameters that are not floats, a missing `count`.
+
+    Examples:
+      >>> import cdb_jax, jax, jax.numpy as jnp
+      >>> policy = cdb_jax.Policy(0.5, key=0, channel_choice="window")
+      >>> loss = lambda params, x: jnp.sum(x @ params["kernel"])
+      >>> params, x = {"kernel": jnp.zeros((2, 4))}, jnp.ones((3, 2))
+      >>> step = jax.jit(cdb_jax.value_and_grad(loss, policy))
+      >>> value, gradient = step(params, x, count=0)
+      >>> gradient["kernel"]
+      Array([[3., 0., 0., 3.],
+             [3., 0., 0., 3.]], dtype=float32)
+
+    References:
+      ChannelDropBack, `arXiv 2411.10891 <https://arxiv.org/abs/2411.10891>`_; LayerDropBack,
+      `arXiv 2412.18027 <https://arxiv.org/abs/2412.18027>`_.
+    """
+    policy = as_policy(policy, settings)
+    check_policy(policy)
+    _check_function(fun)
+
+    def value_and_gradient(*args: Any, count: Any = None, **kwargs: Any) -> Any:
+        if count is None:
+            raise TypeError(
+                "count is missing: give the step whose channels to draw, such as count=step or "
+                "count=cdb_jax.selection_count(opt_state)."
+            )
+        params, call = _differentiated(fun, args, kwargs, argnums)
+        traced = trace(call, params, policy, has_aux)
+        groups = selection.draw(policy, traced.layout, count)
+        (value, aux), gradient = _evaluate(traced, params, groups, policy, count)
+        return ((value, aux) if has_aux else value), gradient
+
+    return value_and_gradient
+
+
+def grad(
+    fun: Callable[..., Any],
+    policy: Policy | Rate,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    **settings: Any,
+) -> Callable[..., Any]:
+    """`jax.grad` that computes only the part of the gradient that is kept.
+
+    Like `value_and_grad`, but the function it returns gives the gradient alone, or with `has_aux`
+    a pair of the gradient and the auxiliary data.
+
+    Examples:
+      >>> import cdb_jax, jax.numpy as jnp
+      >>> loss = lambda kernel, x: jnp.sum(x @ kernel)
+      >>> gradient = cdb_jax.grad(loss, 0.5, key=0, channel_choice="window")
+      >>> gradient(jnp.zeros((1, 4)), jnp.ones((3, 1)), count=1)
+      Array([[3., 3., 0., 0.]], dtype=float32)
+    """
+    both = value_and_grad(fun, policy, argnums, has_aux, **settings)
+
+    def gradient(*args: Any, count: Any = None, **kwargs: Any) -> Any:
+        value, result = both(*args, count=count, **kwargs)
+        return (result, value[1]) if has_aux else result
+
+    return gradient
+
+
+# Policies: what may happen to a layer must be known when the program is built.
+
+
+def check_policy(policy: Policy) -> None:
+    """Raises an error for a policy under which no work can be saved."""
+    rate = policy.rate
+    if not isinstance(rate, float):
+        kind = "a schedule" if callable(rate) else "an array"
+        raise TypeError(
+            f"rate must be a Python number to skip what is dropped, got {kind}: the number of kept "
+            "channels decides the shapes of the program. Give a number, and vary layer_rate "
+            "instead; or use jax.value_and_grad with channel_drop_back, which takes any rate."
+        )
+    if policy.channel_choice == "bernoulli" and 0.0 < rate < 1.0:
+        raise ValueError(
+            'channel_choice="bernoulli" keeps another number of channels in every step, and '
+            "programs have fixed shapes, so no work could be skipped. Use "
+            'channel_choice="exact" (all subsets of k channels equally likely) or "window" (a run '
+            "of k, which is fastest); or jax.value_and_grad with channel_drop_back."
+        )
+
+
+def target_of(policy: Policy, leaf: channels.Leaf) -> products.Target | None:
+    """What may happen to a layer under a policy; None for a leaf that always learns in full."""
+    if leaf.layer != leaf.path:
+        return None
+    assert isinstance(policy.rate, float)
+    groups = policy.window_groups or 1
+    size = leaf.channels // groups
+    kept = int(selection.kept_channels(policy.rate, size))
+    masked = products.STILL if kept == 0 else products.FULL if kept == size else products.PARTLY
+    states = {masked}
+    one = policy.layer_choice == "one"
+    if isinstance(policy.layer_rate, float) and policy.layer_rate == 0.0:
+        states = {products.FULL}
+    elif not (isinstance(policy.layer_rate, float) and policy.layer_rate == 1.0):
+        states.add(products.FULL)
+    if one:
+        states.add(products.STILL if policy.other_layers == "still" else products.FULL)
+    part = None
+    if products.PARTLY in states:
+        part = parts.Part(groups, size, kept, policy.channel_choice == "window")
+    return products.Target(tuple(sorted(states)), masked, part)
+
+
+# Functions: what is differentiated, and the program that it runs.
+
+
+def _check_function(fun: Callable[..., Any]) -> None:
+    try:
+        names = inspect.signature(fun).parameters
+    except (TypeError, ValueError):
+        return
+    if "count" in names:
+        raise TypeError(
+            f"fun {getattr(fun, '__name__', fun)!r} has an argument called count, and count= is "
+            "the step whose channels to draw; rename the argument of fun, or wrap it: "
+            "lambda params, batch, n: fun(params, batch, count=n)."
+        )
+
+
+def _differentiated(
+    fun: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, argnums: int | Sequence[int]
+) -> tuple[Any, Callable[[Any], Any]]:
+    """The arguments to differentiate as one tree, and `fun` as a function of that tree."""
+    numbers = [argnums] if isinstance(argnums, int) else list(argnums)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"argnums must be an int or several, got {argnums!r}.")
+        if not -len(args) <= number < len(args):
+            raise ValueError(
+                f"argnums={argnums!r} names argument {number}, and {len(args)} were given by "
+                "position; give the parameters by position."
+            )
+    numbers = [number % len(args) for number in numbers]
+    params = args[numbers[0]] if isinstance(argnums, int) else tuple(args[i] for i in numbers)
+
+    def call(params: Any) -> Any:
+        given = list(args)
+        for i, value in zip(numbers, [params] if isinstance(argnums, int) else params, strict=True):
+            given[i] = value
+        return fun(*given, **kwargs)
+
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError(
+            f"argnums={argnums!r} names an argument without arrays; name the parameters."
+        )
+    for path, x in leaves:
+        dtype = getattr(x, "dtype", jnp.result_type(x) if isinstance(x, (int, float)) else None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+            where = jax.tree_util.keystr(path, simple=True, separator="/") or "the argument itself"
+            raise TypeError(
+                f"argnums={argnums!r}: {where} has dtype {dtype}, and only floats have a "
+                "gradient; keep counters and keys out of the parameters, or name another argument."
+            )
+    return params, call
+
+
+class Traced(NamedTuple):
+    """A function as a program in which the products of weights are found."""
+
+    program: following.Program
+    layout: channels.Layout
+    targets: list[products.Target | None]  # For each leaf of the parameters.
+    uses: dict[int, following.Uses]
+    gated: bool  # Whether gradients that only feed layers that stand still are left out.
+    unflatten_aux: Callable[[Sequence[Any]], Any]
+
+
+def trace(call: Callable[[Any], Any], params: Any, policy: Policy, has_aux: bool) -> Traced:
+    """Traces a function of parameters, and follows these to the products that read them."""
+    layout = policy.layout(params)
+    targets = [target_of(policy, leaf) for leaf in layout.leaves]
+    unflatten_aux: Callable[[Sequence[Any]], Any] = lambda arrays: None
+
+    def flat(params: Any) -> tuple[Any, list[Any]]:
+        nonlocal unflatten_aux
+        result = call(params)
+        if not has_aux:
+            return _check_value(result), []
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise TypeError(
+                f"has_aux=True: fun must return a pair (value, aux), got {type(result).__name__}."
+            )
+        value, aux = result
+        leaves, treedef = jax.tree.flatten(aux)
+        # Anything may be auxiliary data; only arrays can be results of a program.
+        is_array = [isinstance(x, (jax.Array, np.ndarray, np.generic)) for x in leaves]
+
+        def unflatten(arrays: Sequence[Any]) -> Any:
+            rest = iter(arrays)
+            return treedef.unflatten(
+                [next(rest) if a else x for a, x in zip(is_array, leaves, strict=True)]
+            )
+
+        unflatten_aux = unflatten
+        return _check_value(value), [x for a, x in zip(is_array, leaves, strict=True) if a]
+
+    closed = jax.make_jaxpr(flat)(params)
+    weights = [
+        following.Weight(i, leaf.channel, leaf.stack)
+        if target and target.states != (products.FULL,) and target.states != (products.STILL,)
+        else None
+        for i, (leaf, target) in enumerate(zip(layout.leaves, targets, strict=True))
+    ]
+    gated = policy.layer_choice == "one" and policy.other_layers == "still"
+    program, uses = following.follow(closed, weights, targets, gated)
+    return Traced(program, layout, targets, uses, gated, unflatten_aux)
+
+
+def _check_value(value: Any) -> jax.Array:
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"fun must return a float scalar, got shape {shape} and dtype {dtype}; take the mean "
+            "of the losses, say, and set has_aux=True if fun returns a pair."
+        )
+    return jnp.asarray(value)
+
+
+# Evaluation.
+
+
+def _evaluate(
+    traced: Traced,
+    params: Any,
+    groups: Sequence[selection.Group],
+    policy: Policy,
+    count: Any,
+) -> tuple[tuple[jax.Array, Any], Any]:
+    """The value and auxiliary data, and the masked gradient."""
+    leaves, treedef = jax.tree.flatten(params)
+    layers = traced.layout.leaves
+    drawn = _drawn(traced, groups, count)
+    needed = _needed(traced, drawn)
+    skipped = {i for i, uses in traced.uses.items() if uses.products}
+    # A leaf that is only read by products needs no gradient beside theirs.
+    direct = {
+        i
+        for i in range(len(leaves))
+        if needed[i] and not (i in skipped and not traced.uses[i].others)
+    }
+    zs = {i: _zeros(leaves[i], layers[i], traced.targets[i]) for i in skipped}
+
+    def fun(zs: dict[int, jax.Array], given: dict[int, Any]) -> tuple[jax.Array, list[Any]]:
+        values = [
+            following.Value(
+                given.get(i, x),
+                following.Change(zs[i], *drawn[i]) if i in skipped else None,
+                needed[i],
+            )
+            for i, x in enumerate(leaves)
+        ]
+        value, *aux = (x.array for x in following.evaluate(traced.program, values))
+        return value, aux
+
+    results, (of_z, of_leaf) = jax.value_and_grad(fun, argnums=(0, 1), has_aux=True)(
+        zs, {i: leaves[i] for i in direct}
+    )
+    gradient = []
+    for i, (x, leaf) in enumerate(zip(leaves, layers, strict=True)):
+        total = of_leaf.get(i)
+        if i in skipped:
+            target, (at, _) = traced.targets[i], drawn[i]
+            kept = of_z[i]
+            if target.compact and target.part is not None:
+                kept = parts.put(kept, leaf.shape, leaf.channel, leaf.stack, target.part, at)
+            total = kept if total is None else total + kept
+        gradient.append(jnp.zeros_like(x) if total is None else total)
+    tree = jax.tree.unflatten(treedef, gradient)
+    done = {layers[i].path for i in skipped - direct}
+    masked = selection.mask(tree, groups, policy, traced.layout, count, done)
+    value, aux = results
+    return (value, traced.unflatten_aux(aux)), masked
+
+
+def _zeros(x: Any, leaf: channels.Leaf, target: products.Target) -> jax.Array:
+    return jnp.zeros(target.shape(leaf.shape, leaf.channel), jnp.result_type(x))
+
+
+def _drawn(
+    traced: Traced, groups: Sequence[selection.Group], count: Any
+) -> dict[int, tuple[jax.Array, jax.Array]]:
+    """For each layer where its kept part lies, and what it does: arrays over its stack."""
+    index = {leaf.path: i for i, leaf in enumerate(traced.layout.leaves)}
+
+    def cut(arrays: Sequence[tuple[Any, ...]]) -> dict[int, tuple[jax.Array, jax.Array]]:
+        drawn = {}
+        for group, (factors, masked, start) in zip(groups, arrays, strict=True):
+            stop = 0
+            for layer in group.layers:
+                begin, stop = stop, stop + layer.depth
+                target = traced.targets[index[layer.path]]
+                if target is None:
+                    continue
+                rows = slice(begin, stop)
+                whole = jnp.where(factors[rows, 0] == 0, products.STILL, products.FULL)
+                state = jnp.where(masked[rows], target.masked, whole).astype(jnp.int32)
+                at = _place(target.part, factors[rows], None if start is None else start[rows])
+                drawn[index[layer.path]] = (
+                    at.reshape(layer.stack_shape + at.shape[1:]),
+                    state.reshape(layer.stack_shape),
+                )
+        return drawn
+
+    arrays = [(group.factors, group.masked, group.start) for group in groups]
+    return selection.materialise(cut, arrays, count)
+
+
+def _place(part: parts.Part | None, factors: jax.Array, start: jax.Array | None) -> jax.Array:
+    """Where the kept parts of some rows lie, as `parts.take` wants it."""
+    if part is None or start is not None:
+        return jnp.zeros(len(factors), jnp.int32) if start is None else start
+    channels = jnp.arange(part.size, dtype=jnp.int32)[None]
+    return jnp.sort(jnp.where(factors != 0, channels, np.int32(part.size)), axis=1)[:, : part.kept]
+
+
+def _needed(
+    traced: Traced, drawn: dict[int, tuple[jax.Array, jax.Array]]
+) -> list[frozenset[following.Flag]]:
+    """For each leaf whether it learns in this step."""
+    index = {leaf.path: i for i, leaf in enumerate(traced.layout.leaves)}
+
+    def flags(leaf: channels.Leaf) -> frozenset[following.Flag]:
+        if leaf.layer is None:
+            stands_still = traced.gated and leaf.reason != channels.EXEMPT
+            return following.NEVER if stands_still else following.ALWAYS
+        i = index[leaf.layer]  # For a bias that follows, its kernel's.
+        target = traced.targets[i]
+        assert target is not None
+        if target.states == (products.STILL,):
+            return following.NEVER
+        if not traced.gated or products.STILL not in target.states:
+            return following.ALWAYS
+        return frozenset([following.Flag(jnp.any(drawn[i][1] != products.STILL))])
+
+    return [flags(leaf) for leaf in traced.layout.leaves]
