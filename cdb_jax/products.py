@@ -37,11 +37,12 @@ class Target(NamedTuple):
     @property
     def compact(self) -> bool:
         """Whether the kept part is all of the gradient there can be."""
-        return FULL not in self.states
+        return self.part is not None and FULL not in self.states
 
     def shape(self, shape: tuple[int, ...], channel: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the gradient of a weight."""
-        if self.compact and self.part is not None:
+        if self.compact:
+            assert self.part is not None
             return self.part.shape(shape, channel)
         return tuple(shape)
 

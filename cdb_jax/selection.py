@@ -130,7 +130,9 @@ def mask(
     return _mask(updates, keep, scales, layout, done)
 
 
-def materialise(f: Callable[[Any], Any], x: Any, count: jax.typing.ArrayLike) -> Any:
+def materialise(
+    f: Callable[[Any], Any], x: Any, count: jax.typing.ArrayLike, *, cpu_only: bool = False
+) -> Any:
     """`f(x)`, which XLA computes once, instead of anew for every weight it is applied to.
 
     Fused into the parameter-sized loops, the draw would be repeated for each weight of a channel,
@@ -142,11 +144,12 @@ def materialise(f: Callable[[Any], Any], x: Any, count: jax.typing.ArrayLike) ->
     def zeros(x: Any) -> Any:
         return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(f, x))
 
+    barrier = (lambda x: x) if cpu_only else jax.lax.optimization_barrier
     return jax.lax.platform_dependent(
         x,
         jnp.asarray(count) >= 0,
         cpu=lambda x, always: jax.lax.cond(always, f, zeros, x),
-        default=lambda x, always: jax.lax.optimization_barrier(f(x)),
+        default=lambda x, always: barrier(f(x)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -324,21 +325,35 @@ def _evaluate(
     results, (of_z, of_leaf) = jax.value_and_grad(fun, argnums=(0, 1), has_aux=True)(
         zs, {i: leaves[i] for i in direct}
     )
+    of_z = _put_back(traced, of_z, {i: drawn[i][0] for i in skipped}, count)
     gradient = []
-    for i, (x, leaf) in enumerate(zip(leaves, layers, strict=True)):
-        total = of_leaf.get(i)
-        if i in skipped:
-            target, (at, _) = traced.targets[i], drawn[i]
-            kept = of_z[i]
-            if target.compact and target.part is not None:
-                kept = parts.put(kept, leaf.shape, leaf.channel, leaf.stack, target.part, at)
-            total = kept if total is None else total + kept
-        gradient.append(jnp.zeros_like(x) if total is None else total)
+    for i, x in enumerate(leaves):
+        both = [of[i] for of in (of_z, of_leaf) if i in of]
+        gradient.append(functools.reduce(jnp.add, both) if both else jnp.zeros_like(x))
     tree = jax.tree.unflatten(treedef, gradient)
     done = {layers[i].path for i in skipped - direct}
     masked = selection.mask(tree, groups, policy, traced.layout, count, done)
     value, aux = results
     return (value, traced.unflatten_aux(aux)), masked
+
+
+def _put_back(
+    traced: Traced, kept: dict[int, jax.Array], at: dict[int, jax.Array], count: Any
+) -> dict[int, jax.Array]:
+    """Gradients in the shapes of their weights, from gradients of the parts that are kept."""
+
+    def put(parts_at: dict[int, tuple[jax.Array, jax.Array]]) -> dict[int, jax.Array]:
+        full = {}
+        for i, (x, place) in parts_at.items():
+            target, leaf = traced.targets[i], traced.layout.leaves[i]
+            assert target is not None and target.part is not None
+            full[i] = parts.put(x, leaf.shape, leaf.channel, leaf.stack, target.part, place)
+        return full
+
+    compact = {i: (x, at[i]) for i, x in kept.items() if traced.targets[i].compact}
+    # Best done in the loops of the optimizer, where that costs no memory traffic. The CPU compiler
+    # does it there several times for each entry, and slower than a loop of its own.
+    return kept | selection.materialise(put, compact, count, cpu_only=True)
 
 
 def _zeros(x: Any, leaf: channels.Leaf, target: products.Target) -> jax.Array:
