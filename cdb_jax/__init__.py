@@ -16,8 +16,10 @@ from cdb_jax.selection import (
     apply_selection as apply_selection,
     sample_selection as sample_selection,
 )
+from cdb_jax.skipping import grad as grad, value_and_grad as value_and_grad
 from cdb_jax.transform import (
     ChannelDropBackState as ChannelDropBackState,
     channel_drop_back as channel_drop_back,
+    selection_count as selection_count,
 )
 from cdb_jax.version import __version__ as __version__

@@ -314,9 +314,7 @@ def _reshaped(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Mo
     return moved, lambda z: z.reshape(shape)
 
 
-def _blocks(
-    before: Sequence[int], after: Sequence[int]
-) -> list[tuple[list[int], list[int]]]:
+def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Splits a reshape into the smallest blocks of axes whose sizes multiply to the same.
 
     Axes of size 1 are in no block, as they hold nothing.
@@ -413,7 +411,9 @@ def _cond(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -
             return f
 
         branches = [branch(program) for program, _ in followed]
-        arrays = lax.switch(index.array, branches, [x.array for x in rest], [x.change for x in rest])
+        arrays = lax.switch(
+            index.array, branches, [x.array for x in rest], [x.change for x in rest]
+        )
         return _anew(arrays, operands)
 
     return step if any(program.steps for program, _ in followed) else None, None
@@ -460,9 +460,7 @@ def _scan(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -
 
         start = jnp.asarray(any_of(_union([*constants, *carried])))
         xs = ([x.array for x in scanned], [own for own, _ in changes])
-        (arrays, below), ys = lax.scan(
-            body, ([x.array for x in carried], start), xs, **settings
-        )
+        (arrays, below), ys = lax.scan(body, ([x.array for x in carried], start), xs, **settings)
         needed = frozenset([Flag(below)]) if context.gated else _union(operands)
         return [Value(x, None, needed) for x in (*arrays, *ys)]
 

@@ -64,13 +64,11 @@ def take(
         cut = lambda x, at: take(x, *_without(stack[0], channel, stack[1:]), part, at)
         return jax.vmap(cut, in_axes=(stack[0], 0), out_axes=stack[0])(x, at)
     left = part.shape(x.shape, channel)
-    x, axis, order = _merge(x, channel, (part.groups, part.size))
+    x, axis, order = _merge(x, channel, part.groups, part.size)
     if part.window:
-        x = _take_window(x, axis + 1, part.kept, at)
+        x = _take_window(x, axis, part.kept, at)
     else:
-        x = jnp.take(
-            x, at, axis=axis + 1, unique_indices=True, indices_are_sorted=True, mode="clip"
-        )
+        x = jnp.take(x, at, axis=axis, unique_indices=True, indices_are_sorted=True, mode="clip")
     return _split(x, left, order)
 
 
@@ -89,16 +87,16 @@ def put(
         inner = tuple(size for axis, size in enumerate(shape) if axis != stack[0])
         fill = lambda x, at: put(x, inner, *_without(stack[0], channel, stack[1:]), part, at)
         return jax.vmap(fill, in_axes=(stack[0], 0), out_axes=stack[0])(x, at)
-    x, axis, order = _merge(x, channel, (part.groups, part.kept))
+    x, axis, order = _merge(x, channel, part.groups, part.kept)
     if part.window:
-        x = _put_window(x, axis + 1, part.size, at)
+        x = _put_window(x, axis, part.size, at)
     else:
         # Read, not written: a gather joins the loop of the optimizer that follows, a scatter not.
         channels = jnp.arange(part.size, dtype=jnp.int32)
         nearest = jnp.searchsorted(at, channels).astype(jnp.int32)
         nearest = jnp.minimum(nearest, part.kept - 1)
-        is_kept = _along(axis + 1, x.ndim, at[nearest] == channels)
-        x = jnp.take(x, nearest, axis=axis + 1, indices_are_sorted=True, mode="clip")
+        is_kept = _along(axis, x.ndim, at[nearest] == channels)
+        x = jnp.take(x, nearest, axis=axis, indices_are_sorted=True, mode="clip")
         x = jnp.where(is_kept, x, jnp.zeros((), x.dtype))
     return _split(x, shape, order)
 
@@ -146,12 +144,13 @@ def _without(
 
 
 def _merge(
-    x: jax.Array, channel: tuple[int, ...], sizes: tuple[int, int]
+    x: jax.Array, channel: tuple[int, ...], groups: int, size: int
 ) -> tuple[jax.Array, int, tuple[int, ...]]:
-    """Replaces the channel axes by two of the given sizes, at the place of the last one.
+    """Replaces the channel axes by one for the groups, if there are several, and one within these.
 
-    Returns the array, the first of the two axes, and the order that the axes were brought into.
+    Returns the array, the axis within groups, and the order that the axes were brought into.
     """
+    sizes = (size,) if groups == 1 else (groups, size)
     others = [axis for axis in range(x.ndim) if axis not in channel]
     before = [axis for axis in others if axis < channel[-1]]
     after = [axis for axis in others if axis > channel[-1]]
@@ -159,7 +158,7 @@ def _merge(
     if order != tuple(range(x.ndim)):
         x = jnp.transpose(x, order)
     lead, tail = x.shape[: len(before)], x.shape[len(before) + len(channel) :]
-    return x.reshape(lead + sizes + tail), len(before), order
+    return x.reshape(lead + sizes + tail), len(before) + len(sizes) - 1, order
 
 
 def _split(x: jax.Array, shape: Sequence[int], order: tuple[int, ...]) -> jax.Array:

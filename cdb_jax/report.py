@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from cdb_jax import channels, selection
+import jax
+
+from cdb_jax import channels, products, selection, skipping
 from cdb_jax.policy import Policy
 
 
@@ -12,7 +16,8 @@ class ChannelRow(NamedTuple):
     """One leaf of the tree.
 
     `kept` is the number of channels that learn when the layer is masked: exact, or expected with a
-    tilde. `note` says why a leaf is left alone, or whose selection a bias follows.
+    tilde. `note` says why a leaf is left alone, or whose selection a bias follows. `gradient` says
+    how `value_and_grad` computes the leaf's gradient; it is empty without a loss function.
     """
 
     path: str
@@ -22,6 +27,7 @@ class ChannelRow(NamedTuple):
     channels: int | None
     kept: str
     note: str
+    gradient: str = ""
 
 
 class ChannelReport(NamedTuple):
@@ -32,6 +38,7 @@ class ChannelReport(NamedTuple):
 
     def __str__(self) -> str:
         header = ("path", "shape", "channel axis", "stack axis", "channels", "kept", "note")
+        header += ("gradient",) * any(row.gradient for row in self.rows)
         cells = [
             (
                 row.path or "(the tree itself)",
@@ -41,6 +48,7 @@ class ChannelReport(NamedTuple):
                 "-" if row.channels is None else str(row.channels),
                 row.kept,
                 row.note,
+                *([row.gradient] if len(header) == 8 else []),
             )
             for row in self.rows
         ]
@@ -53,22 +61,36 @@ class ChannelReport(NamedTuple):
         return "\n".join([*table, self.summary])
 
 
-def channel_report(params: Any, policy: Policy) -> ChannelReport:
+def channel_report(
+    params: Any,
+    policy: Policy,
+    fun: Callable[..., Any] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> ChannelReport:
     """Shows for every leaf which axis holds its channels, or why it is left alone.
+
+    Given a loss function, also what `cdb_jax.value_and_grad` makes of each gradient: *skipped*, the
+    dropped part is not computed; *masked only*, it is computed and thrown away, and why.
 
     Args:
       params: a tree of arrays or `jax.ShapeDtypeStruct`, as the transformation will see it.
       policy: the policy to explain.
+      fun: a loss function `fun(params, *args, **kwargs)`, which may return a pair with auxiliary
+        data. It is traced, not run.
+      *args: its other arguments; `jax.ShapeDtypeStruct` will do for arrays.
+      **kwargs: its other arguments by name.
 
     Returns:
       A report with one row for each leaf; print it to see the table.
 
     Raises:
       TypeError: if `policy` is not a `Policy`.
-      ValueError: if the policy does not fit the tree; training would raise the same error.
+      ValueError: if the policy does not fit the tree, or with `fun` does not allow to skip
+        anything; training would raise the same error.
 
     Examples:
-      >>> import cdb_jax, jax.numpy as jnp
+      >>> import cdb_jax, jax, jax.numpy as jnp
       >>> params = {"dense": {"kernel": jnp.zeros((2, 4)), "bias": jnp.zeros(4)}}
       >>> print(cdb_jax.channel_report(params, cdb_jax.Policy(0.5, key=0, channel_choice="exact")))
       path          shape  channel axis  stack axis  channels  kept  note
@@ -76,6 +98,12 @@ def channel_report(params: Any, policy: Policy) -> ChannelReport:
       dense/bias    4      -             -           -         all   fewer than two dimensions
       dense/kernel  2x4    1             -           4         2
       1 layer, 66.7 % of 12 parameters can be dropped; layer_rate 1.0, rate 0.5, exact channels.
+
+      >>> policy = cdb_jax.Policy(0.5, key=0, channel_choice="window")
+      >>> loss = lambda params, x: jnp.sum(x @ params["dense"]["kernel"]) + params["dense"]["bias"][0]
+      >>> x = jax.ShapeDtypeStruct((8, 2), jnp.float32)
+      >>> [row.gradient for row in cdb_jax.channel_report(params, policy, loss, x).rows]
+      ['in full', 'skipped']
     """
     if not isinstance(policy, Policy):
         raise TypeError(
@@ -84,8 +112,50 @@ def channel_report(params: Any, policy: Policy) -> ChannelReport:
         )
     layout = policy.layout(params)
     selection.check_layers(policy, layout)
-    rows = tuple(_row(leaf, policy) for leaf in layout.leaves)
-    return ChannelReport(rows, _summary(layout, policy))
+    rows = [_row(leaf, policy) for leaf in layout.leaves]
+    if fun is not None:
+        skipping.check_policy(policy)
+        gradients = _gradients(skipping.trace_abstract(fun, params, args, kwargs, policy), params)
+        rows = [row._replace(gradient=x) for row, x in zip(rows, gradients, strict=True)]
+    return ChannelReport(tuple(rows), _summary(layout, policy))
+
+
+def _gradients(traced: skipping.Traced, params: Any) -> list[str]:
+    """How the gradient of each leaf is computed."""
+    return [_gradient(traced, i, x) for i, x in enumerate(jax.tree.leaves(params))]
+
+
+def _gradient(traced: skipping.Traced, i: int, x: Any) -> str:
+    leaf, target = traced.layout.leaves[i], traced.targets[i]
+    if leaf.layer is None:
+        stands_still = traced.gated and leaf.reason != channels.EXEMPT
+        return "none: stands still" if stands_still else "in full"
+    if target is None:
+        return "masked only: a bias"
+    if target.states == (products.FULL,):
+        return "in full"
+    if target.states == (products.STILL,):
+        return "none: stands still"
+    uses = traced.uses[i]
+    if not uses.products:
+        return "masked only: " + ("; ".join(uses.others) or "not used")
+    beside = f", but not where {'; '.join(uses.others)}" if uses.others else ""
+    return "skipped" + beside + _all_gather(target, leaf, x)
+
+
+def _all_gather(target: products.Target, leaf: channels.Leaf, x: Any) -> str:
+    """What a sharded channel axis costs."""
+    sharding = getattr(x, "sharding", None)
+    if target.part is None or not isinstance(sharding, jax.sharding.NamedSharding):
+        return ""
+    spec = (*sharding.spec, *[None] * len(leaf.shape))
+    names = [spec[axis] for axis in leaf.channel if spec[axis] is not None]
+    flat = [n for name in names for n in (name if isinstance(name, tuple) else (name,))]
+    shards = math.prod(sharding.mesh.shape[name] for name in flat)
+    if target.part.groups % shards == 0:
+        return ""
+    advice = f'channel_choice="window" with window_groups a multiple of {shards} avoids it'
+    return f", with an all-gather: the channels are sharded {shards} ways; {advice}"
 
 
 def _row(leaf: channels.Leaf, policy: Policy) -> ChannelRow:

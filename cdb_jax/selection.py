@@ -168,7 +168,9 @@ def _mask(
             scale = _broadcastable(factors[path], leaf)
             # Even a product with 1 can flush a subnormal number to zero.
             x = jnp.where(scale == 1, x, _scale(x, scale))
-        if path in keep and leaf.path not in done:  # Selected, not multiplied by zero: NaN times zero is NaN.
+        if (
+            path in keep and leaf.path not in done
+        ):  # Selected, not multiplied by zero: NaN times zero is NaN.
             x = jnp.where(_broadcastable(keep[path], leaf), x, jnp.zeros((), x.dtype))
         masked.append(x)
     return jax.tree.unflatten(treedef, masked)

@@ -111,10 +111,10 @@ def grad(
 
     Examples:
       >>> import cdb_jax, jax.numpy as jnp
-      >>> loss = lambda kernel, x: jnp.sum(x @ kernel)
+      >>> loss = lambda params, x: jnp.sum(x @ params["kernel"])
       >>> gradient = cdb_jax.grad(loss, 0.5, key=0, channel_choice="window")
-      >>> gradient(jnp.zeros((1, 4)), jnp.ones((3, 1)), count=1)
-      Array([[3., 3., 0., 0.]], dtype=float32)
+      >>> gradient({"kernel": jnp.zeros((1, 4))}, jnp.ones((3, 1)), count=1)
+      {'kernel': Array([[3., 3., 0., 0.]], dtype=float32)}
     """
     both = value_and_grad(fun, policy, argnums, has_aux, **settings)
 
@@ -276,14 +276,46 @@ def trace(call: Callable[[Any], Any], params: Any, policy: Policy, has_aux: bool
     return Traced(program, layout, targets, uses, gated, unflatten_aux)
 
 
-def _check_value(value: Any) -> jax.Array:
-    shape, dtype = jnp.shape(value), jnp.result_type(value)
-    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"fun must return a float scalar, got shape {shape} and dtype {dtype}; take the mean "
-            "of the losses, say, and set has_aux=True if fun returns a pair."
+def trace_abstract(
+    fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, policy: Policy
+) -> Traced:
+    """Traces `fun(params, *args, **kwargs)`, whose arrays may be `jax.ShapeDtypeStruct`."""
+    _check_function(fun)
+    found = []
+
+    def value_of(given: tuple[Any, Any, Any]) -> Any:
+        params, args, kwargs = given
+        params, call = _differentiated(fun, (params, *args), kwargs, 0)
+        first = lambda result: result[0] if isinstance(result, tuple) else result
+        found.append(trace(lambda params: first(call(params)), params, policy, has_aux=False))
+
+    leaves, treedef = jax.tree.flatten((params, args, kwargs))
+    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
+
+    def fill(arrays: Sequence[Any]) -> None:
+        rest = iter(arrays)
+        value_of(
+            treedef.unflatten(
+                [next(rest) if a else x for a, x in zip(is_array, leaves, strict=True)]
+            )
         )
-    return jnp.asarray(value)
+
+    jax.eval_shape(fill, [x for a, x in zip(is_array, leaves, strict=True) if a])
+    return found[0]
+
+
+def _check_value(value: Any) -> jax.Array:
+    if isinstance(value, (float, jax.Array, np.ndarray, np.generic)):
+        x = jnp.asarray(value)
+        if x.shape == () and jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        got = f"shape {x.shape} and dtype {x.dtype}"
+    else:
+        got = f"a {type(value).__name__}"
+    raise TypeError(
+        f"fun must return a float scalar, got {got}; take the mean of the losses, say, and set "
+        "has_aux=True if fun returns a pair."
+    )
 
 
 # Evaluation.

@@ -1,0 +1,221 @@
+"""What a training step costs on TPUs, read off programs compiled for TPU v5e without a TPU.
+
+Three steps of the same model and optimizer: the full gradient, the full gradient masked by
+`channel_drop_back`, and `cdb_jax.value_and_grad`, which skips what is dropped. For each: FLOPs,
+bytes accessed and temporary memory of one chip, and its collectives.
+
+    python -m venv tpu && tpu/bin/pip install jax libtpu flax optax
+    tpu/bin/python benchmarks/tpu_compile.py                        # about half an hour on two cores
+    tpu/bin/python benchmarks/tpu_compile.py --rows vit:dp:2x4:window
+
+Models are shortened, as compile time grows with depth: ViT-B/16 to 3 of its 12 blocks, ResNet-50 to
+one of each kind of its 16 blocks. Prints a table, writes `results/tpu-compile.json`.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+# The compiler asks the machine for a TPU unless it is told about one.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_ID": "0",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+from flax import nnx  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import cdb_jax  # noqa: E402
+from models.resnet import Bottleneck, ResNet  # noqa: E402
+from models.vit import ViT  # noqa: E402
+
+BATCH_PER_CHIP = 32
+SIZE = 224
+ROWS = [
+    "vit:dp:2x4:window",
+    "vit:dp:2x4:exact",
+    "vit:dp:2x4:input",
+    "resnet:dp:2x4:window",
+    "resnet:dp:2x4:input",
+    "vit:fsdp:2x4:window",
+    "vit:fsdp-channels:2x4:window",
+    "vit:fsdp-channels:2x4:groups",
+    "vit:dp:16x16:window",
+]
+
+
+def build(name: str) -> nnx.Module:
+    common = dict(num_classes=1000, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    if name == "vit":
+        return ViT(768, 3, 12, image_shape=(SIZE, SIZE, 3), patch_size=16, **common)
+    return ResNet(Bottleneck, (1, 1, 1, 1), **common)
+
+
+def policy_of(choice: str, rate: float, chips: int) -> cdb_jax.Policy:
+    settings: dict[str, Any] = dict(channel_choice="exact" if choice == "exact" else "window")
+    if choice == "input":
+        settings["channel_axes"] = cdb_jax.input_channels
+    if choice == "groups":
+        settings["window_groups"] = chips
+    # The head has 1000 channels, which no power of two divides.
+    return cdb_jax.Policy(rate, key=0, exempt=("head",), **settings)
+
+
+def shardings(params: Any, layout: str, mesh: Mesh) -> Any:
+    """Replicated; or each kernel split along its largest other axis, or along its channels."""
+
+    def of(x: Any) -> NamedSharding:
+        axes = range(len(x.shape) - 1) if layout == "fsdp" else [len(x.shape) - 1]
+        fitting = [i for i in axes if x.shape[i] % mesh.size == 0]
+        if layout == "dp" or len(x.shape) < 2 or not fitting:
+            return NamedSharding(mesh, P())
+        best = max(fitting, key=lambda i: x.shape[i])
+        return NamedSharding(mesh, P(*[None] * best, "data"))
+
+    return jax.tree.map(of, params)
+
+
+def compile_step(name: str, layout: str, topology: str, method: str, policy: Any) -> Any:
+    devices = topologies.get_topology_desc(f"v5e:{topology}", "tpu").devices
+    mesh = Mesh(devices, ("data",))
+    graph, params, rest = nnx.split(nnx.eval_shape(lambda: build(name)), nnx.Param, ...)
+    tx = optax.adamw(1e-3)
+    if method == "mask":
+        tx = optax.chain(cdb_jax.channel_drop_back(policy), tx)
+
+    def loss(params: Any, rest: Any, images: jax.Array, labels: jax.Array) -> Any:
+        model = nnx.merge(graph, params, rest, copy=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(images), labels)
+        return losses.mean(), nnx.split(model, nnx.Param, ...)[2]
+
+    def step(params: Any, opt_state: Any, rest: Any, images: Any, labels: Any, count: Any) -> Any:
+        if method == "skip":
+            value_and_grad = cdb_jax.value_and_grad(loss, policy, has_aux=True)
+            (_, rest), grads = value_and_grad(params, rest, images, labels, count=count)
+        else:
+            (_, rest), grads = jax.value_and_grad(loss, has_aux=True)(params, rest, images, labels)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, rest
+
+    split = shardings(params, layout, mesh)
+    everywhere = NamedSharding(mesh, P())
+    opt_state = jax.eval_shape(tx.init, params)
+    split_state = optax.tree.map_params(
+        tx, lambda _, s: s, opt_state, split, transform_non_params=lambda _: everywhere
+    )
+    rest_sharding = jax.tree.map(lambda _: everywhere, rest)
+    by_batch = NamedSharding(mesh, P("data"))
+    batch = BATCH_PER_CHIP * mesh.size
+    images = jax.ShapeDtypeStruct((batch, SIZE, SIZE, 3), jnp.bfloat16)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    jitted = jax.jit(
+        step,
+        in_shardings=(split, split_state, rest_sharding, by_batch, by_batch, everywhere),
+        out_shardings=(split, split_state, rest_sharding),
+        donate_argnums=(0, 1, 2),
+    )
+    return jitted.lower(params, opt_state, rest, images, labels, count).compile()
+
+
+WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
+# Such as `%name = (f32[8,4]{1,0:T(8,128)}, f32[4]{0}) all-reduce(%a, %b), ...`.
+COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(([^)]*)\)")
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+def collectives(text: str) -> dict[str, dict[str, int]]:
+    """Count and bytes of the operands of each kind of collective of one chip."""
+    # Operands are named without their types, so types are read where values are made.
+    made = dict(re.findall(r"(%[\w.-]+) = (\(?[^=]*?\)?) [\w-]+\(", text))
+    found: dict[str, dict[str, int]] = defaultdict(lambda: {"count": 0, "bytes": 0})
+    for _, kind, _, operands in COLLECTIVE.findall(text):
+        found[kind]["count"] += 1
+        for operand in re.findall(r"%[\w.-]+", operands):
+            for dtype, shape in ARRAY.findall(made.get(operand, "")):
+                size = math.prod(int(n) for n in shape.split(",") if n)
+                found[kind]["bytes"] += size * WIDTHS.get(dtype, 4)
+    return dict(found)
+
+
+def measure(row: str, rate: float) -> dict[str, Any]:
+    name, layout, topology, choice = row.split(":")
+    chips = math.prod(int(n) for n in topology.split("x"))
+    result: dict[str, Any] = {"row": row, "rate": rate, "chips": chips}
+    for method in ("full", "mask", "skip"):
+        start = time.perf_counter()
+        compiled = compile_step(name, layout, topology, method, policy_of(choice, rate, chips))
+        cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+        result[method] = {
+            "flops": cost["flops"],
+            "bytes_accessed": cost["bytes accessed"],
+            "temporary_bytes": memory.temp_size_in_bytes,
+            "collectives": collectives(compiled.as_text()),
+            "compile_seconds": round(time.perf_counter() - start, 1),
+        }
+        print(row, method, result[method], flush=True)
+    return result
+
+
+def traffic(program: dict[str, Any], kinds: tuple[str, ...] = KINDS) -> tuple[int, int]:
+    chosen = [x for kind, x in program["collectives"].items() if kind in kinds]
+    return sum(x["bytes"] for x in chosen), sum(x["count"] for x in chosen)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model : sharding : chips : choice | | FLOPs | bytes accessed | temporary memory | "
+        "bytes reduced | bytes of all collectives | collectives |",
+        "| --- " * 8 + "|",
+    ]
+    for result in results:
+        full = result["full"]
+        for method in ("mask", "skip"):
+            one = result[method]
+            ratios = [
+                one[key] / full[key] for key in ("flops", "bytes_accessed", "temporary_bytes")
+            ]
+            reduced = ("all-reduce", "reduce-scatter")
+            ratios.append(traffic(one, reduced)[0] / traffic(full, reduced)[0])
+            ratios.append(traffic(one)[0] / traffic(full)[0])
+            cells = [f"{ratio:.3f}" for ratio in ratios]
+            counts = f"{traffic(one)[1]} (full: {traffic(full)[1]})"
+            lines.append(f"| {result['row']} | {method} | {' | '.join(cells)} | {counts} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="*", default=ROWS, help="model:sharding:chips:choice")
+    parser.add_argument("--rate", type=float, default=0.5, help="drop rate")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/tpu-compile.json")
+    args = parser.parse_args()
+    results = []
+    for row in args.rows:
+        results.append(measure(row, args.rate))
+        versions = {"jax": jax.__version__, "optax": optax.__version__}
+        report = {"target": "TPU v5e", "versions": versions, "rows": results}
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

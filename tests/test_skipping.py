@@ -1,0 +1,753 @@
+"""`value_and_grad` against the full gradient, masked by the same selection."""
+
+import functools
+
+import chex
+import equinox as eqx
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+from jax import lax
+
+import cdb_jax
+
+
+def window(rate=0.5, **settings):
+    return cdb_jax.Policy(rate, key=0, channel_choice="window", **settings)
+
+
+def check(loss, params, policy, *args, counts=3, rtol=1e-5, skips=None):
+    """Compares with the masked full gradient, and what is skipped with what should be."""
+    skipping = jax.jit(cdb_jax.value_and_grad(loss, policy))
+    full_value, full = jax.jit(jax.value_and_grad(loss))(params, *args)
+    distinct = set()
+    for count in range(counts):
+        value, gradient = skipping(params, *args, count=count)
+        selection = cdb_jax.sample_selection(policy, full, count)
+        expected = cdb_jax.apply_selection(full, selection, policy)
+        np.testing.assert_allclose(value, full_value, rtol=rtol)
+        chex.assert_trees_all_equal_shapes_and_dtypes(gradient, full)
+        for x, y, whole in zip(
+            *(jax.tree.leaves(tree) for tree in (gradient, expected, full)), strict=True
+        ):
+            x, y, whole = (np.asarray(v, np.float64) for v in (x, y, whole))
+            np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * np.abs(whole).max())
+            assert np.all(x[y == 0] == 0) or rtol > 1e-4  # Dropped channels are exactly zero.
+        distinct.add(str(jax.tree.map(np.asarray, selection)))
+    assert len(distinct) > 1 or counts == 1
+    report = cdb_jax.channel_report(params, policy, loss, *args)
+    found = {row.path for row in report.rows if row.gradient.startswith("skipped")}
+    if skips is not None:
+        assert found == set(skips), str(report)
+    return report
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+POLICIES = {
+    "window": window(),
+    "window 0.9": window(0.9),
+    "window in groups": window(window_groups=2),
+    "exact": cdb_jax.Policy(0.3, key=0, channel_choice="exact"),
+    "input": window(0.25, channel_axes=cdb_jax.input_channels),
+    "input exact": cdb_jax.Policy(
+        0.5, key=1, channel_choice="exact", channel_axes=cdb_jax.input_channels
+    ),
+    "rescaled": window(rescale="expected"),
+    "realized": window(rescale="realized"),
+    "shared with bias": window(share_with_bias=True),
+    "some layers": window(layer_rate=0.5),
+    "some layers, input": window(layer_rate=0.5, channel_axes=cdb_jax.input_channels),
+    "scheduled layers": window(layer_rate=lambda count: 0.3 + 0.1 * (count % 3)),
+    "whole layers": cdb_jax.Policy(1.0, key=0, layer_rate=0.5),
+    "whole layers, rescaled": cdb_jax.Policy(1.0, key=0, layer_rate=0.5, rescale="expected"),
+    "one": window(layer_choice="one"),
+    "one, others still": window(layer_choice="one", other_layers="still"),
+    "one in full": cdb_jax.Policy(0.0, key=0, layer_choice="one", other_layers="still"),
+    "one, sometimes in part": window(
+        layer_choice="one", other_layers="still", layer_rate=0.5, exempt=("conv",)
+    ),
+}
+
+
+def small_params():
+    return {
+        "conv": {"kernel": normal(0, 3, 3, 4, 8), "bias": normal(1, 8)},
+        "dense1": {"kernel": normal(2, 8, 10), "bias": normal(3, 10)},
+        "dense2": {"kernel": normal(4, 10, 6)},
+    }
+
+
+def small_loss(params, images):
+    y = lax.conv_general_dilated(
+        images, params["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    y = jax.nn.relu(y + params["conv"]["bias"][None, None, None]).mean((1, 2))
+    y = jax.nn.gelu(y @ params["dense1"]["kernel"] + params["dense1"]["bias"][None])
+    return jnp.mean((y @ params["dense2"]["kernel"]) ** 2)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_equals_the_masked_gradient_under_every_policy(name):
+    kernels = {"conv/kernel", "dense1/kernel", "dense2/kernel"}
+    if POLICIES[name].exempt:
+        kernels -= {"conv/kernel"}
+    check(
+        small_loss, small_params(), POLICIES[name], normal(9, 2, 5, 5, 4), counts=6, skips=kernels
+    )
+
+
+# Models and frameworks.
+
+
+@pytest.mark.parametrize("axes", [cdb_jax.output_channels, cdb_jax.input_channels])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["resnet_small", "vit_mini/4"])
+def test_example_models(name, dtype, axes, standard_promotion):
+    model = models.create(
+        name, num_classes=10, image_shape=(8, 8, 3), dtype=dtype, rngs=nnx.Rngs(0)
+    )
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    # Scales and kernels that start at zero hide gradients.
+    params = jax.tree.map(lambda x: x + 0.1 * normal(1, *x.shape), params)
+
+    def loss(params, images):
+        logits = nnx.merge(graph, params, rest, copy=True)(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(4)).mean()
+
+    policy = window(channel_axes=axes, exempt=("head",))
+    rtol = 1e-5 if dtype == "float32" else 0.05
+    report = check(loss, params, policy, normal(2, 4, 8, 8, 3), rtol=rtol, counts=2)
+    layers = [row for row in report.rows if row.channels]
+    assert len(layers) > 8
+    assert {row.gradient for row in layers} == {"skipped"}, str(report)
+
+
+class LinenNet(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        y = linen.Conv(8, (3, 3), strides=2, name="conv_strided")(x)
+        y = linen.Conv(8, (3, 3), kernel_dilation=2, padding="VALID", name="conv_dilated")(y)
+        y = linen.ConvTranspose(6, (2, 2), strides=(2, 2), name="conv_transpose")(linen.relu(y))
+        y = y.reshape(y.shape[0], -1, y.shape[-1])
+        y = y + linen.MultiHeadDotProductAttention(num_heads=3, name="attention")(y)
+        y = linen.DenseGeneral((2, 4), name="dense_general")(y)
+        y = linen.Einsum((2, 4, 5), "...ab,abc->...c", name="mix_einsum")(linen.tanh(y))
+        return linen.Dense(3, name="dense")(y)
+
+
+def linen_axes(path, leaf):
+    if path == "mix_einsum/kernel":
+        return 2
+    if path == "dense_general/kernel":
+        return (1, 2)
+    return cdb_jax.output_channels
+
+
+def test_linen(standard_promotion):
+    x = normal(0, 2, 9, 9, 3)
+    params = LinenNet().init(jax.random.key(0), x)
+    loss = lambda params, x: jnp.mean(LinenNet().apply(params, x) ** 2)
+    report = check(loss, params, window(channel_axes=linen_axes), x)
+    assert {row.gradient for row in report.rows if row.channels} == {"skipped"}, str(report)
+    assert sum(bool(row.channels) for row in report.rows) == 10
+
+
+class Block(linen.Module):
+    @linen.compact
+    def __call__(self, x, _):
+        y = linen.Dense(12, name="dense1")(x)
+        return x + linen.Dense(6, name="dense2")(linen.gelu(y)), None
+
+
+class Stack(linen.Module):
+    remat: bool = False
+
+    @linen.compact
+    def __call__(self, x):
+        block = linen.remat(Block) if self.remat else Block
+        blocks = linen.scan(
+            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=4
+        )
+        x, _ = blocks(name="blocks")(x, None)
+        return linen.Dense(3, name="head")(x)
+
+
+STACKED = {
+    "blocks": cdb_jax.Axes(cdb_jax.output_channels, stack=0),
+    "head": cdb_jax.output_channels,
+}
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        window(channel_axes=STACKED),
+        window(channel_axes=STACKED, layer_rate=0.5),
+        window(channel_axes=STACKED, layer_choice="one", other_layers="still"),
+        cdb_jax.Policy(0.5, key=0, channel_choice="exact", channel_axes=STACKED),
+    ],
+    ids=["window", "layers", "one", "exact"],
+)
+def test_scanned_and_rematerialised_layers(policy, remat, standard_promotion):
+    x = normal(0, 5, 6)
+    params = Stack(remat).init(jax.random.key(0), x)
+    loss = lambda params, x: jnp.mean(Stack(remat).apply(params, x) ** 2)
+    skips = {"blocks/dense1/kernel", "blocks/dense2/kernel", "head/kernel"}
+    check(loss, params, policy, x, skips=skips, counts=5)
+
+
+def test_nnx_scan_and_remat(standard_promotion):
+    class Layer(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(6, 6, rngs=rngs)
+
+        def __call__(self, x):
+            return x + nnx.relu(self.dense(x))
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.vmap(Layer, axis_size=3)(rngs.split(3))
+
+        def __call__(self, x):
+            step = nnx.scan(
+                nnx.remat(lambda x, layer: layer(x)),
+                in_axes=(nnx.Carry, 0),
+                out_axes=nnx.Carry,
+            )
+            return step(x, self.layers)
+
+    graph, params = nnx.split(Net(nnx.Rngs(0)), nnx.Param)
+    loss = lambda params, x: jnp.mean(nnx.merge(graph, params)(x) ** 2)
+    policy = window(channel_axes={"layers": cdb_jax.Axes(cdb_jax.output_channels, stack=0)})
+    check(loss, params, policy, normal(1, 4, 6), skips={"layers/dense/kernel"})
+
+
+def test_equinox(standard_promotion):
+    class Net(eqx.Module):
+        conv: eqx.nn.Conv2d
+        linear: eqx.nn.Linear
+
+        def __init__(self, key):
+            self.conv = eqx.nn.Conv2d(3, 8, 3, groups=1, key=key)
+            self.linear = eqx.nn.Linear(8, 6, key=key)
+
+        def __call__(self, x):
+            return self.linear(jax.nn.relu(self.conv(x)).mean((1, 2)))
+
+    net = Net(jax.random.key(0))
+    params, static = eqx.partition(net, eqx.is_inexact_array)
+    loss = lambda params, x: jnp.mean(jax.vmap(eqx.combine(params, static))(x) ** 2)
+    for axes in (cdb_jax.output_channels, cdb_jax.input_channels):
+        policy = window(channel_axes=axes)
+        skips = {"conv/weight", "linear/weight"}
+        check(loss, params, policy, normal(1, 4, 3, 6, 6), skips=skips)
+
+
+# Ways in which a weight reaches a product.
+
+
+def experts(params, x):  # Stacked layers in one batched product.
+    return jnp.einsum("ecd,edf->ecf", x, params["kernel"])
+
+
+def on_the_left(params, x):
+    return params["kernel"].T @ x
+
+
+def reshaped(params, x):
+    return x @ params["kernel"].reshape(2, 3, 8).transpose(2, 0, 1).reshape(8, 6).T
+
+
+def heads_apart(params, x):  # The channels (4, 2), in two axes that are not neighbours.
+    kernel = params["kernel"].reshape(6, 4, 2)
+    return jnp.einsum("bi,ihd->hbd", x, kernel)
+
+
+def in_a_jit(params, x):
+    return jax.jit(lambda kernel, x: x @ kernel.astype(jnp.float32))(params["kernel"], x)
+
+
+def in_a_conditional(params, x):
+    return lax.cond(x[0, 0] > 0, lambda k: x @ k, lambda k: 2.0 * x @ k, params["kernel"])
+
+
+def in_a_loop(params, x):  # One weight in all iterations.
+    body = lambda x, _: (jnp.tanh(x @ params["kernel"])[:, :6], None)
+    return lax.scan(body, x, length=3)[0]
+
+
+def twice(params, x):
+    return jnp.tanh(x @ params["kernel"]) @ params["kernel"].T
+
+
+def saved_by_name(params, x):
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(lambda k, x: jnp.sin(x @ k), policy=policy)(params["kernel"], x)
+
+
+def narrow(params, x):
+    y = x.astype(jnp.bfloat16) @ params["kernel"].astype(jnp.bfloat16)
+    return y.astype(jnp.float32)
+
+
+def in_a_batch(params, x):
+    return jax.vmap(lambda x: params["kernel"].T @ x)(x)
+
+
+@pytest.mark.parametrize("channel", [0, 1])
+@pytest.mark.parametrize(
+    "use",
+    [on_the_left, reshaped, heads_apart, in_a_jit, in_a_conditional, in_a_loop, twice]
+    + [saved_by_name, narrow, in_a_batch],
+    ids=lambda f: f.__name__,
+)
+def test_ways_to_a_product(use, channel):
+    x = normal(0, 6, 5) if use is on_the_left else normal(0, 5, 6)
+    params = {"kernel": normal(1, 6, 8)}
+    loss = lambda params, x: jnp.mean(use(params, x) ** 2)
+    rtol = 0.02 if use is narrow else 1e-5
+    skips = {"kernel"}
+    if use is reshaped and channel == 0:
+        pass  # (6) -> (2, 3) -> (6): the channels stay together.
+    for policy in (window(channel_axes=channel), window(channel_axes=channel, layer_rate=0.5)):
+        check(loss, params, policy, x, rtol=rtol, skips=skips, counts=4)
+
+
+def test_experts():
+    params, x = {"kernel": normal(0, 3, 4, 8)}, normal(1, 3, 5, 4)
+    loss = lambda params, x: jnp.mean(experts(params, x) ** 2)
+    for channel in (1, 2):
+        axes = {"kernel": cdb_jax.Axes(channel, stack=0)}
+        for choice in ("window", "exact"):
+            policy = cdb_jax.Policy(0.5, key=0, channel_choice=choice, channel_axes=axes)
+            check(loss, params, policy, x, skips={"kernel"})
+    policy = window(channel_axes=axes, layer_rate=0.5)
+    report = check(loss, params, policy, x, skips=())
+    assert "stand still one by one" in report.rows[0].gradient
+
+
+def tied(params, tokens):
+    return params["embedding"][tokens] @ params["embedding"].T
+
+
+def penalised(params, x):
+    return x[:, :6] @ params["kernel"] + 0.1 * jnp.sum(params["kernel"] ** 2)
+
+
+def multiplied(params, x):
+    return x[:, :6] @ (params["down"]["kernel"] @ params["up"]["kernel"])
+
+
+def in_a_custom_rule(params, x):
+    @jax.custom_vjp
+    def product(k, x):
+        return x @ k
+
+    product.defvjp(lambda k, x: (x @ k, (k, x)), lambda s, d: (s[1].T @ d, d @ s[0].T))
+    return product(params["kernel"], x[:, :6])
+
+
+def carried(params, x):
+    body = lambda k, x: (0.9 * k, x @ k)
+    return lax.scan(body, params["kernel"], x[None, :, :6])[1]
+
+
+@pytest.mark.parametrize(
+    ("use", "params", "reasons"),
+    [
+        (tied, {"embedding": (9, 6)}, {"embedding": "skipped, but not where read by gather"}),
+        (penalised, {"kernel": (6, 4)}, {"kernel": "skipped, but not where read by integer_pow"}),
+        (
+            multiplied,
+            {"down": {"kernel": (6, 2)}, "up": {"kernel": (2, 4)}},
+            {
+                "down/kernel": "masked only: multiplied with another weight",
+                "up/kernel": "skipped",
+            },
+        ),
+        (in_a_custom_rule, {"kernel": (6, 4)}, {"kernel": "masked only: read by custom_vjp_call"}),
+        (carried, {"kernel": (6, 4)}, {"kernel": "masked only: carried through a loop"}),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_other_uses_get_their_full_gradient(use, params, reasons):
+    params = jax.tree.map(lambda s: normal(len(s), *s), params, is_leaf=lambda s: type(s) is tuple)
+    x = jnp.arange(5) % 9 if use is tied else normal(3, 5, 8)
+    for axes in (cdb_jax.output_channels, -1):
+        policy = window(channel_axes=axes)
+        report = check(lambda p, x: jnp.mean(use(p, x) ** 2), params, policy, x)
+    assert {row.path: row.gradient for row in report.rows} == reasons
+
+
+# Random stacks of layers.
+
+
+@st.composite
+def convolutions(draw):
+    groups = draw(st.sampled_from([1, 1, 2, 4]))
+    into, out = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    spec = draw(st.sampled_from([("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")]))
+    arguments = dict(
+        window_strides=draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
+        padding=draw(st.sampled_from([((1, 1), (1, 1)), ((1, 2), (0, 1)), ((0, 0), (0, 0))])),
+        lhs_dilation=draw(st.tuples(st.integers(1, 2), st.just(1))),
+        rhs_dilation=draw(st.tuples(st.just(1), st.integers(1, 2))),
+        dimension_numbers=spec,
+        feature_group_count=groups,
+    )
+    size = {
+        "H": draw(st.integers(1, 3)),
+        "W": draw(st.integers(1, 3)),
+        "I": into // groups,
+        "O": out,
+    }
+    kernel = tuple(size[axis] for axis in spec[1])
+    size = {"N": 2, "H": 7, "W": 7, "C": into}
+    image = tuple(size[axis] for axis in spec[0])
+    channel = spec[1].index(draw(st.sampled_from("IO")))
+    # Groups of a window that fit the groups of the convolution, or not.
+    divisors = [n for n in (1, groups, 2) if kernel[channel] % n == 0]
+    return arguments, kernel, image, channel, draw(st.sampled_from(divisors))
+
+
+@hypothesis.given(
+    convolutions(),
+    st.sampled_from([0.25, 0.5, 0.9]),
+    st.sampled_from(["all", "layers", "one"]),
+    st.booleans(),
+)
+def test_random_convolutions(convolution, rate, which, exact):
+    arguments, kernel, image, channel, groups = convolution
+    loss = lambda params, x: jnp.mean(
+        jnp.sin(lax.conv_general_dilated(x, params["kernel"], **arguments))
+    )
+    settings = {"all": {}, "layers": {"layer_rate": 0.5}, "one": {"layer_choice": "one"}}[which]
+    choice = {"channel_choice": "exact"} if exact else {"window_groups": groups}
+    policy = window(rate, channel_axes={"kernel": channel}, **settings)
+    policy = cdb_jax.Policy(
+        rate,
+        key=3,
+        channel_axes={"kernel": channel},
+        **settings,
+        **({"channel_choice": "exact"} if exact else {"channel_choice": "window", **choice}),
+    )
+    check(loss, {"kernel": normal(0, *kernel)}, policy, normal(1, *image), counts=1, rtol=2e-5)
+
+
+@st.composite
+def dots(draw):
+    """A dot_general of an activation and a weight, on either side, with its axes in any order."""
+    names = draw(st.permutations("bijkl"))
+    batch, contract, free = names[:1], names[1:3], names[3:]
+    size = {name: draw(st.integers(1, 4)) for name in names}
+    w = draw(st.permutations([*batch, *contract, *free]))
+    x = draw(st.permutations([*batch, *contract, "z"]))
+    size["z"] = 3
+    numbers = tuple(
+        (tuple(a.index(n) for n in contract), tuple(a.index(n) for n in batch)) for a in (x, w)
+    )
+    number = draw(st.integers(1, 2))
+    kind = draw(st.sampled_from([contract, free, batch]))
+    channel = tuple(sorted(w.index(n) for n in kind[:number]))
+    return [size[n] for n in x], [size[n] for n in w], numbers, channel, draw(st.booleans())
+
+
+@hypothesis.given(dots(), st.sampled_from([0.25, 0.5, 0.9]), st.booleans())
+def test_random_products(dot, rate, exact):
+    x_shape, w_shape, ((xc, xb), (wc, wb)), channel, weight_first = dot
+    choice = "exact" if exact else "window"
+    policy = cdb_jax.Policy(rate, key=0, channel_choice=choice, channel_axes={"kernel": channel})
+
+    def loss(params, x):
+        w = params["kernel"]
+        if weight_first:
+            y = lax.dot_general(w, x, ((wc, xc), (wb, xb)))
+        else:
+            y = lax.dot_general(x, w, ((xc, wc), (xb, wb)))
+        return jnp.mean(jnp.sin(y))
+
+    check(loss, {"kernel": normal(0, *w_shape)}, policy, normal(1, *x_shape), counts=1)
+
+
+# What is not done, counted in compiled programs.
+
+
+def flops(f, *args, **kwargs):
+    return jax.jit(f).lower(*args, **kwargs).compile().cost_analysis()["flops"]
+
+
+def mlp(params, x):
+    for layer in params.values():
+        x = jnp.tanh(x @ layer["kernel"])
+    return jnp.mean(x**2)
+
+
+def mlp_params(depth=4, width=64):
+    return {f"dense{i}": {"kernel": 0.1 * normal(i, width, width)} for i in range(depth)}
+
+
+@pytest.mark.parametrize("axes", [cdb_jax.output_channels, cdb_jax.input_channels])
+@pytest.mark.parametrize("rate", [0.25, 0.5, 0.75])
+def test_flops(rate, axes):
+    params, x = mlp_params(), normal(9, 256, 64)
+    full = flops(jax.value_and_grad(mlp), params, x)
+    skip = flops(cdb_jax.value_and_grad(mlp, window(rate, channel_axes=axes)), params, x, count=0)
+    # Of three products for each layer, but two for the first, one is done in part.
+    assert skip / full < 1 - 4 * rate / 11 + 0.02
+
+
+def test_input_channels_store_the_kept_part_only():
+    """Activations that only the weight gradient needs are stored in part."""
+
+    def loss(params, x):
+        for layer in params.values():
+            x = jax.nn.relu(x) @ layer["kernel"]
+        return jnp.mean(x**2)
+
+    params, x = mlp_params(8), normal(9, 4096, 64)
+    memory = lambda f, **count: (
+        jax.jit(f).lower(params, x, **count).compile().memory_analysis().temp_size_in_bytes
+    )
+    full = memory(jax.grad(loss))
+    policy = window(0.75, channel_axes=cdb_jax.input_channels)
+    assert memory(cdb_jax.grad(loss, policy), count=0) < 0.8 * full
+
+
+def test_nothing_below_the_lowest_layer_that_learns():
+    """Counted at run time, by a callback in the backward pass of each layer."""
+    seen = []
+
+    @jax.custom_vjp
+    def watch(x):
+        return x
+
+    def report(_, d):
+        jax.debug.callback(lambda d: seen.append(bool(np.any(d))), d)
+        return (d,)
+
+    watch.defvjp(lambda x: (x, None), report)
+
+    def loss(params, x):
+        for layer in params.values():
+            x = jnp.tanh(watch(x) @ layer["kernel"])
+        return jnp.mean(x**2)
+
+    policy = cdb_jax.Policy(0.0, key=0, layer_choice="one", other_layers="still")
+    params, x = mlp_params(), normal(9, 8, 64)
+    step = jax.jit(cdb_jax.grad(loss, policy))
+    for count in range(8):
+        seen.clear()
+        gradient = jax.block_until_ready(step(params, x, count=count))
+        jax.effects_barrier()
+        learns = [bool(np.any(gradient[name]["kernel"])) for name in gradient]
+        assert sum(learns) == 1
+        # Nothing flows into the input, nor below the layer that learns.
+        assert sum(seen) == 3 - learns.index(True)
+
+
+# The rest of the contract.
+
+
+def test_auxiliary_data_argnums_and_grad():
+    def loss(scale, params, x, *, power):
+        y = x @ params["kernel"] * scale
+        return jnp.mean(y**power), {"mean": y.mean(), "name": "anything", "none": None}
+
+    params, x, policy = {"kernel": normal(0, 4, 6)}, normal(1, 3, 4), window()
+    both = cdb_jax.value_and_grad(loss, policy, argnums=1, has_aux=True)
+    (value, aux), gradient = both(2.0, params, x, power=2, count=1)
+    assert aux["name"] == "anything" and aux["none"] is None
+    np.testing.assert_allclose(aux["mean"], jnp.mean(2 * x @ params["kernel"]), rtol=1e-5)
+    only, same = cdb_jax.grad(loss, policy, argnums=1, has_aux=True)(
+        2.0, params, x, power=2, count=1
+    )
+    chex.assert_trees_all_equal(only, gradient)
+    assert same["name"] == "anything"
+
+    alone = window(exempt=("1",))
+    several = cdb_jax.value_and_grad(loss, alone, argnums=(1, 2), has_aux=True)
+    with jax.numpy_dtype_promotion("standard"):
+        _, (first, second) = several(2.0, params, x, power=2, count=1)
+    assert first["kernel"].shape == (4, 6) and second.shape == (3, 4)
+
+
+def test_higher_derivatives():
+    """Derivatives of the masked gradient are the mask of the derivatives."""
+    policy = window()
+    params, x = {"kernel": normal(0, 3, 4)}, normal(1, 5, 3)
+    loss = lambda params: jnp.sum(jnp.sin(x @ params["kernel"]))
+    gradient = lambda params: cdb_jax.grad(loss, policy)(params, count=2)
+    mask = cdb_jax.sample_selection(policy, params, 2)["kernel"]
+    masked = lambda params: jax.tree.map(lambda g: g * mask[None], jax.grad(loss)(params))
+    for derivative in (jax.jacfwd, jax.jacrev):
+        chex.assert_trees_all_close(derivative(gradient)(params), derivative(masked)(params))
+
+
+def test_vmap_over_models():
+    policy = window(layer_rate=0.5)
+    params, x = {"kernel": normal(0, 3, 4, 6)}, normal(1, 5, 4)
+    loss = lambda params, x: jnp.mean((x @ params["kernel"]) ** 2)
+    each = lambda params: cdb_jax.grad(loss, policy)(params, x, count=0)["kernel"]
+    together = jax.vmap(each)(params)
+    for i in range(3):
+        np.testing.assert_allclose(together[i], each({"kernel": params["kernel"][i]}), rtol=1e-5)
+
+
+def test_swaps_with_the_transformation():
+    """A loop with one `value_and_grad` trains as a loop with the other and the transformation."""
+    policy = window(rescale="expected", layer_rate=0.7)
+    x = normal(9, 8, 64)
+
+    def train(value_and_grad, tx):
+        params = mlp_params()
+        state = tx.init(params)
+        for _ in range(5):
+            _, grads = value_and_grad(params, x, state)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    with jax.numpy_dtype_promotion("standard"):
+        masked = train(
+            jax.jit(lambda p, x, state: jax.value_and_grad(mlp)(p, x)),
+            optax.chain(cdb_jax.channel_drop_back(policy), optax.adam(1e-3)),
+        )
+        skipped = train(
+            jax.jit(
+                lambda p, x, state: cdb_jax.value_and_grad(mlp, policy)(
+                    p, x, count=cdb_jax.selection_count(state)
+                )
+            ),
+            optax.adam(1e-3),
+        )
+    chex.assert_trees_all_close(masked, skipped, atol=2e-5)
+
+
+def test_gradient_accumulation_shares_the_selection():
+    policy, tx = window(), optax.MultiSteps(optax.adam(1e-3), 3)
+    params, x = mlp_params(2), normal(9, 8, 64)
+    with jax.numpy_dtype_promotion("standard"):
+        state, counts = tx.init(params), []
+        for _ in range(6):
+            counts.append(int(cdb_jax.selection_count(state)))
+            grads = cdb_jax.grad(mlp, policy)(params, x, count=counts[-1])
+            _, state = tx.update(grads, state, params)
+    assert counts == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adamw(optax.constant_schedule(1e-3)),
+        optax.chain(cdb_jax.channel_drop_back(0.5, key=0), optax.adam(1e-3)),
+        optax.MultiSteps(optax.chain(optax.adam(1e-3)), 1),
+        optax.apply_if_finite(optax.adam(1e-3), 2),
+        optax.inject_hyperparams(optax.adam)(1e-3),
+        optax.partition({"a": optax.adam(1e-3)}, {"kernel": "a"}),
+    ],
+    ids=["adamw", "chain", "multi_steps", "if_finite", "inject", "partition"],
+)
+def test_selection_count(tx, standard_promotion):
+    params = {"kernel": jnp.ones((2, 4))}
+    state = tx.init(params)
+    for count in range(3):
+        assert cdb_jax.selection_count(state) == count
+        assert jax.jit(cdb_jax.selection_count)(state) == count
+        _, state = tx.update(params, state, params)
+
+
+def test_selection_count_of_nnx():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    assert cdb_jax.selection_count(optimizer.opt_state) == 0
+
+
+# Mistakes.
+
+
+def test_several_counts_are_an_error():
+    outside = cdb_jax.channel_drop_back(0.5, key=0)
+    tx = optax.chain(outside, optax.MultiSteps(outside, 2).gradient_transformation())
+    state = tx.init({"kernel": jnp.ones((2, 4))})
+    with pytest.raises(ValueError, match="several counts"):
+        jax.jit(cdb_jax.selection_count)(state)
+    with pytest.raises(ValueError, match="no count"):
+        cdb_jax.selection_count(optax.sgd(1.0).init(jnp.ones(2)))
+
+
+def scalar(params, x):
+    return jnp.sum(x @ params["kernel"])
+
+
+def uses_count(params, x, count):
+    return scalar(params, x) * count
+
+
+KERNEL, X = {"kernel": jnp.ones((2, 4))}, jnp.ones((3, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: cdb_jax.grad(scalar, 0.5, key=0), ValueError, "bernoulli"),
+        (lambda: cdb_jax.grad(scalar, lambda t: 0.5, key=0), TypeError, "rate must be a Python"),
+        (lambda: cdb_jax.grad(scalar, jnp.float32(0.5), key=0), TypeError, "layer_rate"),
+        (lambda: cdb_jax.grad(scalar, window(), key=1), TypeError, "beside a Policy"),
+        (lambda: cdb_jax.grad(uses_count, window()), TypeError, "argument called count"),
+        (lambda: cdb_jax.grad(scalar, window())(KERNEL, X), TypeError, "count is missing"),
+        (
+            lambda: cdb_jax.grad(lambda p, x: x @ p["kernel"], window())(KERNEL, X, count=0),
+            TypeError,
+            r"float scalar, got shape \(3, 4\)",
+        ),
+        (
+            lambda: cdb_jax.grad(lambda p, x: (scalar(p, x), x), window())(KERNEL, X, count=0),
+            TypeError,
+            "has_aux=True",
+        ),
+        (
+            lambda: cdb_jax.grad(scalar, window(), has_aux=True)(KERNEL, X, count=0),
+            TypeError,
+            "must return a pair",
+        ),
+        (
+            lambda: cdb_jax.grad(scalar, window())({"kernel": jnp.ones((2, 4), int)}, X, count=0),
+            TypeError,
+            "kernel has dtype int32",
+        ),
+        (
+            lambda: cdb_jax.grad(scalar, window(), argnums=2)(KERNEL, X, count=0),
+            ValueError,
+            "argnums=2",
+        ),
+        (
+            lambda: cdb_jax.grad(lambda n, p, x: scalar(p, x), window())(None, KERNEL, X, count=0),
+            ValueError,
+            "without arrays",
+        ),
+        (
+            lambda: cdb_jax.channel_report(KERNEL, cdb_jax.Policy(0.5, key=0), scalar, X),
+            ValueError,
+            "bernoulli",
+        ),
+    ],
+)
+def test_mistakes(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_count_is_no_argument_of_functions_that_take_anything():
+    wrapped = functools.partial(lambda *args, **kwargs: scalar(*args), x=X)
+    gradient = cdb_jax.grad(lambda p: wrapped(p, X), window())(KERNEL, count=0)
+    assert np.any(gradient["kernel"])
