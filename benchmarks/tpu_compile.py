@@ -5,7 +5,7 @@ Three steps of the same model and optimizer: the full gradient, the full gradien
 bytes accessed and temporary memory of one chip, and its collectives.
 
     python -m venv tpu && tpu/bin/pip install jax libtpu flax optax
-    tpu/bin/python benchmarks/tpu_compile.py                        # about half an hour on two cores
+    tpu/bin/python benchmarks/tpu_compile.py                    # half an hour on two cores
     tpu/bin/python benchmarks/tpu_compile.py --rows vit:dp:2x4:window
 
 Models are shortened, as compile time grows with depth: ViT-B/16 to 3 of its 12 blocks, ResNet-50 to
@@ -74,8 +74,7 @@ def policy_of(choice: str, rate: float, chips: int) -> cdb_jax.Policy:
         settings["channel_axes"] = cdb_jax.input_channels
     if choice == "groups":
         settings["window_groups"] = chips
-    # The head has 1000 channels, which no power of two divides.
-    return cdb_jax.Policy(rate, key=0, exempt=("head",), **settings)
+    return cdb_jax.Policy(rate, key=0, **settings)
 
 
 def shardings(params: Any, layout: str, mesh: Mesh) -> Any:

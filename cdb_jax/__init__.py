@@ -8,12 +8,14 @@ from cdb_jax.channels import (
 from cdb_jax.policy import Policy as Policy
 from cdb_jax.presets import (
     algorithm_1 as algorithm_1,
+    layer_drop_back as layer_drop_back,
     released_code as released_code,
     released_layer_rate as released_layer_rate,
 )
 from cdb_jax.report import channel_report as channel_report
 from cdb_jax.selection import (
     apply_selection as apply_selection,
+    dropped_fraction as dropped_fraction,
     sample_selection as sample_selection,
 )
 from cdb_jax.skipping import grad as grad, value_and_grad as value_and_grad

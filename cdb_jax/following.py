@@ -435,10 +435,7 @@ def _scan(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -
             operands[consts:first_x],
             operands[first_x:],
         )
-        changes = [
-            _per_iteration(x.change, weight, small) if small else (None, None)
-            for x, weight, small in zip(scanned, weights[first_x:], sliced, strict=True)
-        ]
+        changes = [_per_iteration(*x) for x in zip(scanned, weights[first_x:], sliced, strict=True)]
 
         def body(carry: Any, xs: Any) -> tuple[Any, Any]:
             arrays, below = carry
@@ -448,8 +445,8 @@ def _scan(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -
             for x, array, own, (_, shared) in zip(scanned, *xs, changes, strict=True):
                 change, needed = None, x.needed
                 if own is not None:
-                    change = Change(*(b if a is None else a for a, b in zip(own, shared)))
-                    if context.gated and own.state is not None:
+                    change = Change(own.z, *(own.of_layer or shared))
+                    if context.gated and own.of_layer:
                         needed = frozenset([Flag(change.state != products.STILL)])
                 learns.append(needed)
                 inputs.append(Value(array, change, needed))
@@ -480,13 +477,25 @@ def _slice(weight: Weight | None, context: _Context) -> Weight | None:
     )
 
 
-def _per_iteration(change: Change, weight: Weight, small: Weight) -> tuple[Any, Any]:
+class _Own(NamedTuple):
+    """What each iteration of a loop has of its own of a change."""
+
+    z: jax.Array
+    of_layer: tuple[jax.Array, jax.Array] | None  # `at` and `state`, if each is a layer.
+
+
+def _per_iteration(
+    value: Value, weight: Weight | None, sliced: Weight | None
+) -> tuple[_Own | None, tuple[jax.Array, jax.Array] | None]:
     """Splits a change into what each iteration of a loop has of its own, and what all share."""
+    if weight is None or sliced is None:
+        return None, None
+    assert value.change is not None
+    z, at, state = value.change
     if 0 not in weight.stack:
-        return Change(change.z, None, None), Change(None, change.at, change.state)
+        return _Own(z, None), (at, state)
     axis = weight.stack.index(0)
-    own = Change(change.z, *(jnp.moveaxis(x, axis, 0) for x in (change.at, change.state)))
-    return own, Change(None, None, None)
+    return _Own(z, (jnp.moveaxis(at, axis, 0), jnp.moveaxis(state, axis, 0))), None
 
 
 _CALLS: dict[str, Callable[[core.JaxprEqn, list[Weight | None], _Context], Called]] = {

@@ -19,9 +19,9 @@ class Part(NamedTuple):
     """How many channels are kept, and how they lie. Static.
 
     The channels fall into `groups` equal groups, each of which keeps `kept` of its `size`. With a
-    `window`, a part lies at an int32 offset, shape `()`: the first kept channel of every group, from
-    which the window runs cyclically. Otherwise there is one group, and a part lies at the int32
-    positions of its channels in rising order, shape `(kept,)`.
+    `window`, a part lies at an int32 offset, shape `()`: the first kept channel of every group,
+    from which the window runs cyclically. Otherwise a part lies at the int32 positions of its
+    channels in rising order, shape `(kept,)`, the same in every group.
     """
 
     groups: int

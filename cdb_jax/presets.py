@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from cdb_jax import channels
@@ -88,6 +91,77 @@ def released_layer_rate(
             raise ValueError(f"{name} must be a drop probability between 0 and 1, got {value!r}.")
     phases = [optax.constant_schedule(value) for value in (initial, final / 2, final)]
     return optax.join_schedules(phases, [round(0.3 * total_steps), round(0.6 * total_steps)])
+
+
+def layer_drop_back(
+    *,
+    key: Any,
+    exempt: tuple[str, ...],
+    steps_per_epoch: int,
+    layer_rate: float = 0.5,
+    every: int = 2,
+    stack: Mapping[str, int | tuple[int, ...]] | None = None,
+) -> Policy:
+    r"""LayerDropBack: every tensor on its own stands still with probability `layer_rate`.
+
+    On every `every`-th epoch each tensor, biases and normalisation included, gets no gradient with
+    probability `layer_rate`; on the other epochs all learn. The paper doubles the learning rate on
+    the epochs with dropping, and never drops the last two tensors. Under
+    `cdb_jax.value_and_grad` the weight gradients of tensors that stand still are not computed,
+    which is where the paper's savings come from.
+
+    Args:
+      key: as in `channel_drop_back`.
+      exempt: path patterns of tensors that always learn; in the paper the last two, such as
+        `("head",)` for a last layer with its bias. A JAX tree has no such order, so they are named.
+      steps_per_epoch: number of steps in an epoch, at least 1.
+      layer_rate: probability that a tensor stands still on an epoch with dropping.
+      every: epochs `every - 1`, `2 * every - 1` and so on drop, counted from 0. The paper does not
+        say whether the first epoch drops: that it does not is the library's choice.
+      stack: the axes along which layers are stacked, by path: `{"blocks": 0}` for blocks under a
+        scan. Each index is then a tensor of its own.
+
+    Returns:
+      A `Policy`.
+
+    Raises:
+      ValueError: if `steps_per_epoch` or `every` is not a positive int.
+
+    Examples:
+      >>> import cdb_jax
+      >>> policy = cdb_jax.layer_drop_back(key=0, exempt=("head",), steps_per_epoch=100)
+      >>> policy.rate, [float(policy.layer_rate(step)) for step in (0, 99, 100, 199, 200)]
+      (1.0, [0.0, 0.0, 0.5, 0.5, 0.0])
+
+    References:
+      LayerDropBack, `arXiv 2412.18027 <https://arxiv.org/abs/2412.18027>`_.
+    """
+    for name, value in (("steps_per_epoch", steps_per_epoch), ("every", every)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+    if not isinstance(layer_rate, (int, float)) or not 0.0 <= layer_rate <= 1.0:
+        raise ValueError(f"layer_rate must be a probability between 0 and 1, got {layer_rate!r}.")
+    stacks = dict(stack or {})
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        drops = jnp.asarray(count) // steps_per_epoch % every == every - 1
+        return jnp.where(drops, jnp.float32(layer_rate), jnp.float32(0.0))
+
+    def last_axis(path: str, leaf: Any) -> channels.AxisSpec:
+        # Whole tensors: any axis will do for their channels, which stand still together.
+        above = [axes for top, axes in stacks.items() if channels.covers(top, path)]
+        stacked = above[0] if above else ()
+        depth = 1 if isinstance(stacked, int) else len(stacked)
+        return channels.Axes(-1, stacked) if len(leaf.shape) > depth else None
+
+    return Policy(
+        1.0,
+        key=key,
+        channel_axes=last_axis,
+        layer_rate=schedule,
+        channel_choice="window",  # Draws nothing for the channels.
+        exempt=exempt,
+    )
 
 
 def algorithm_1(

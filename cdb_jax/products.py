@@ -333,7 +333,7 @@ def _fast(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 def _convolution_in_order(params: dict[str, Any], x: jax.Array, w: jax.Array) -> jax.Array:
-    """A convolution with the axes (batch, ..., features) and (..., in, out), as XLA's CPU has it."""
+    """A convolution with axes (batch, ..., features) and (..., in, out), as XLA's CPU has it."""
     arguments = _convolution_arguments(params)
     lhs, rhs, out = arguments.pop("dimension_numbers")
     last = lambda spec: (spec[0], *spec[2:], spec[1])

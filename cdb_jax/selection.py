@@ -54,6 +54,30 @@ def sample_selection(policy: Policy, updates: Any, count: jax.typing.ArrayLike) 
     return as_selection(draw(policy, policy.layout(updates), count))
 
 
+def dropped_fraction(policy: Policy, updates: Any, count: jax.typing.ArrayLike) -> jax.Array:
+    """The fraction of the parameters in maskable layers whose channel is dropped in a step.
+
+    `channel_drop_back` keeps it in its state; for logs of a loop without it, such as one that uses
+    `value_and_grad`.
+
+    Args:
+      policy: which channels may be dropped, and how often.
+      updates: the tree of gradients or parameters; only its paths, shapes and dtypes are read.
+      count: the step, an int scalar.
+
+    Returns:
+      A float32 scalar.
+
+    Examples:
+      >>> import cdb_jax, jax.numpy as jnp
+      >>> policy = cdb_jax.Policy(0.25, key=0, channel_choice="exact")
+      >>> cdb_jax.dropped_fraction(policy, {"kernel": jnp.ones((3, 8))}, count=7)
+      Array(0.25, dtype=float32)
+    """
+    layout = policy.layout(updates)
+    return fraction_of(draw(policy, layout, count), layout)
+
+
 def apply_selection(updates: Any, selection: Mapping[str, Any], policy: Policy) -> Any:
     r"""Multiplies every channel by its factor; a factor of 0 selects zero.
 
@@ -277,8 +301,8 @@ def as_selection(groups: Sequence[Group]) -> Selection:
     return selection
 
 
-def dropped_fraction(groups: Sequence[Group], layout: channels.Layout) -> jax.Array:
-    """The fraction of the maskable parameters whose channel is dropped: float32 scalar."""
+def fraction_of(groups: Sequence[Group], layout: channels.Layout) -> jax.Array:
+    """`dropped_fraction` of groups that are drawn."""
     size: dict[str | None, int] = {}
     for leaf in layout.leaves:  # A bias that follows counts with its layer.
         path = leaf.layer or leaf.path

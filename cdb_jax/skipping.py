@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from cdb_jax import channels, following, parts, products, selection
 from cdb_jax.policy import Policy, Rate, as_policy
@@ -80,7 +79,7 @@ def value_and_grad(
     """
     policy = as_policy(policy, settings)
     check_policy(policy)
-    _check_function(fun)
+    check_function(fun)
 
     def value_and_gradient(*args: Any, count: Any = None, **kwargs: Any) -> Any:
         if count is None:
@@ -173,7 +172,7 @@ def target_of(policy: Policy, leaf: channels.Leaf) -> products.Target | None:
 # Functions: what is differentiated, and the program that it runs.
 
 
-def _check_function(fun: Callable[..., Any]) -> None:
+def check_function(fun: Callable[..., Any]) -> None:
     try:
         names = inspect.signature(fun).parameters
     except (TypeError, ValueError):
@@ -280,7 +279,7 @@ def trace_abstract(
     fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, policy: Policy
 ) -> Traced:
     """Traces `fun(params, *args, **kwargs)`, whose arrays may be `jax.ShapeDtypeStruct`."""
-    _check_function(fun)
+    check_function(fun)
     found = []
 
     def value_of(given: tuple[Any, Any, Any]) -> Any:

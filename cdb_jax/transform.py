@@ -141,7 +141,7 @@ def channel_drop_back(
         layout = policy.layout(updates)
         groups = selection.draw(policy, layout, state.count)
         masked = selection.mask(updates, groups, policy, layout, state.count)
-        fraction = selection.dropped_fraction(groups, layout)
+        fraction = selection.fraction_of(groups, layout)
         return masked, ChannelDropBackState(optax.safe_increment(state.count), fraction)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -152,7 +152,7 @@ def selection_count(opt_state: Any) -> jax.Array:
 
     Finds the count of `channel_drop_back` in any nesting of chains, `optax.MultiSteps` and
     wrappers; where there is none, the `count` that Adam, schedules and other transformations keep.
-    Under `MultiSteps` all micro-batches of a step share it, so that they add up under one selection.
+    Under `MultiSteps` all micro-batches of a step share it and so add up under one selection.
 
     Args:
       opt_state: what `tx.init` or `tx.update` returned.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,9 @@ class Config:
     layer_rate: float = 1.0
     """Probability that a layer is masked in a step (cdb, cdb_after)."""
     channel_choice: Literal["bernoulli", "exact", "window"] = "bernoulli"
-    """cdb and cdb_after draw each channel on its own, a fixed number of them, or a cyclic run."""
+    """Draws each channel on its own, a fixed number of them, or a cyclic run (not released)."""
+    skip_dropped: bool = False
+    """Do not compute the gradient of what is dropped (cdb, algorithm_1): saves time."""
     exempt: tuple[str, ...] = ("head",)
     """Paths of layers that always learn in full. released exempts the first layer instead."""
     epochs: int = 30
@@ -90,6 +93,10 @@ class Config:
                 raise UserError(f"{flag} {getattr(self, name)} must be positive.")
         if not 0.0 <= self.rate <= 1.0:
             raise UserError(f"--rate {self.rate} must be a probability between 0 and 1.")
+        if self.skip_dropped and self.method not in ("cdb", "algorithm_1"):
+            raise UserError("--skip-dropped goes with --method cdb or algorithm_1 only.")
+        if self.skip_dropped and self.channel_choice == "bernoulli" and 0.0 < self.rate < 1.0:
+            raise UserError("--skip-dropped needs --channel-choice window or exact.")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed} must be at least 0 and less than 2**32.")
 
@@ -113,7 +120,8 @@ def make_policy(config: Config, total_steps: int) -> cdb_jax.Policy | None:
     if config.method in ("none", "dropout"):
         return None
     if config.method == "algorithm_1":
-        return cdb_jax.algorithm_1(config.rate, key=config.seed, exempt=config.exempt)
+        policy = cdb_jax.algorithm_1(config.rate, key=config.seed, exempt=config.exempt)
+        return dataclasses.replace(policy, channel_choice=config.channel_choice)
     if config.method == "released":
         first = "stem" if config.model.startswith("resnet") else "patch_embed"
         schedule = cdb_jax.released_layer_rate(total_steps)
@@ -142,7 +150,7 @@ def make_optimizer(
     else:
         decay = optax.add_decayed_weights(config.weight_decay, mask=kernels)
         optimizer = optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
-    if policy is None:
+    if policy is None or config.skip_dropped:  # Then the gradient comes masked.
         return optimizer
     if config.method == "cdb_after":
         return optax.chain(optimizer, cdb_jax.channel_drop_back(policy))
@@ -150,7 +158,11 @@ def make_optimizer(
 
 
 def make_steps(
-    model: nnx.Module, tx: optax.GradientTransformation, max_value: int
+    model: nnx.Module,
+    tx: optax.GradientTransformation,
+    max_value: int,
+    policy: cdb_jax.Policy | None = None,
+    skip_dropped: bool = False,
 ) -> tuple[Callable, Callable]:
     """The compiled training step and evaluation step."""
     model.train()
@@ -170,10 +182,15 @@ def make_steps(
             losses, correct = scores(model, batch)
             return losses.mean(), (correct.mean(), nnx.split(model, nnx.Param, ...)[2])
 
-        (loss, (accuracy, rest)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        count = cdb_jax.selection_count(state.opt_state)
+        dropped = cdb_jax.dropped_fraction(policy, state.params, count) if policy else jnp.zeros(())
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        if skip_dropped:
+            value_and_grad = cdb_jax.value_and_grad(loss_fn, policy, has_aux=True)
+            value_and_grad = functools.partial(value_and_grad, count=count)
+        (loss, (accuracy, rest)), grads = value_and_grad(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        dropped = optax.tree.get(opt_state, "dropped_fraction", jnp.zeros(()))
         metrics = {"train_loss": loss, "train_accuracy": accuracy, "dropped_fraction": dropped}
         sums = jax.tree.map(jnp.add, state.sums, metrics)
         return State(params, rest, opt_state, sums), metrics
@@ -224,7 +241,8 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     tx = make_optimizer(config, policy, total_steps)
-    train_step, eval_step = make_steps(model, tx, dataset.recipe.max_value)
+    scale = dataset.recipe.max_value
+    train_step, eval_step = make_steps(model, tx, scale, policy, config.skip_dropped)
 
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
     run = training.Run(config.run_dir, settings, resume=config.resume)
@@ -253,7 +271,7 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
                 "epoch": epoch,
                 "step": step,
                 **{name: float(total) / epoch_steps for name, total in sums.items()},
-                **evaluate(eval_step, state, dataset, size, mesh, share),
+                **training.evaluate(eval_step, state, dataset, size, mesh, share),
                 "images_per_second": (step - first) * size / seconds,
             }
             run.log(row)
@@ -262,21 +280,6 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
             if not brief:
                 out.print(training.summary(row, config.epochs), soft_wrap=True)
     return run.rows
-
-
-def evaluate(
-    eval_step: Callable,
-    state: State,
-    dataset: data.DataSet,
-    batch_size: int,
-    mesh: jax.sharding.Mesh,
-    share: dict[str, int],
-) -> dict[str, float]:
-    """Mean loss and accuracy over the test images, each counted once."""
-    batches = data.test_batches(dataset, batch_size, **share)
-    parts = [eval_step(state, training.distribute(batch, mesh)) for batch in batches]
-    loss, correct, weight = np.sum(jax.device_get(parts), axis=0).tolist()
-    return {"test_loss": loss / weight, "test_accuracy": correct / weight}
 
 
 def main() -> None:

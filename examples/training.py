@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich import progress, table
 from rich.console import Console
 
-from data import UserError, first_line
+from data import DataSet, UserError, first_line, test_batches
 
 matplotlib.use("Agg")  # Draws to files; no display is needed.
 from matplotlib import pyplot  # noqa: E402
@@ -66,6 +66,21 @@ def distribute(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict
         name: jax.make_array_from_process_local_data(sharding, share)
         for name, share in batch.items()
     }
+
+
+def evaluate(
+    eval_step: Callable,
+    state: Any,
+    dataset: DataSet,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    share: dict[str, int],
+) -> dict[str, float]:
+    """Mean loss and accuracy over the test images, each counted once."""
+    batches = test_batches(dataset, batch_size, **share)
+    parts = [eval_step(state, distribute(batch, mesh)) for batch in batches]
+    loss, correct, weight = np.sum(jax.device_get(parts), axis=0).tolist()
+    return {"test_loss": loss / weight, "test_accuracy": correct / weight}
 
 
 class Run:

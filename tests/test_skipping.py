@@ -8,7 +8,6 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import optax
 import pytest
@@ -16,6 +15,8 @@ from flax import linen, nnx
 from jax import lax
 
 import cdb_jax
+import cdb_jax.nnx
+import models
 
 
 def window(rate=0.5, **settings):
@@ -477,6 +478,70 @@ def test_random_products(dot, rate, exact):
         return jnp.mean(jnp.sin(y))
 
     check(loss, {"kernel": normal(0, *w_shape)}, policy, normal(1, *x_shape), counts=1)
+
+
+# NNX models.
+
+
+class Noisy(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.3, rngs=rngs)
+        self.head = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(nnx.relu(self.norm(self.conv(x)))).mean((1, 2)))
+
+
+def test_nnx_value_and_grad(standard_promotion):
+    """Also what the loss changes in the model is what `nnx.value_and_grad` makes of it."""
+    policy, x = window(layer_rate=0.5), normal(0, 4, 6, 6, 3)
+    loss = lambda model, x: (jnp.mean(model(x) ** 2), "aux")
+    ours, theirs = Noisy(nnx.Rngs(0)), Noisy(nnx.Rngs(0))
+
+    @nnx.jit
+    def skip(model, x, count):
+        (value, _), gradient = cdb_jax.nnx.value_and_grad(loss, policy, has_aux=True)(
+            model, x, count=count
+        )
+        return value, gradient
+
+    @nnx.jit
+    def full(model, x):
+        (value, _), gradient = nnx.value_and_grad(loss, has_aux=True)(model, x)
+        return value, gradient
+
+    for count in range(4):
+        value, gradient = skip(ours, x, jnp.int32(count))
+        other, whole = full(theirs, x)
+        selection = cdb_jax.sample_selection(policy, whole, count)
+        expected = cdb_jax.apply_selection(whole, selection, policy)
+        np.testing.assert_allclose(value, other, rtol=1e-5)
+        chex.assert_trees_all_close(gradient, expected, rtol=1e-4, atol=1e-6)
+        changed = nnx.Any(nnx.BatchStat, nnx.RngCount)
+        chex.assert_trees_all_close(nnx.state(ours, changed), nnx.state(theirs, changed), rtol=1e-5)
+
+
+def test_nnx_filters_and_mistakes(standard_promotion):
+    model, x, policy = Noisy(nnx.Rngs(0)), normal(0, 4, 6, 6, 3), window()
+    loss = lambda scale, model, x: scale * jnp.mean(model(x) ** 2)
+    kernels = nnx.DiffState(1, nnx.All(nnx.Param, nnx.PathContains("kernel")))
+    gradient = cdb_jax.nnx.grad(loss, policy, argnums=kernels)(2.0, model, x, count=0)
+    assert set(gradient) == {"conv", "head"} and set(gradient["conv"]) == {"kernel"}
+    (several,) = cdb_jax.nnx.grad(loss, policy, argnums=(1,))(2.0, model, x, count=0)
+    assert set(several) == {"conv", "head", "norm"}
+
+    def adds(model, x):
+        model.extra = nnx.Param(jnp.ones(3))
+        return jnp.mean(model(x))
+
+    with pytest.raises(ValueError, match="new variables"):
+        cdb_jax.nnx.grad(adds, policy)(model, x, count=0)
+    with pytest.raises(ValueError, match="names no NNX model"):
+        cdb_jax.nnx.grad(loss, policy)(2.0, model, x, count=0)
+    with pytest.raises(TypeError, match="argument called count"):
+        cdb_jax.nnx.grad(lambda model, count: 0.0, policy)
 
 
 # What is not done, counted in compiled programs.

@@ -201,7 +201,7 @@ def test_evaluation_is_the_mean_over_the_test_set(data_dir):
     _, eval_step = train.make_steps(model, optax.identity(), dataset.recipe.max_value)
     state = train.State(params, rest, opt_state=None, sums={})
     mesh = training.data_mesh(96)  # Not a divisor of 500.
-    found = train.evaluate(eval_step, state, dataset, 96, mesh, {})
+    found = training.evaluate(eval_step, state, dataset, 96, mesh, {})
 
     images = np.stack([record["image"] for record in dataset.test]).astype(np.float32)
     labels = np.array([record["label"] for record in dataset.test])
@@ -246,6 +246,8 @@ MISTAKES = [
     (["--model", "vit_nano/3"], "patch_size=3 does not divide images of 8x8"),
     (["--rate", "1.5"], "--rate 1.5 must be a probability between 0 and 1"),
     (["--rate", "nan"], "--rate nan must be a probability"),
+    (["--skip-dropped"], "--skip-dropped needs --channel-choice window or exact"),
+    (["--method", "cdb_after", "--skip-dropped"], "--skip-dropped goes with --method cdb"),
     (["--layer-rate", "-0.1"], "layer_rate must be a drop probability"),
     (["--method", "dropout", "--rate", "2"], "--rate 2.0 must be a probability"),
     (["--exempt", "hed"], "exempt: the pattern 'hed' matches none of the paths"),
