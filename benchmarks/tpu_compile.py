@@ -99,7 +99,11 @@ def compile_step(name: str, layout: str, topology: str, method: str, policy: Any
     if method == "mask":
         tx = optax.chain(cdb_jax.channel_drop_back(policy), tx)
 
+    everywhere = NamedSharding(mesh, P())
+
     def loss(params: Any, rest: Any, images: jax.Array, labels: jax.Array) -> Any:
+        if layout != "dp":  # Weights are gathered where they are used, and activations never.
+            params = jax.lax.with_sharding_constraint(params, everywhere)
         model = nnx.merge(graph, params, rest, copy=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(model(images), labels)
         return losses.mean(), nnx.split(model, nnx.Param, ...)[2]
@@ -114,7 +118,6 @@ def compile_step(name: str, layout: str, topology: str, method: str, policy: Any
         return optax.apply_updates(params, updates), opt_state, rest
 
     split = shardings(params, layout, mesh)
-    everywhere = NamedSharding(mesh, P())
     opt_state = jax.eval_shape(tx.init, params)
     split_state = optax.tree.map_params(
         tx, lambda _, s: s, opt_state, split, transform_non_params=lambda _: everywhere

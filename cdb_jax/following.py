@@ -8,7 +8,7 @@ what they are, and what they contribute to a weight's gradient is found by JAX a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +76,7 @@ class Program(NamedTuple):
 
 
 class _Context(NamedTuple):
-    targets: Sequence[products.Target | None]
+    targets: Mapping[int, products.Target]
     gated: bool
     products: list[int]  # Leaves, once for each product.
     others: list[tuple[int, str]]
@@ -85,7 +85,7 @@ class _Context(NamedTuple):
 def follow(
     closed: core.ClosedJaxpr,
     weights: Sequence[Weight | None],
-    targets: Sequence[products.Target | None],
+    targets: Mapping[int, products.Target],
     gated: bool,
 ) -> tuple[Program, dict[int, Uses]]:
     """Finds the products of weights in a program.
@@ -93,7 +93,7 @@ def follow(
     Args:
       closed: the program.
       weights: for each of its inputs the leaf that it is, or None for no weight to follow.
-      targets: for each leaf of the parameters what may happen to it.
+      targets: for each leaf that is followed what may happen to it.
       gated: whether gradients that only feed layers that stand still are to be left out.
 
     Returns:
@@ -191,6 +191,10 @@ def _step(
     return None, none
 
 
+def _shape(v: core.Var | core.Literal) -> tuple[int, ...]:
+    return v.aval.shape  # type: ignore[attr-defined]
+
+
 def _used_otherwise(weights: Sequence[Weight | None], why: str, context: _Context) -> None:
     context.others.extend((weight.leaf, why) for weight in weights if weight)
 
@@ -202,7 +206,7 @@ _PRODUCTS = ("dot_general", "conv_general_dilated")
 
 def _product(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Step | None:
     name, params = eqn.primitive.name, eqn.params
-    shapes = [v.aval.shape for v in eqn.invars]
+    shapes = [_shape(v) for v in eqn.invars]
     for side in (1, 0):
         weight = weights[side]
         if weight is None:
@@ -281,7 +285,7 @@ def _reversed(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Mo
 
 def _broadcast(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
     place = eqn.params["broadcast_dimensions"]
-    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
     if any(before[axis] != after[place[axis]] for axis in (*weight.channel, *weight.stack)):
         return None
     to = lambda axes: tuple(place[axis] for axis in axes)
@@ -291,7 +295,7 @@ def _broadcast(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> M
 
 
 def _reshaped(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
     if eqn.params.get("dimensions") is not None:
         return None
     channel, stack = list(weight.channel), list(weight.stack)

@@ -13,7 +13,7 @@ from typing import Any
 from jax.extend import core
 
 
-def run(eqn: core.JaxprEqn, within: core.Jaxpr, operands: Sequence[Any]) -> Sequence[Any]:
+def run(eqn: core.JaxprEqn, within: core.Jaxpr, operands: Sequence[Any]) -> list[Any]:
     """Evaluates one equation of a program as it is."""
     named = [
         (v, x) for v, x in zip(eqn.invars, operands, strict=True) if not isinstance(v, core.Literal)
@@ -25,7 +25,7 @@ def run(eqn: core.JaxprEqn, within: core.Jaxpr, operands: Sequence[Any]) -> Sequ
         eqns=[eqn],
         effects=eqn.effects,
     )
-    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*[x for _, x in named])
+    return list(core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*[x for _, x in named]))
 
 
 def evaluate(

@@ -55,11 +55,9 @@ def value_and_grad(
     policy = as_policy(policy, settings)
     skipping.check_policy(policy)
     skipping.check_function(f)
-    single = not isinstance(argnums, Sequence)
-    wanted = [
-        x if isinstance(x, nnx.DiffState) else nnx.DiffState(x, nnx.Param)
-        for x in ([argnums] if single else argnums)  # type: ignore[list-item]
-    ]
+    single = isinstance(argnums, (int, nnx.DiffState))
+    several = [argnums] if isinstance(argnums, (int, nnx.DiffState)) else list(argnums)
+    wanted = [nnx.DiffState(x, nnx.Param) if isinstance(x, int) else x for x in several]
 
     def value_and_gradient(*args: Any, count: Any = None, **kwargs: Any) -> Any:
         models = {i: x for i, x in enumerate(args) if isinstance(x, nnx.Pytree)}
@@ -70,16 +68,16 @@ def value_and_grad(
                     "use cdb_jax.value_and_grad for a tree of arrays."
                 )
         filters = [nnx.All(x.filter, _within(x.argnum)) for x in wanted]
-        graph, *split, rest = nnx.split(models, *filters, ...)
+        graph, *split, rest = nnx.split(models, *filters, ...)  # type: ignore[misc]
         params = tuple(x[state.argnum] for x, state in zip(split, wanted, strict=True))
 
         def loss(params: Any) -> tuple[Any, Any]:
             params = (params,) if single else params
             states = [nnx.State({state.argnum: x}) for x, state in zip(params, wanted, strict=True)]
-            inner = nnx.merge(graph, *states, rest, copy=True)
+            inner: Any = nnx.merge(graph, *states, rest, copy=True)  # type: ignore[arg-type]
             result = f(*(inner.get(i, x) for i, x in enumerate(args)), **kwargs)
             value, aux = result if has_aux else (result, None)
-            changed, *_, new_rest = nnx.split(inner, *filters, ...)
+            changed, *_, new_rest = nnx.split(inner, *filters, ...)  # type: ignore[misc]
             if changed != graph:
                 raise ValueError(
                     "f gives a model new variables or other parts, which a gradient cannot return; "

@@ -52,10 +52,12 @@ class Product(NamedTuple):
 
     `side` is the position of the weight among the operands. `w`, `x` and `y` are the axes of the
     weight, of the other operand and of the result that hold its channels; `x_stack` and `y_stack`
-    the axes along which several layers are stacked. `part_op` is the operation on parts.
+    the axes along which several layers are stacked. `part_op` is the operation on parts, and
+    `x_part` the part of the other operand.
     """
 
     op: BinaryOp
+    part_op: BinaryOp
     side: int
     target: Target
     w: tuple[int, ...] = ()
@@ -65,7 +67,6 @@ class Product(NamedTuple):
     x_stack: tuple[int, ...] = ()
     y_stack: tuple[int, ...] = ()
     x_part: parts.Part | None = None
-    part_op: BinaryOp | None = None
 
     def of(self, op: BinaryOp, x: jax.Array, w: jax.Array) -> jax.Array:
         return op(w, x) if self.side == 0 else op(x, w)
@@ -94,8 +95,10 @@ def dot_product(
     if stack and target.states != (PARTLY,):
         return "stacked layers are computed together, but stand still one by one"
     places = [tuple(batch[side]).index(axis) for axis in stack]
+    op = partial(lax.dot_general, **params)
     description = Product(
-        partial(lax.dot_general, **params),
+        op,
+        op,
         side,
         target,
         w=channel,
@@ -103,7 +106,6 @@ def dot_product(
         x_stack=tuple(batch[other][i] for i in places),
         y_stack=tuple(places),
         x_part=target.part,
-        part_op=partial(lax.dot_general, **params),
     )
     if all(axis in free for axis in channel):
         return description._replace(y=tuple(first_free + free.index(axis) for axis in channel))
@@ -133,7 +135,7 @@ def convolution(
         return "several convolutions in one"
     op = partial(lax.conv_general_dilated, **_convolution_arguments(params))
     part = target.part
-    description = Product(op, side, target, w=channel, part_op=op, x_part=part)
+    description = Product(op, op, side, target, w=channel, x_part=part)
     if part is None:
         return description
     if channel == (into,):
@@ -155,8 +157,8 @@ def convolution(
 
 
 def _convolution_arguments(params: dict[str, Any]) -> dict[str, Any]:
-    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
-    names += ("feature_group_count", "batch_group_count", "precision", "preferred_element_type")
+    names = ["window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"]
+    names += ["feature_group_count", "batch_group_count", "precision", "preferred_element_type"]
     return {name: params[name] for name in names}
 
 
@@ -231,6 +233,7 @@ def multiply(
         def partly(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
             kept_x = x if cuts_early else cut_x(x, at)
             part = product.target.part
+            assert part is not None
             dy = parts.take(dy, product.y, product.y_stack, part, at)
             kept_type = jax.ShapeDtypeStruct(part.shape(w_type.shape, product.w), w_type.dtype)
             dw = _transpose(lambda w: product.of(product.part_op, kept_x, w), kept_type, dy)

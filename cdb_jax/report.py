@@ -37,10 +37,10 @@ class ChannelReport(NamedTuple):
     summary: str
 
     def __str__(self) -> str:
-        header = ("path", "shape", "channel axis", "stack axis", "channels", "kept", "note")
-        header += ("gradient",) * any(row.gradient for row in self.rows)
+        header = ["path", "shape", "channel axis", "stack axis", "channels", "kept", "note"]
+        header += ["gradient"] * any(row.gradient for row in self.rows)
         cells = [
-            (
+            [
                 row.path or "(the tree itself)",
                 "x".join(map(str, row.shape)) or "scalar",
                 ", ".join(map(str, row.channel_axes)) or "-",
@@ -48,12 +48,12 @@ class ChannelReport(NamedTuple):
                 "-" if row.channels is None else str(row.channels),
                 row.kept,
                 row.note,
-                *([row.gradient] if len(header) == 8 else []),
-            )
+                row.gradient,
+            ][: len(header)]
             for row in self.rows
         ]
         widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-        lines = [header, tuple("-" * width for width in widths), *cells]
+        lines = [header, ["-" * width for width in widths], *cells]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
@@ -126,12 +126,13 @@ def _gradients(traced: skipping.Traced, params: Any) -> list[str]:
 
 
 def _gradient(traced: skipping.Traced, i: int, x: Any) -> str:
-    leaf, target = traced.layout.leaves[i], traced.targets[i]
+    leaf = traced.layout.leaves[i]
     if leaf.layer is None:
         stands_still = traced.gated and leaf.reason != channels.EXEMPT
         return "none: stands still" if stands_still else "in full"
-    if target is None:
+    if i not in traced.targets:
         return "masked only: a bias"
+    target = traced.targets[i]
     if target.states == (products.FULL,):
         return "in full"
     if target.states == (products.STILL,):

@@ -281,7 +281,7 @@ def draw(policy: Policy, layout: channels.Layout, count: jax.typing.ArrayLike) -
             kept = _kept_factors(policy.rescale, keep, probability)
             whole = _whole_factors(policy, rate, chosen[start:stop], survival[start:stop])
             factors = jnp.where(masked[:, None], kept, whole[:, None])
-            groups.append(Group(tuple(members), factors, masked, at))
+            groups.append(Group(tuple(members), factors, jnp.asarray(masked), at))
     if policy.layer_choice == "one" and policy.other_layers == "still":
         groups.append(_standing_still(layout))
     return groups
@@ -422,7 +422,7 @@ def _choose_channels(
     width: int,
     offset: jax.Array,
     words: jax.Array,
-) -> tuple[jax.Array, Any, jax.Array | None]:
+) -> tuple[jax.Array | np.ndarray, Any, jax.Array | None]:
     """Which channels a masked layer keeps, bool (rows, width), and the probability of each.
 
     The third result is where a window starts.

@@ -146,10 +146,8 @@ def check_policy(policy: Policy) -> None:
         )
 
 
-def target_of(policy: Policy, leaf: channels.Leaf) -> products.Target | None:
-    """What may happen to a layer under a policy; None for a leaf that always learns in full."""
-    if leaf.layer != leaf.path:
-        return None
+def target_of(policy: Policy, leaf: channels.Leaf) -> products.Target:
+    """What may happen to a layer under a policy."""
     assert isinstance(policy.rate, float)
     groups = policy.window_groups or 1
     size = leaf.channels // groups
@@ -228,7 +226,7 @@ class Traced(NamedTuple):
 
     program: following.Program
     layout: channels.Layout
-    targets: list[products.Target | None]  # For each leaf of the parameters.
+    targets: dict[int, products.Target]  # Of the leaves that are layers.
     uses: dict[int, following.Uses]
     gated: bool  # Whether gradients that only feed layers that stand still are left out.
     unflatten_aux: Callable[[Sequence[Any]], Any]
@@ -237,7 +235,11 @@ class Traced(NamedTuple):
 def trace(call: Callable[[Any], Any], params: Any, policy: Policy, has_aux: bool) -> Traced:
     """Traces a function of parameters, and follows these to the products that read them."""
     layout = policy.layout(params)
-    targets = [target_of(policy, leaf) for leaf in layout.leaves]
+    targets = {
+        i: target_of(policy, leaf)
+        for i, leaf in enumerate(layout.leaves)
+        if leaf.layer == leaf.path
+    }
     unflatten_aux: Callable[[Sequence[Any]], Any] = lambda arrays: None
 
     def flat(params: Any) -> tuple[Any, list[Any]]:
@@ -256,9 +258,8 @@ def trace(call: Callable[[Any], Any], params: Any, policy: Policy, has_aux: bool
 
         def unflatten(arrays: Sequence[Any]) -> Any:
             rest = iter(arrays)
-            return treedef.unflatten(
-                [next(rest) if a else x for a, x in zip(is_array, leaves, strict=True)]
-            )
+            filled = [next(rest) if a else x for a, x in zip(is_array, leaves, strict=True)]
+            return jax.tree.unflatten(treedef, filled)
 
         unflatten_aux = unflatten
         return _check_value(value), [x for a, x in zip(is_array, leaves, strict=True) if a]
@@ -266,9 +267,9 @@ def trace(call: Callable[[Any], Any], params: Any, policy: Policy, has_aux: bool
     closed = jax.make_jaxpr(flat)(params)
     weights = [
         following.Weight(i, leaf.channel, leaf.stack)
-        if target and target.states != (products.FULL,) and target.states != (products.STILL,)
+        if i in targets and targets[i].states not in ((products.FULL,), (products.STILL,))
         else None
-        for i, (leaf, target) in enumerate(zip(layout.leaves, targets, strict=True))
+        for i, leaf in enumerate(layout.leaves)
     ]
     gated = policy.layer_choice == "one" and policy.other_layers == "still"
     program, uses = following.follow(closed, weights, targets, gated)
@@ -293,11 +294,8 @@ def trace_abstract(
 
     def fill(arrays: Sequence[Any]) -> None:
         rest = iter(arrays)
-        value_of(
-            treedef.unflatten(
-                [next(rest) if a else x for a, x in zip(is_array, leaves, strict=True)]
-            )
-        )
+        filled = [next(rest) if a else x for a, x in zip(is_array, leaves, strict=True)]
+        value_of(jax.tree.unflatten(treedef, filled))
 
     jax.eval_shape(fill, [x for a, x in zip(is_array, leaves, strict=True) if a])
     return found[0]
@@ -377,7 +375,7 @@ def _put_back(
         full = {}
         for i, (x, place) in parts_at.items():
             target, leaf = traced.targets[i], traced.layout.leaves[i]
-            assert target is not None and target.part is not None
+            assert target.part is not None
             full[i] = parts.put(x, leaf.shape, leaf.channel, leaf.stack, target.part, place)
         return full
 
@@ -403,9 +401,9 @@ def _drawn(
             stop = 0
             for layer in group.layers:
                 begin, stop = stop, stop + layer.depth
-                target = traced.targets[index[layer.path]]
-                if target is None:
+                if index[layer.path] not in traced.targets:
                     continue
+                target = traced.targets[index[layer.path]]
                 rows = slice(begin, stop)
                 whole = jnp.where(factors[rows, 0] == 0, products.STILL, products.FULL)
                 state = jnp.where(masked[rows], target.masked, whole).astype(jnp.int32)
@@ -440,7 +438,6 @@ def _needed(
             return following.NEVER if stands_still else following.ALWAYS
         i = index[leaf.layer]  # For a bias that follows, its kernel's.
         target = traced.targets[i]
-        assert target is not None
         if target.states == (products.STILL,):
             return following.NEVER
         if not traced.gated or products.STILL not in target.states:

@@ -1,0 +1,247 @@
+"""What `cdb_jax.value_and_grad` saves, against the full gradient and against the mask alone.
+
+Every variant is timed in turns with the full step in one process, on identical input: training
+steps of ResNets and ViTs with SGD and AdamW. The ratio is the median over pairs of neighbouring
+timings, with a bootstrap 95 % interval; where the work differs from step to step (layer rates, one
+layer a step) it is the ratio of the means. `FLOPs` is the ratio that counting predicts: of the
+compiled programs, or for work decided at run time of its expectation.
+
+    python benchmarks/skipping.py                                    # everything: an hour, 2 cores
+    python benchmarks/skipping.py --steps vit_s/16:64:32 --rates 0.5 --repeats 50
+    python benchmarks/skipping.py --dtype bfloat16                      # on an accelerator
+
+Prints a Markdown table and writes `results/skipping-<device>.json`. Needs jax, flax, optax, numpy.
+"""
+
+import argparse
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from overhead import machine, median_interval, parse_step, versions  # Puts the library on the path.
+
+import cdb_jax
+from models import create
+
+
+class Variant(NamedTuple):
+    """How a step computes its gradient, and what counting expects of it."""
+
+    name: str
+    policy: cdb_jax.Policy | None
+    skips: bool
+    changes: bool = False  # Whether the work differs from step to step.
+
+
+def variants(rates: list[float], layer_rates: list[float]) -> list[Variant]:
+    def policy(rate: float, **settings: Any) -> cdb_jax.Policy:
+        return cdb_jax.Policy(rate, key=0, **settings)
+
+    found = []
+    for rate in rates:
+        found.append(Variant(f"window {rate}", policy(rate, channel_choice="window"), True))
+    middle = 0.5 if 0.5 in rates else rates[0]
+    window = policy(middle, channel_choice="window")
+    into = policy(middle, channel_choice="window", channel_axes=cdb_jax.input_channels)
+    found += [
+        Variant(f"mask alone, window {middle}", window, False),
+        Variant(f"window {middle}, input channels", into, True),
+        Variant(f"exact {middle}", policy(middle, channel_choice="exact"), True),
+    ]
+    for rate in layer_rates:
+        whole = policy(1.0, layer_rate=rate)
+        found.append(Variant(f"whole layers {rate}", whole, True, changes=True))
+    one = policy(0.0, layer_choice="one", other_layers="still")
+    found.append(Variant("one layer, others still", one, True, changes=True))
+    return found
+
+
+class Step(NamedTuple):
+    """A compiled training step, and what to call it with."""
+
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    flops: float
+    temporary_bytes: int
+    compile_seconds: float
+
+    def seconds(self, count: int) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(self.run(*self.arguments, jnp.int32(count)))
+        return time.perf_counter() - start
+
+
+class Task:
+    """A model, an optimizer and a batch."""
+
+    def __init__(self, name: str, size: int, batch: int, optimizer: str, dtype: str):
+        model = create(
+            name, num_classes=1000, image_shape=(size, size, 3), dtype=dtype, rngs=nnx.Rngs(0)
+        )
+        self.graph, self.params, self.rest = nnx.split(model, nnx.Param, ...)
+        self.images = jax.random.normal(jax.random.key(0), (batch, size, size, 3))
+        self.labels = jnp.arange(batch) % 1000
+        self.tx = {
+            "sgd": optax.sgd(0.01, momentum=0.9),
+            "adamw": optax.adamw(1e-3),
+        }[optimizer]
+        self.name = f"{name} {size}px batch {batch} {optimizer}"
+
+    def loss(self, params: Any, rest: Any, images: jax.Array, labels: jax.Array) -> Any:
+        model = nnx.merge(self.graph, params, rest, copy=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(images), labels)
+        return losses.mean(), nnx.split(model, nnx.Param, ...)[2]
+
+    def step(self, variant: Variant | None) -> Step:
+        tx = self.tx
+        if variant and not variant.skips:
+            tx = optax.chain(cdb_jax.channel_drop_back(variant.policy), tx)
+
+        def train(params, opt_state, rest, images, labels, count):
+            if variant and variant.skips:
+                value_and_grad = cdb_jax.value_and_grad(self.loss, variant.policy, has_aux=True)
+                (loss, rest), grads = value_and_grad(params, rest, images, labels, count=count)
+            else:
+                value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
+                (loss, rest), grads = value_and_grad(params, rest, images, labels)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, rest, loss
+
+        state = tx.init(self.params)
+        arguments = (self.params, state, self.rest, self.images, self.labels)
+        lowered = jax.jit(train).lower(*arguments, jnp.int32(0))
+        start = time.perf_counter()
+        compiled = lowered.compile()
+        seconds = time.perf_counter() - start
+        flops = compiled.cost_analysis()["flops"]
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        return Step(compiled, arguments, flops, memory, seconds)
+
+    def expected_flops(self, full: Step, step: Step, variant: Variant) -> float:
+        """The ratio of FLOPs to those of the full step.
+
+        Programs count both branches of a conditional, so work decided at run time is put together
+        from programs: without any weight gradient, and without any gradient.
+        """
+        if not variant.changes:
+            return step.flops / full.flops
+        loss = lambda params, *rest: self.loss(params, *rest)[0]
+        arguments = (self.params, *full.arguments[2:])
+        nothing = cdb_jax.Policy(1.0, key=0)
+        none = jax.jit(cdb_jax.grad(loss, nothing)).lower(*arguments, count=0).compile()
+        none_flops = none.cost_analysis()["flops"]
+        gradient = jax.jit(jax.grad(loss)).lower(*arguments).compile().cost_analysis()["flops"]
+        weights = gradient - none_flops
+        if variant.policy.layer_choice == "bernoulli":
+            return 1 - variant.policy.layer_rate * weights / full.flops
+        forward = jax.jit(loss).lower(*arguments).compile().cost_analysis()["flops"]
+        # On average half of the layers lie above the one that learns; of weight gradients, one.
+        return 1 - ((none_flops - forward) / 2 + weights) / full.flops
+
+
+def compare(task: Task, chosen: list[Variant], repeats: int) -> list[dict[str, Any]]:
+    full = task.step(None)
+    rows = []
+    for variant in chosen:
+        step = task.step(variant)
+        for warm in (full, step):
+            warm.seconds(0)
+        pairs = []
+        for i in range(repeats):
+            # In turns, and each first as often as the other, so that drift cancels.
+            order = (full, step) if i % 2 else (step, full)
+            seconds = [one.seconds(i) for one in order]
+            pairs.append(seconds if i % 2 else seconds[::-1])
+        base, other = np.array(pairs).T
+        if variant.changes:
+            ratio, low, high = mean_interval(base, other)
+        else:
+            ratio, low, high = median_interval(other / base)
+        rows.append(
+            {
+                "task": task.name,
+                "variant": variant.name,
+                "ratio": ratio,
+                "low": low,
+                "high": high,
+                "flops": task.expected_flops(full, step, variant),
+                "temporary_memory": step.temporary_bytes / full.temporary_bytes,
+                "compile": step.compile_seconds / full.compile_seconds,
+                "full_ms": float(np.median(base) * 1e3),
+            }
+        )
+        print(f"{task.name:32} {variant.name:32} {ratio:.3f} [{low:.3f}, {high:.3f}]", flush=True)
+    return rows
+
+
+def mean_interval(base: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+    """The ratio of the means, with a bootstrap 95 % interval over pairs."""
+    picks = np.random.default_rng(0).integers(0, len(base), (2000, len(base)))
+    ratios = other[picks].mean(axis=1) / base[picks].mean(axis=1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(other.mean() / base.mean()), float(low), float(high)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| training step | gradient | time | 95 % interval | FLOPs | memory | compilation |",
+        "| --- " * 7 + "|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['task']} | {row['variant']} | {row['ratio']:.3f} | [{row['low']:.3f}, "
+            f"{row['high']:.3f}] | {row['flops']:.3f} | {row['temporary_memory']:.3f} | "
+            f"{row['compile']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--steps",
+        nargs="*",
+        type=parse_step,
+        default=[parse_step(x) for x in ("resnet18:64:16", "vit_s/16:64:64", "vit_s/16:224:4")],
+        help="model:image size:batch size",
+    )
+    parser.add_argument("--optimizers", nargs="*", default=["sgd", "adamw"])
+    parser.add_argument("--rates", nargs="*", type=float, default=[0.25, 0.5, 0.75, 0.9])
+    parser.add_argument("--layer-rates", nargs="*", type=float, default=[0.5])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--dtype", default="float32", help="of the computation")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+
+    rows = []
+    for name, size, batch in args.steps:
+        for optimizer in args.optimizers:
+            task = Task(name, size, batch, optimizer, args.dtype)
+            rows += compare(task, variants(args.rates, args.layer_rates), args.repeats)
+    report = {
+        "machine": machine(),
+        "versions": versions(),
+        "dtype": args.dtype,
+        "repeats": args.repeats,
+        "rows": rows,
+    }
+    slug = re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")
+    output = args.output or Path(__file__).parent / "results" / f"skipping-{slug}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=2) + "\n")
+    print(table(rows))
+    mean = math.exp(sum(math.log(row["ratio"]) for row in rows) / len(rows))
+    print(f"\n{report['machine']}\n{report['versions']}\ngeometric mean {mean:.3f}; see {output}")
+
+
+if __name__ == "__main__":
+    main()

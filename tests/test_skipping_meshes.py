@@ -1,0 +1,143 @@
+"""Skipping on meshes of eight devices: same gradients, and the kept part alone on the wire."""
+
+import collections
+import math
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import cdb_jax
+
+WIDTH, DEPTH = 64, 3
+
+
+def window(rate=0.5, **settings):
+    return cdb_jax.Policy(rate, key=0, channel_choice="window", **settings)
+
+
+def params():
+    keys = jax.random.split(jax.random.key(0), DEPTH)
+    return {
+        f"dense{i}": {"kernel": 0.1 * jax.random.normal(key, (WIDTH, WIDTH))}
+        for i, key in enumerate(keys)
+    }
+
+
+def loss(params, x):
+    for layer in params.values():
+        x = jnp.sin(x @ layer["kernel"])
+    return jnp.mean(x**2)
+
+
+def mesh(shape, names, kind=AxisType.Auto):
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+
+
+BATCH = jax.random.normal(jax.random.key(1), (32, WIDTH))
+# Meshes, and how parameters and batch lie on them.
+MESHES = {
+    "data-parallel": (mesh((8,), ("data",)), P(), P("data")),
+    "fsdp": (mesh((8,), ("data",)), P("data"), P("data")),
+    "fsdp over channels": (mesh((8,), ("data",)), P(None, "data"), P("data")),
+    "tensor-parallel": (mesh((8,), ("model",)), P(None, "model"), P()),
+    "data and tensor": (mesh((2, 4), ("data", "model")), P(None, "model"), P("data")),
+    "fsdp and tensor": (mesh((2, 4), ("data", "model")), P("data", "model"), P("data")),
+}
+
+
+def placed(name):
+    grid, of_params, of_batch = MESHES[name]
+    tree = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(grid, of_params)), params())
+    return tree, jax.device_put(BATCH, NamedSharding(grid, of_batch))
+
+
+def collectives(f, *args, **kwargs):
+    """Count and bytes of each kind of collective in a compiled program."""
+    shardings = jax.tree.map(lambda x: x.sharding, args[0])
+    text = jax.jit(f, out_shardings=shardings).lower(*args, **kwargs).compile().as_text()
+    found = collections.defaultdict(lambda: np.zeros(2, int))
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
+        sizes = re.findall(r"(?:f32|s32|u32)\[([\d,]*)\]", shapes)
+        found[kind] += 1, sum(4 * math.prod(int(n) for n in s.split(",") if n) for s in sizes)
+    return found
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("layer_rate", [1.0, 0.5])
+@pytest.mark.parametrize("name", MESHES)
+def test_same_gradients_as_one_device(name, layer_rate, groups):
+    policy = window(layer_rate=layer_rate, window_groups=groups)
+    f = jax.jit(cdb_jax.value_and_grad(loss, policy))
+    tree, batch = placed(name)
+    for count in range(2):
+        alone = f(params(), BATCH, count=count)
+        chex.assert_trees_all_close(f(tree, batch, count=count), alone, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("axes", [cdb_jax.output_channels, cdb_jax.input_channels])
+@pytest.mark.parametrize("rate", [0.5, 0.75])
+def test_all_reduce_carries_the_kept_part(rate, axes):
+    tree, batch = placed("data-parallel")
+    full = collectives(jax.grad(loss), tree, batch)
+    skip = collectives(
+        cdb_jax.grad(loss, window(rate, channel_axes=axes)), tree, batch, count=jnp.int32(0)
+    )
+    assert set(skip) == set(full) == {"all-reduce"}
+    assert skip["all-reduce"][0] <= full["all-reduce"][0]
+    assert skip["all-reduce"][1] <= (1 - rate) * full["all-reduce"][1] + 64
+
+
+def test_windows_in_groups_fit_sharded_channels():
+    """A window that runs over the shards gathers the cotangent; one in each shard does not."""
+    for name in ("fsdp over channels", "tensor-parallel"):
+        tree, batch = placed(name)
+        gathered = {}
+        for groups in (1, 8):
+            policy = window(window_groups=groups)
+            skip = collectives(cdb_jax.grad(loss, policy), tree, batch, count=jnp.int32(0))
+            gathered[groups] = sum(x[1] for x in skip.values())
+            report = str(cdb_jax.channel_report(tree, policy, loss, batch))
+            assert ("with an all-gather: the channels are sharded 8 ways" in report) == (
+                groups == 1
+            )
+        assert gathered[8] < 0.5 * gathered[1], (name, gathered)
+
+
+def test_explicit_sharding():
+    grid = mesh((8,), ("data",), AxisType.Explicit)
+    policy = window()
+    with jax.set_mesh(grid):
+        tree = jax.tree.map(lambda x: jax.device_put(x, P()), params())
+        batch = jax.device_put(BATCH, P("data"))
+        value, gradient = jax.jit(cdb_jax.value_and_grad(loss, policy))(tree, batch, count=0)
+    alone = jax.jit(cdb_jax.value_and_grad(loss, policy))(params(), BATCH, count=0)
+    chex.assert_trees_all_close((value, gradient), alone, rtol=1e-5, atol=1e-7)
+
+
+def test_beside_shard_map():
+    """Products outside of a `shard_map` are skipped, weights inside of it masked."""
+    grid = mesh((8,), ("data",))
+
+    def inside(kernel, x):
+        return jnp.sin(x @ kernel)
+
+    def both(params, x):
+        x = jax.shard_map(inside, mesh=grid, in_specs=(P(), P("data")), out_specs=P("data"))(
+            params["dense0"]["kernel"], x
+        )
+        return jnp.mean((x @ params["dense1"]["kernel"]) ** 2)
+
+    policy, tree = window(), params()
+    tree.pop("dense2")
+    skip = jax.jit(cdb_jax.grad(both, policy))(tree, BATCH, count=1)
+    full = jax.jit(jax.grad(both))(tree, BATCH)
+    masked = cdb_jax.apply_selection(full, cdb_jax.sample_selection(policy, full, 1), policy)
+    chex.assert_trees_all_close(skip, masked, rtol=1e-5, atol=1e-7)
+    report = cdb_jax.channel_report(tree, policy, both, BATCH)
+    assert [row.gradient for row in report.rows] == ["masked only: read by shard_map", "skipped"]
