@@ -221,6 +221,9 @@ def _differentiated(
     return params, call
 
 
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
+
+
 class Traced(NamedTuple):
     """A function as a program in which the products of weights are found."""
 
@@ -254,15 +257,15 @@ def trace(call: Callable[[Any], Any], params: Any, policy: Policy, has_aux: bool
         value, aux = result
         leaves, treedef = jax.tree.flatten(aux)
         # Anything may be auxiliary data; only arrays can be results of a program.
-        is_array = [isinstance(x, (jax.Array, np.ndarray, np.generic)) for x in leaves]
+        arrays = [i for i, x in enumerate(leaves) if isinstance(x, _ARRAYS)]
+        others = {i: x for i, x in enumerate(leaves) if i not in arrays}
 
-        def unflatten(arrays: Sequence[Any]) -> Any:
-            rest = iter(arrays)
-            filled = [next(rest) if a else x for a, x in zip(is_array, leaves, strict=True)]
-            return jax.tree.unflatten(treedef, filled)
+        def unflatten(results: Sequence[Any]) -> Any:
+            filled = others | dict(zip(arrays, results, strict=True))
+            return jax.tree.unflatten(treedef, [filled[i] for i in range(len(filled))])
 
         unflatten_aux = unflatten
-        return _check_value(value), [x for a, x in zip(is_array, leaves, strict=True) if a]
+        return _check_value(value), [leaves[i] for i in arrays]
 
     closed = jax.make_jaxpr(flat)(params)
     weights = [
@@ -302,7 +305,7 @@ def trace_abstract(
 
 
 def _check_value(value: Any) -> jax.Array:
-    if isinstance(value, (float, jax.Array, np.ndarray, np.generic)):
+    if isinstance(value, (float, *_ARRAYS)):
         x = jnp.asarray(value)
         if x.shape == () and jnp.issubdtype(x.dtype, jnp.floating):
             return x

@@ -737,6 +737,24 @@ def test_selection_count_of_nnx():
     assert cdb_jax.selection_count(optimizer.opt_state) == 0
 
 
+def test_x64(standard_promotion):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), small_params())
+        images = normal(9, 2, 5, 5, 4).astype(jnp.float64)
+        for name in ("exact", "rescaled", "some layers", "one, sometimes in part"):
+            check(small_loss, params, POLICIES[name], images, rtol=1e-12, counts=2)
+
+
+def test_no_tracer_leaks_and_no_host_sync():
+    policy, x = window(layer_choice="one", other_layers="still"), normal(9, 8, 64)
+    with jax.checking_leaks():
+        step = jax.jit(cdb_jax.value_and_grad(lambda p, x: (mlp(p, x), x), policy, has_aux=True))
+        compiled = step.lower(mlp_params(), x, count=jnp.int32(0)).compile()
+    params, count = mlp_params(), jnp.int32(1)
+    with jax.transfer_guard("disallow"):
+        compiled(params, x, count=count)
+
+
 # Mistakes.
 
 

@@ -1,0 +1,106 @@
+"""What the library knows of the programs that JAX makes: fails where a name has moved."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from cdb_jax import following
+
+X = jnp.ones((2, 3))
+W = jnp.ones((3, 4))
+
+
+def equation(f, *args):
+    """The one equation of a function."""
+    (eqn,) = jax.make_jaxpr(f)(*args).jaxpr.eqns
+    return eqn
+
+
+def convolve(x, w):
+    return lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@pytest.mark.parametrize(
+    ("f", "args", "params"),
+    [
+        (lambda x, w: x @ w, (X, W), {"dimension_numbers", "precision", "preferred_element_type"}),
+        (
+            convolve,
+            (jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5))),
+            {"window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"}
+            | {"feature_group_count", "batch_group_count", "precision", "preferred_element_type"},
+        ),
+    ],
+)
+def test_products(f, args, params):
+    eqn = equation(f, *args)
+    assert eqn.primitive.name in following._PRODUCTS
+    assert params <= set(eqn.params)
+
+
+@pytest.mark.parametrize(
+    ("f", "params"),
+    [
+        (jax.jit(jnp.sin), {"jaxpr", "in_shardings", "out_shardings"}),
+        (jax.checkpoint(jnp.sin), {"jaxpr", "prevent_cse", "policy"}),
+        (
+            lambda x: lax.scan(lambda c, x: (c, jnp.sin(x)), None, x)[1],
+            {"jaxpr", "num_consts", "num_carry", "length", "reverse", "unroll"},
+        ),
+    ],
+)
+def test_calls(f, params):
+    eqn = equation(f, X)
+    assert eqn.primitive.name in following._CALLS
+    assert params <= set(eqn.params)
+
+
+def test_conditionals():
+    traced = jax.make_jaxpr(lambda i, x: lax.switch(i, [jnp.sin, jnp.cos], x))(0, X)
+    eqn = traced.jaxpr.eqns[-1]  # After others that bring the index into range.
+    assert eqn.primitive.name in following._CALLS
+    assert len(eqn.params["branches"]) == 2 and eqn.invars[0].aval.shape == ()
+
+
+def test_shardings_of_a_jit():
+    eqn = equation(jax.jit(jnp.sin), X)
+    assert {type(x).__name__ for x in following._shardings(eqn)} == {"UnspecifiedValue"}
+    with_sharding = jax.jit(
+        jnp.sin, in_shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    )
+    eqn = equation(with_sharding, X)
+    assert {type(x).__name__ for x in following._shardings(eqn)} > {"UnspecifiedValue"}
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        jnp.copy,
+        lambda x: lax.optimization_barrier(x),
+        lambda x: x.astype(jnp.bfloat16),
+        lambda x: x.T,
+        lambda x: lax.rev(x, (0,)),
+        lambda x: lax.broadcast_in_dim(x, (5, 2, 3), (1, 2)),
+        lambda x: x.reshape(3, 2),
+        lambda x: lax.expand_dims(x, (0,)),
+    ],
+)
+def test_layout(f):
+    assert equation(f, X).primitive.name in following._LAYOUT
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "blocks"),
+    [
+        ((2, 3, 4), (6, 4), [([0, 1], [0]), ([2], [1])]),
+        ((6, 4), (2, 3, 4), [([0], [0, 1]), ([1], [2])]),
+        ((1, 6), (6, 1), [([1], [0])]),
+        ((4, 6), (8, 3), [([0, 1], [0, 1])]),
+        ((2, 2), (2, 2), [([0], [0]), ([1], [1])]),
+    ],
+)
+def test_blocks_of_a_reshape(before, after, blocks):
+    assert following._blocks(before, after) == blocks
