@@ -52,8 +52,10 @@ def variants(rates: list[float], layer_rates: list[float]) -> list[Variant]:
     middle = 0.5 if 0.5 in rates else rates[0]
     window = policy(middle, channel_choice="window")
     into = policy(middle, channel_choice="window", channel_axes=cdb_jax.input_channels)
+    grouped = policy(middle, channel_choice="window", window_groups=8)
     found += [
         Variant(f"mask alone, window {middle}", window, False),
+        Variant(f"window {middle} in 8 groups", grouped, True),
         Variant(f"window {middle}, input channels", into, True),
         Variant(f"exact {middle}", policy(middle, channel_choice="exact"), True),
     ]

@@ -262,6 +262,17 @@ def _same(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
     return weight, lambda z: z
 
 
+def _constrained(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+    """The gradient lies as the weight does, unless a part of its channels could not."""
+    sharding = eqn.params["sharding"]
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return weight, lambda z: z
+    spec = (*sharding.spec, *[None] * (len(_shape(eqn.invars[0])) - len(sharding.spec)))
+    if any(spec[axis] is not None for axis in weight.channel):
+        return weight, lambda z: z
+    return weight, lambda z: lax.with_sharding_constraint(z, sharding)
+
+
 def _converted(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.inexact):
@@ -345,7 +356,7 @@ _LAYOUT: dict[str, Callable[[core.JaxprEqn, Weight, products.Target], Moved]] = 
     "copy_p": _same,
     "name": _same,
     "optimization_barrier": _same,
-    "sharding_constraint": _same,
+    "sharding_constraint": _constrained,
     "convert_element_type": _converted,
     "transpose": _transposed,
     "rev": _reversed,

@@ -109,6 +109,23 @@ def test_windows_in_groups_fit_sharded_channels():
         assert gathered[8] < 0.5 * gathered[1], (name, gathered)
 
 
+def test_constrained_weights():
+    """A weight that is gathered where it is used: its gradient is reduced in part too."""
+    grid, _, _ = MESHES["fsdp"]
+    tree, batch = placed("fsdp")
+
+    def gathering(params, x):
+        return loss(jax.lax.with_sharding_constraint(params, NamedSharding(grid, P())), x)
+
+    policy = window()
+    full = collectives(jax.grad(gathering), tree, batch)
+    skip = collectives(cdb_jax.grad(gathering, policy), tree, batch, count=jnp.int32(0))
+    assert skip["all-reduce"][1] <= 0.5 * full["all-reduce"][1] + 64
+    alone = cdb_jax.grad(loss, policy)(params(), BATCH, count=0)
+    step = jax.jit(cdb_jax.grad(gathering, policy))
+    chex.assert_trees_all_close(step(tree, batch, count=0), alone, rtol=1e-5, atol=1e-7)
+
+
 def test_explicit_sharding():
     grid = mesh((8,), ("data",), AxisType.Explicit)
     policy = window()

@@ -124,6 +124,26 @@ def test_every_method_learns(config, method, capsys):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"rate": 0.5, "channel_choice": "window", "model": "resnet_nano"},
+        {"rate": 1.0, "layer_rate": 0.5, "optimizer": "sgd", "learning_rate": 1e-2},
+        {"rate": 0.5, "channel_choice": "exact", "method": "algorithm_1"},
+    ],
+    ids=["window", "layers", "algorithm_1"],
+)
+def test_skipping_trains_as_masking_does(config, tmp_path, changes):
+    runs = [
+        train.train(config(run_dir=tmp_path / str(skip), skip_dropped=skip, **changes), brief=True)
+        for skip in (False, True)
+    ]
+    for masked, skipped in zip(*runs, strict=True):
+        assert skipped["dropped_fraction"] == masked["dropped_fraction"] > 0
+        for name in ("train_loss", "test_loss"):
+            np.testing.assert_allclose(skipped[name], masked[name], rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
         {"model": "resnet_nano"},
         {"model": "resnet_nano", "dtype": "bfloat16", "optimizer": "sgd"},
         {"dtype": "bfloat16", "channel_choice": "window", "layer_rate": 0.5},
