@@ -253,9 +253,10 @@ def _move(
     operands: Sequence[Value],
 ) -> list[Value]:
     (w,) = operands
-    assert w.change is not None
     (array,) = jaxprs.run(eqn, within, [w.array])
-    return [Value(array, w.change._replace(z=change_z(w.change.z)), w.needed)]
+    # A weight that ends in no product comes without a change.
+    change = w.change and w.change._replace(z=change_z(w.change.z))
+    return [Value(array, change, w.needed)]
 
 
 def _same(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
@@ -503,9 +504,8 @@ def _per_iteration(
     value: Value, weight: Weight | None, sliced: Weight | None
 ) -> tuple[_Own | None, tuple[jax.Array, jax.Array] | None]:
     """Splits a change into what each iteration of a loop has of its own, and what all share."""
-    if weight is None or sliced is None:
+    if value.change is None or weight is None or sliced is None:
         return None, None
-    assert value.change is not None
     z, at, state = value.change
     if 0 not in weight.stack:
         return _Own(z, None), (at, state)

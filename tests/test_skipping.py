@@ -13,6 +13,7 @@ import optax
 import pytest
 from flax import linen, nnx
 from jax import lax
+from jax.experimental import pallas
 
 import cdb_jax
 import cdb_jax.nnx
@@ -363,6 +364,31 @@ def carried(params, x):
     return lax.scan(body, params["kernel"], x[None, :, :6])[1]
 
 
+def looped(params, x):
+    return lax.scan(lambda _, column: (None, x[:, :6] @ column), None, params["kernel"].T)[1]
+
+
+def out_of_a_checkpoint(params, x):
+    return x[:, :6] @ jax.checkpoint(lambda kernel: kernel[::-1])(params["kernel"])
+
+
+def out_of_a_conditional(params, x):
+    flip = lambda kernel: kernel[::-1]
+    return x[:, :6] @ lax.cond(x[0, 0] > 0, flip, flip, params["kernel"])
+
+
+def placed_by_a_jit(params, x):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.jit(lambda k, x: x @ k, in_shardings=here)(params["kernel"], x[:, :6])
+
+
+def in_a_transposed_image(params, x):  # The weight is the image, not the kernel.
+    image = params["kernel"][None, :, :, None]
+    return lax.conv_general_dilated(
+        image, x[:2, :2, None, None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
 @pytest.mark.parametrize(
     ("use", "params", "reasons"),
     [
@@ -378,6 +404,27 @@ def carried(params, x):
         ),
         (in_a_custom_rule, {"kernel": (6, 4)}, {"kernel": "masked only: read by custom_vjp_call"}),
         (carried, {"kernel": (6, 4)}, {"kernel": "masked only: carried through a loop"}),
+        (looped, {"kernel": (6, 4)}, {"kernel": "masked only: a loop runs over its channels"}),
+        (
+            out_of_a_checkpoint,
+            {"kernel": (6, 4)},
+            {"kernel": "masked only: a result of jax.checkpoint"},
+        ),
+        (
+            out_of_a_conditional,
+            {"kernel": (6, 4)},
+            {"kernel": "masked only: a result of a conditional"},
+        ),
+        (
+            placed_by_a_jit,
+            {"kernel": (6, 4)},
+            {"kernel": "masked only: inside a jit with shardings of its own"},
+        ),
+        (
+            in_a_transposed_image,
+            {"kernel": (6, 4)},
+            {"kernel": "masked only: it is the image of a convolution, not the kernel"},
+        ),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
@@ -388,6 +435,21 @@ def test_other_uses_get_their_full_gradient(use, params, reasons):
         policy = window(channel_axes=axes)
         report = check(lambda p, x: jnp.mean(use(p, x) ** 2), params, policy, x)
     assert {row.path: row.gradient for row in report.rows} == reasons
+
+
+def test_beside_a_pallas_call():
+    def double(x_ref, y_ref):
+        y_ref[...] = 2.0 * x_ref[...]
+
+    @jax.custom_vjp
+    def kernel(x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pallas.pallas_call(double, out_shape=shape, interpret=True)(x)
+
+    kernel.defvjp(lambda x: (kernel(x), None), lambda _, d: (kernel(d),))
+    params = {"dense1": {"kernel": normal(0, 4, 6)}, "dense2": {"kernel": normal(1, 6, 4)}}
+    loss = lambda p, x: jnp.mean((kernel(x @ p["dense1"]["kernel"]) @ p["dense2"]["kernel"]) ** 2)
+    check(loss, params, window(), normal(2, 3, 4), skips={"dense1/kernel", "dense2/kernel"})
 
 
 # Random stacks of layers.
