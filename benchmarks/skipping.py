@@ -1,13 +1,13 @@
 """What `cdb_jax.value_and_grad` saves, against the full gradient and against the mask alone.
 
-Every variant is timed in turns with the full step in one process, on identical input: training
-steps of ResNets and ViTs with SGD and AdamW. The ratio is the median over pairs of neighbouring
-timings, with a bootstrap 95 % interval; where the work differs from step to step (layer rates, one
-layer a step) it is the ratio of the means. `FLOPs` is the ratio that counting predicts: of the
-compiled programs, or for work decided at run time of its expectation.
+All variants are timed in turns with the full step in one process, on identical input: training
+steps of ResNets and ViTs with SGD and AdamW. Ratios are to the full step of the same round; shown
+is their median, or where the work differs from step to step (layer rates, one layer a step) their
+mean, with a bootstrap 95 % interval over rounds. `FLOPs` is the ratio that counting predicts: of
+the compiled programs, or for work decided at run time of its expectation.
 
     python benchmarks/skipping.py                                    # everything: an hour, 2 cores
-    python benchmarks/skipping.py --steps vit_s/16:64:32 --rates 0.5 --repeats 50
+    python benchmarks/skipping.py --steps vit_s/16:64:32 --rates 0.5 --rounds 50
     python benchmarks/skipping.py --dtype bfloat16                      # on an accelerator
 
 Prints a Markdown table and writes `results/skipping-<device>.json`. Needs jax, flax, optax, numpy.
@@ -27,10 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from overhead import machine, median_interval, parse_step, versions  # Puts the library on the path.
+from overhead import machine, parse_step, versions  # Puts the library on the path.
 
 import cdb_jax
 from models import create
+
+STEPS = ("vit_s/16:64:64", "resnet18:64:8", "vit_s/16:224:4", "resnet50:64:8")
 
 
 class Variant(NamedTuple):
@@ -150,47 +152,50 @@ class Task:
         return 1 - ((none_flops - forward) / 2 + weights) / full.flops
 
 
-def compare(task: Task, chosen: list[Variant], repeats: int) -> list[dict[str, Any]]:
+def compare(task: Task, chosen: list[Variant], rounds: int) -> list[dict[str, Any]]:
     full = task.step(None)
+    steps = [task.step(variant) for variant in chosen]
+    for step in (full, *steps):
+        step.seconds(0)
+    base, others = [], [[] for _ in steps]
+    for i in range(rounds):
+        base.append(full.seconds(i))
+        # In another order in every round, so that no variant always follows the same one.
+        for j in np.random.default_rng(i).permutation(len(steps)):
+            others[j].append([steps[j].seconds(count) for count in (2 * i, 2 * i + 1)])
     rows = []
-    for variant in chosen:
-        step = task.step(variant)
-        for warm in (full, step):
-            warm.seconds(0)
-        pairs = []
-        for i in range(repeats):
-            # In turns, and each first as often as the other, so that drift cancels.
-            order = (full, step) if i % 2 else (step, full)
-            seconds = [one.seconds(i) for one in order]
-            pairs.append(seconds if i % 2 else seconds[::-1])
-        base, other = np.array(pairs).T
-        if variant.changes:
-            ratio, low, high = mean_interval(base, other)
-        else:
-            ratio, low, high = median_interval(other / base)
-        rows.append(
-            {
-                "task": task.name,
-                "variant": variant.name,
-                "ratio": ratio,
-                "low": low,
-                "high": high,
-                "flops": task.expected_flops(full, step, variant),
-                "temporary_memory": step.temporary_bytes / full.temporary_bytes,
-                "compile": step.compile_seconds / full.compile_seconds,
-                "full_ms": float(np.median(base) * 1e3),
-            }
-        )
+    for variant, step, times in zip(chosen, steps, others, strict=True):
+        summarise = mean_interval if variant.changes else median_interval
+        ratio, low, high = summarise(np.array(times) / np.array(base)[:, None])
+        row = {
+            "task": task.name,
+            "variant": variant.name,
+            "ratio": ratio,
+            "low": low,
+            "high": high,
+            "flops": task.expected_flops(full, step, variant),
+            "temporary_memory": step.temporary_bytes / full.temporary_bytes,
+            "compile": step.compile_seconds / full.compile_seconds,
+            "full_ms": float(np.median(base) * 1e3),
+        }
+        rows.append(row)
         print(f"{task.name:32} {variant.name:32} {ratio:.3f} [{low:.3f}, {high:.3f}]", flush=True)
     return rows
 
 
-def mean_interval(base: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
-    """The ratio of the means, with a bootstrap 95 % interval over pairs."""
-    picks = np.random.default_rng(0).integers(0, len(base), (2000, len(base)))
-    ratios = other[picks].mean(axis=1) / base[picks].mean(axis=1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(other.mean() / base.mean()), float(low), float(high)
+def median_interval(ratios: np.ndarray) -> tuple[float, float, float]:
+    return interval(ratios, np.median)
+
+
+def mean_interval(ratios: np.ndarray) -> tuple[float, float, float]:
+    return interval(ratios, np.mean)
+
+
+def interval(ratios: np.ndarray, of: Callable[..., Any]) -> tuple[float, float, float]:
+    """A statistic of the ratios, shape (rounds, 2), with a bootstrap 95 % interval over rounds."""
+    picks = np.random.default_rng(0).integers(0, len(ratios), (2000, len(ratios)))
+    low, high = np.quantile([of(ratios[pick]) for pick in picks], [0.025, 0.975])
+    return float(of(ratios)), float(low), float(high)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -213,13 +218,13 @@ def main() -> None:
         "--steps",
         nargs="*",
         type=parse_step,
-        default=[parse_step(x) for x in ("resnet18:64:16", "vit_s/16:64:64", "vit_s/16:224:4")],
+        default=[parse_step(x) for x in STEPS],
         help="model:image size:batch size",
     )
     parser.add_argument("--optimizers", nargs="*", default=["sgd", "adamw"])
     parser.add_argument("--rates", nargs="*", type=float, default=[0.25, 0.5, 0.75, 0.9])
     parser.add_argument("--layer-rates", nargs="*", type=float, default=[0.5])
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--dtype", default="float32", help="of the computation")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -228,12 +233,12 @@ def main() -> None:
     for name, size, batch in args.steps:
         for optimizer in args.optimizers:
             task = Task(name, size, batch, optimizer, args.dtype)
-            rows += compare(task, variants(args.rates, args.layer_rates), args.repeats)
+            rows += compare(task, variants(args.rates, args.layer_rates), args.rounds)
     report = {
         "machine": machine(),
         "versions": versions(),
         "dtype": args.dtype,
-        "repeats": args.repeats,
+        "rounds": args.rounds,
         "rows": rows,
     }
     slug = re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")

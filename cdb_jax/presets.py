@@ -170,6 +170,7 @@ def algorithm_1(
     key: Any,
     layer_weights: Any = "uniform",
     other_layers: str = "full",
+    channel_choice: str = "bernoulli",
     exempt: tuple[str, ...] = (),
 ) -> Policy:
     r"""Algorithm 1 of the paper: one layer in each step, and a random subset of its channels.
@@ -184,6 +185,8 @@ def algorithm_1(
         path to weight.
       other_layers: "full", they learn in full; or "still", the literal reading: nothing learns
         but the kept channels of the picked layer and what is `exempt`.
+      channel_choice: as in `channel_drop_back`; the paper leaves it open. `value_and_grad` needs
+        "exact" or "window".
       exempt: path patterns of leaves that always learn in full and are never picked.
 
     Returns:
@@ -204,5 +207,6 @@ def algorithm_1(
         layer_choice="one",
         layer_weights=layer_weights,
         other_layers=other_layers,
+        channel_choice=channel_choice,
         exempt=exempt,
     )

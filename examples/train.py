@@ -120,8 +120,8 @@ def make_policy(config: Config, total_steps: int) -> cdb_jax.Policy | None:
     if config.method in ("none", "dropout"):
         return None
     if config.method == "algorithm_1":
-        policy = cdb_jax.algorithm_1(config.rate, key=config.seed, exempt=config.exempt)
-        return dataclasses.replace(policy, channel_choice=config.channel_choice)
+        choice = dict(exempt=config.exempt, channel_choice=config.channel_choice)
+        return cdb_jax.algorithm_1(config.rate, key=config.seed, **choice)
     if config.method == "released":
         first = "stem" if config.model.startswith("resnet") else "patch_embed"
         schedule = cdb_jax.released_layer_rate(total_steps)
@@ -158,11 +158,11 @@ def make_optimizer(
 
 
 def make_steps(
+    config: Config,
     model: nnx.Module,
     tx: optax.GradientTransformation,
+    policy: cdb_jax.Policy | None,
     max_value: int,
-    policy: cdb_jax.Policy | None = None,
-    skip_dropped: bool = False,
 ) -> tuple[Callable, Callable]:
     """The compiled training step and evaluation step."""
     model.train()
@@ -185,7 +185,7 @@ def make_steps(
         count = cdb_jax.selection_count(state.opt_state)
         dropped = cdb_jax.dropped_fraction(policy, state.params, count) if policy else jnp.zeros(())
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        if skip_dropped:
+        if config.skip_dropped:
             value_and_grad = cdb_jax.value_and_grad(loss_fn, policy, has_aux=True)
             value_and_grad = functools.partial(value_and_grad, count=count)
         (loss, (accuracy, rest)), grads = value_and_grad(state.params)
@@ -241,8 +241,7 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     tx = make_optimizer(config, policy, total_steps)
-    scale = dataset.recipe.max_value
-    train_step, eval_step = make_steps(model, tx, scale, policy, config.skip_dropped)
+    train_step, eval_step = make_steps(config, model, tx, policy, dataset.recipe.max_value)
 
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
     run = training.Run(config.run_dir, settings, resume=config.resume)

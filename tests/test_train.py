@@ -218,7 +218,9 @@ def test_evaluation_is_the_mean_over_the_test_set(data_dir):
     model = models.create("vit_nano/4", num_classes=10, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
     model.head.kernel[...] = jax.random.normal(jax.random.key(0), (16, 10))
     _, params, rest = nnx.split(model, nnx.Param, ...)
-    _, eval_step = train.make_steps(model, optax.identity(), dataset.recipe.max_value)
+    _, eval_step = train.make_steps(
+        config(), model, optax.identity(), None, dataset.recipe.max_value
+    )
     state = train.State(params, rest, opt_state=None, sums={})
     mesh = training.data_mesh(96)  # Not a divisor of 500.
     found = training.evaluate(eval_step, state, dataset, 96, mesh, {})
