@@ -10,7 +10,8 @@ the compiled programs, or for work decided at run time of its expectation.
     python benchmarks/skipping.py --steps vit_s/16:64:32 --rates 0.5 --rounds 50
     python benchmarks/skipping.py --dtype bfloat16                      # on an accelerator
 
-Prints a Markdown table and writes `results/skipping-<device>.json`. Needs jax, flax, optax, numpy.
+Prints a Markdown table and writes `results/skipping-<device>.json`, where rows of other steps taken
+on the same machine with the same versions, stay. Needs jax, flax, optax, numpy.
 """
 
 import argparse
@@ -99,6 +100,7 @@ class Task:
             "adamw": optax.adamw(1e-3),
         }[optimizer]
         self.name = f"{name} {size}px batch {batch} {optimizer}"
+        self.name += "" if dtype == "float32" else f" {dtype}"
 
     def loss(self, params: Any, rest: Any, images: jax.Array, labels: jax.Array) -> Any:
         model = nnx.merge(self.graph, params, rest, copy=True)
@@ -177,6 +179,7 @@ def compare(task: Task, chosen: list[Variant], rounds: int) -> list[dict[str, An
             "temporary_memory": step.temporary_bytes / full.temporary_bytes,
             "compile": step.compile_seconds / full.compile_seconds,
             "full_ms": float(np.median(base) * 1e3),
+            "rounds": rounds,
         }
         rows.append(row)
         print(f"{task.name:32} {variant.name:32} {ratio:.3f} [{low:.3f}, {high:.3f}]", flush=True)
@@ -234,17 +237,15 @@ def main() -> None:
         for optimizer in args.optimizers:
             task = Task(name, size, batch, optimizer, args.dtype)
             rows += compare(task, variants(args.rates, args.layer_rates), args.rounds)
-    report = {
-        "machine": machine(),
-        "versions": versions(),
-        "dtype": args.dtype,
-        "rounds": args.rounds,
-        "rows": rows,
-    }
+    report = {"machine": machine(), "versions": versions()}
     slug = re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")
     output = args.output or Path(__file__).parent / "results" / f"skipping-{slug}.json"
+    before = json.loads(output.read_text()) if output.exists() else {}
+    if report.items() <= before.items():
+        measured = {row["task"] for row in rows}
+        rows = [row for row in before["rows"] if row["task"] not in measured] + rows
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n")
+    output.write_text(json.dumps(report | {"rows": rows}, indent=2) + "\n")
     print(table(rows))
     mean = math.exp(sum(math.log(row["ratio"]) for row in rows) / len(rows))
     print(f"\n{report['machine']}\n{report['versions']}\ngeometric mean {mean:.3f}; see {output}")

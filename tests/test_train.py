@@ -213,7 +213,7 @@ def test_one_device_and_eight_learn_the_same(config, tmp_path, monkeypatch):
         assert abs(eight[-1][name] - one[-1][name]) < 1e-3
 
 
-def test_evaluation_is_the_mean_over_the_test_set(data_dir):
+def test_evaluation_is_the_mean_over_the_test_set(config, data_dir):
     dataset = data.load("digits", data_dir)
     model = models.create("vit_nano/4", num_classes=10, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
     model.head.kernel[...] = jax.random.normal(jax.random.key(0), (16, 10))
