@@ -8,7 +8,7 @@ of the parts is the kept part of the weight gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cdb_jax import parts
+from cdb_jax import jaxprs, parts
 
 # What a layer does in a step.
 STILL, PARTLY, FULL = 0, 1, 2
@@ -221,38 +221,42 @@ def multiply(
             return (None,) * 6
         dx = dz = None
         if w is not None:
-            transposed = lambda dy, w: _transpose(
-                lambda x: product.of(product.op, x, w), x_type, dy
-            )
-            dx = transposed(dy, w) if is_static else _either(flag, transposed, (dy, w))
+            by_x = lambda w, x: product.of(product.op, x, w)
+            transposed = _transpose(by_x, x_type, () if is_static else IN_CONDITIONALS)
+            dx = transposed(dy, w) if is_static else _either(flag, transposed, dy, w)
         if x is not None:
             dz = weight_gradient(x, dy, at, state)
         return dx, None, dz, None, None, None
 
     def weight_gradient(x: jax.Array, dy: jax.Array, at: jax.Array, state: jax.Array) -> jax.Array:
+        ordered = IN_CONDITIONALS if len(states) > 1 else ALWAYS
+
         def partly(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
-            kept_x = x if cuts_early else cut_x(x, at)
             part = product.target.part
             assert part is not None
+            kept_x = x if cuts_early else cut_x(x, at)
             dy = parts.take(dy, product.y, product.y_stack, part, at)
             kept_type = jax.ShapeDtypeStruct(part.shape(w_type.shape, product.w), w_type.dtype)
-            dw = _transpose(lambda w: product.of(product.part_op, kept_x, w), kept_type, dy)
+            by_w = lambda x, w: product.of(product.part_op, x, w)
+            dw = _transpose(by_w, kept_type, ordered)(dy, kept_x)
             if product.target.compact:
                 return dw
             return parts.put(dw, w_type.shape, product.w, product.w_stack, part, at)
 
         def full(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
-            return _transpose(lambda w: product.of(product.op, x, w), w_type, dy)
+            by_w = lambda x, w: product.of(product.op, x, w)
+            return _transpose(by_w, w_type, ordered)(dy, x)
 
-        if len(states) == 1:
-            return (partly if states == (PARTLY,) else full)(x, dy, at)
+        def learns(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
+            if FULL not in states:
+                return partly(x, dy, at)
+            if PARTLY not in states:
+                return full(x, dy, at)
+            return lax.cond(state == FULL, full, partly, x, dy, at)
+
         if STILL not in states:
-            return lax.cond(state == FULL, _fast(full), _fast(partly), x, dy, at)
-        learns = partly if FULL not in states else full
-        if len(states) == 2:
-            return _either(state != STILL, learns, (x, dy, at))
-        either = lambda x, dy, at: lax.cond(state == FULL, _fast(full), _fast(partly), x, dy, at)
-        return _either(state != STILL, either, (x, dy, at), fast=False)
+            return learns(x, dy, at)
+        return _either(state != STILL, learns, x, dy, at)
 
     @jax.custom_vjp
     def product_of(x: Any, w: Any, z: Any, at: Any, state: Any, flag: Any) -> Any:
@@ -276,14 +280,14 @@ def gate(op: BinaryOp, x: jax.Array, y: jax.Array, needed: tuple[Any, Any]) -> j
         (y, x), flags = residuals
         if isinstance(d, jax.custom_derivatives.SymbolicZero):
             return (None,) * 4
-        by_x = lambda d, y: _transpose(lambda x: op(x, y), types[0], d)
-        by_y = lambda d, x: _transpose(lambda y: op(x, y), types[1], d)
+        by_x = _transpose(lambda y, x: op(x, y), types[0], IN_CONDITIONALS)
+        by_y = _transpose(lambda x, y: op(x, y), types[1], IN_CONDITIONALS)
         gradients = [
             None
             if other is None
             else f(d, other)
             if isinstance(need, bool)
-            else _either(flag, f, (d, other))
+            else _either(flag, f, d, other)
             for f, other, need, flag in zip((by_x, by_y), (y, x), needed, flags, strict=True)
         ]
         return (*gradients, None, None)
@@ -296,43 +300,76 @@ def gate(op: BinaryOp, x: jax.Array, y: jax.Array, needed: tuple[Any, Any]) -> j
     return product_of(x, y, *flags)
 
 
-def _transpose(linear: Callable[[Any], Any], of: Any, cotangent: jax.Array) -> jax.Array:
-    (result,) = jax.linear_transpose(linear, of)(cotangent)
-    return result
-
-
-def _either(
-    flag: jax.Array, f: Callable[..., jax.Array], operands: tuple[Any, ...], fast: bool = True
-) -> jax.Array:
+def _either(flag: jax.Array, f: Callable[..., jax.Array], *operands: Any) -> jax.Array:
     """`f(*operands)` if the flag is set, else zeros, at run time."""
     out = jax.eval_shape(f, *operands)
     zeros = lambda *_: jnp.zeros(out.shape, out.dtype)
-    return lax.cond(flag, _fast(f) if fast else f, zeros, *operands)
+    return lax.cond(flag, f, zeros, *operands)
 
 
-def _fast(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The same function for a branch of a conditional.
+# What XLA's CPU compiler has fast kernels for only in one order of axes. It brings convolutions
+# into that order itself, but not inside a conditional, where a weight gradient then takes a hundred
+# times as long; and a sum over several axes at once takes up to twice as long as one over a single
+# axis, which weight gradients of batches of sequences are.
+ALWAYS = ("dot_general",)
+IN_CONDITIONALS = ("dot_general", "conv_general_dilated")
 
-    XLA's CPU compiler brings convolutions into the order of axes that its fast kernels need, but
-    not inside a conditional, where a weight gradient then takes a hundred times as long. So there
-    the axes are brought into order here.
+
+def _transpose(
+    linear: Callable[[Any, Any], Any], of: Any, ordered: Sequence[str]
+) -> Callable[[jax.Array, Any], jax.Array]:
+    """The transpose of `linear(other, x)` in x, as a function of the cotangent and `other`.
+
+    On CPU the operations named in `ordered` get their axes in the order that is fast there.
     """
 
-    def branch(*operands: Any) -> jax.Array:
-        closed = jax.make_jaxpr(f)(*operands)
-        if all(eqn.primitive.name != "conv_general_dilated" for eqn in closed.jaxpr.eqns):
-            return f(*operands)
-        return lax.platform_dependent(*operands, cpu=lambda *x: in_order(closed, *x), default=f)
-
-    def in_order(closed: Any, *operands: Any) -> jax.Array:
-        from cdb_jax import jaxprs
-
-        (result,) = jaxprs.evaluate(
-            closed, operands, {"conv_general_dilated": _convolution_in_order}
-        )
+    def transposed(cotangent: jax.Array, other: Any) -> jax.Array:
+        (result,) = jax.linear_transpose(lambda x: linear(other, x), of)(cotangent)
         return result
 
-    return branch
+    def either(cotangent: jax.Array, other: Any) -> jax.Array:
+        closed = jax.make_jaxpr(transposed)(cotangent, other)
+        slow = {
+            name: f
+            for name, f in _IN_ORDER.items()
+            if name in ordered and any(_is_slow(eqn, name) for eqn in closed.jaxpr.eqns)
+        }
+        if not slow:
+            return transposed(cotangent, other)
+        return lax.platform_dependent(
+            cotangent,
+            other,
+            cpu=lambda *operands: jaxprs.evaluate(closed, operands, slow)[0],
+            default=transposed,
+        )
+
+    return either
+
+
+def _is_slow(eqn: Any, name: str) -> bool:
+    if eqn.primitive.name != name:
+        return False
+    return name != "dot_general" or len(eqn.params["dimension_numbers"][0][0]) > 1
+
+
+def _dot_in_order(params: dict[str, Any], x: jax.Array, y: jax.Array) -> jax.Array:
+    """A product summed over one axis, where those that it is summed over are neighbours."""
+    (of_x, of_y), (x_batch, y_batch) = params["dimension_numbers"]
+    neighbours = lambda axes: tuple(axes) == tuple(range(axes[0], axes[0] + len(axes)))
+    order = sorted(range(len(of_x)), key=lambda i: of_x[i])
+    of_x, of_y = ([axes[i] for i in order] for axes in (of_x, of_y))
+    if len(of_x) < 2 or not neighbours(of_x) or not neighbours(of_y):
+        return lax.dot_general(x, y, **params)
+
+    def merge(x: jax.Array, axes: Sequence[int], batch: Sequence[int]) -> tuple[jax.Array, Any]:
+        lead, tail = x.shape[: axes[0]], x.shape[axes[-1] + 1 :]
+        moved = [axis - (len(axes) - 1) * (axis > axes[0]) for axis in batch]
+        return x.reshape(*lead, -1, *tail), moved
+
+    x, x_batch = merge(x, of_x, x_batch)
+    y, y_batch = merge(y, of_y, y_batch)
+    numbers = (((of_x[0],), (of_y[0],)), (tuple(x_batch), tuple(y_batch)))
+    return lax.dot_general(x, y, **(params | {"dimension_numbers": numbers}))
 
 
 def _convolution_in_order(params: dict[str, Any], x: jax.Array, w: jax.Array) -> jax.Array:
@@ -349,3 +386,9 @@ def _convolution_in_order(params: dict[str, Any], x: jax.Array, w: jax.Array) ->
     y = lax.conv_general_dilated(x, w, dimension_numbers=numbers, **arguments)
     order = last(out)
     return jnp.transpose(y, [order.index(axis) for axis in range(rank)])
+
+
+_IN_ORDER: dict[str, Callable[..., jax.Array]] = {
+    "dot_general": _dot_in_order,
+    "conv_general_dilated": _convolution_in_order,
+}
