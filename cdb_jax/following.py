@@ -231,14 +231,21 @@ def _product(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context
 def _multiply(product: products.Product, operands: Sequence[Value]) -> list[Value]:
     x, w = operands[1 - product.side], operands[product.side]
     assert w.change is not None
-    y = products.multiply(product, x.array, w.array, *w.change, any_of(x.needed))
-    return _anew([y], operands)
+    below = any_of(x.needed)
+    y = products.multiply(product, x.array, w.array, *w.change, below)
+    return [Value(y, None, _one_flag(x.needed, below) | w.needed)]
 
 
 def _gate(op: products.BinaryOp, operands: Sequence[Value]) -> list[Value]:
     x, y = operands
     needed = any_of(x.needed), any_of(y.needed)
-    return _anew([products.gate(op, x.array, y.array, needed)], operands)
+    product = products.gate(op, x.array, y.array, needed)
+    return [Value(product, None, _one_flag(x.needed, needed[0]) | _one_flag(y.needed, needed[1]))]
+
+
+def _one_flag(flags: frozenset[Flag], any_set: jax.Array | bool) -> frozenset[Flag]:
+    """The same flags as one, so that their number does not grow with the depth of a model."""
+    return flags if isinstance(any_set, bool) else frozenset([Flag(any_set)])
 
 
 # Layout: operations that move the entries of a weight about, or change their dtype.
@@ -308,7 +315,8 @@ def _broadcast(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> M
 
 def _reshaped(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
     before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    if eqn.params.get("dimensions") is not None:
+    is_reshape = eqn.primitive.name == "reshape"
+    if 0 in before or (is_reshape and eqn.params["dimensions"] is not None):
         return None
     channel, stack = list(weight.channel), list(weight.stack)
     for old, new in _blocks(before, after):
@@ -354,7 +362,6 @@ def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int]
 
 _LAYOUT: dict[str, Callable[[core.JaxprEqn, Weight, products.Target], Moved]] = {
     "copy": _same,
-    "copy_p": _same,
     "name": _same,
     "optimization_barrier": _same,
     "sharding_constraint": _constrained,
@@ -364,7 +371,6 @@ _LAYOUT: dict[str, Callable[[core.JaxprEqn, Weight, products.Target], Moved]] = 
     "broadcast_in_dim": _broadcast,
     "reshape": _reshaped,
     "squeeze": _reshaped,
-    "expand_dims": _reshaped,
 }
 
 
@@ -515,8 +521,7 @@ def _per_iteration(
 
 _CALLS: dict[str, Callable[[core.JaxprEqn, list[Weight | None], _Context], Called]] = {
     "jit": _jit,
-    "pjit": _jit,
-    "checkpoint": _checkpoint,
+    "checkpoint": _checkpoint,  # The name of "remat2" in other releases.
     "remat2": _checkpoint,
     "cond": _cond,
     "scan": _scan,

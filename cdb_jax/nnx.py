@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from flax import nnx
 
 from cdb_jax import skipping
@@ -23,7 +24,7 @@ def value_and_grad(
     """`nnx.value_and_grad` that computes only the part of the gradient that is kept.
 
     What `f` changes in its models, such as batch statistics and random counts, stays changed, as
-    with `nnx.value_and_grad`.
+    with `nnx.value_and_grad`; the variables that it differentiates are left alone.
 
     Args:
       f: a function of models and arrays that returns a float scalar, or a pair with auxiliary data.
@@ -67,8 +68,15 @@ def value_and_grad(
                     f"argnums={state.argnum} names no NNX model; give the model by position, or "
                     "use cdb_jax.value_and_grad for a tree of arrays."
                 )
+        if any(isinstance(x, nnx.Pytree) for x in jax.tree.leaves(kwargs, is_leaf=_is_model)):
+            raise ValueError("models must be given by position, and one was given by name.")
         filters = [nnx.All(x.filter, _within(x.argnum)) for x in wanted]
         graph, *split, rest = nnx.split(models, *filters, ...)  # type: ignore[misc]
+        for state, found in zip(wanted, split, strict=True):
+            if not found:
+                raise ValueError(
+                    f"argnums={state.argnum}: the model has no variables of {state.filter}."
+                )
         params = tuple(x[state.argnum] for x, state in zip(split, wanted, strict=True))
 
         def loss(params: Any) -> tuple[Any, Any]:
@@ -110,6 +118,10 @@ def grad(
         return (result, value[1]) if has_aux else result
 
     return gradient
+
+
+def _is_model(x: Any) -> bool:
+    return isinstance(x, nnx.Pytree)
 
 
 def _within(argnum: int) -> Callable[[Any, Any], bool]:

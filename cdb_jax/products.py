@@ -222,14 +222,14 @@ def multiply(
         dx = dz = None
         if w is not None:
             by_x = lambda w, x: product.of(product.op, x, w)
-            transposed = _transpose(by_x, x_type, () if is_static else IN_CONDITIONALS)
+            transposed = _transpose(by_x, x_type, () if is_static else SLOW_IN_CONDITIONALS)
             dx = transposed(dy, w) if is_static else _either(flag, transposed, dy, w)
         if x is not None:
             dz = weight_gradient(x, dy, at, state)
         return dx, None, dz, None, None, None
 
     def weight_gradient(x: jax.Array, dy: jax.Array, at: jax.Array, state: jax.Array) -> jax.Array:
-        ordered = IN_CONDITIONALS if len(states) > 1 else ALWAYS
+        ordered = SLOW_IN_CONDITIONALS if len(states) > 1 else SLOW_ANYWHERE
 
         def partly(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
             part = product.target.part
@@ -280,8 +280,8 @@ def gate(op: BinaryOp, x: jax.Array, y: jax.Array, needed: tuple[Any, Any]) -> j
         (y, x), flags = residuals
         if isinstance(d, jax.custom_derivatives.SymbolicZero):
             return (None,) * 4
-        by_x = _transpose(lambda y, x: op(x, y), types[0], IN_CONDITIONALS)
-        by_y = _transpose(lambda x, y: op(x, y), types[1], IN_CONDITIONALS)
+        by_x = _transpose(lambda y, x: op(x, y), types[0], SLOW_IN_CONDITIONALS)
+        by_y = _transpose(lambda x, y: op(x, y), types[1], SLOW_IN_CONDITIONALS)
         gradients = [
             None
             if other is None
@@ -311,8 +311,8 @@ def _either(flag: jax.Array, f: Callable[..., jax.Array], *operands: Any) -> jax
 # into that order itself, but not inside a conditional, where a weight gradient then takes a hundred
 # times as long; and a sum over several axes at once takes up to twice as long as one over a single
 # axis, which weight gradients of batches of sequences are.
-ALWAYS = ("dot_general",)
-IN_CONDITIONALS = ("dot_general", "conv_general_dilated")
+SLOW_ANYWHERE = ("dot_general",)
+SLOW_IN_CONDITIONALS = ("dot_general", "conv_general_dilated")
 
 
 def _transpose(

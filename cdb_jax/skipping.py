@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,12 +36,14 @@ def value_and_grad(
     .. math:: \bar w_{\cdot K} = x^\top \bar y_{\cdot K} \quad\text{(output channels)},
        \qquad \bar w_{K \cdot} = x_{\cdot K}^\top \bar y \quad\text{(input channels)}.
 
-    A share `rate` of a third of the step's FLOPs is not done, and as much of the gradient
-    all-reduce not sent. For input channels only the kept part of x is stored. With `layer_rate`,
-    or "one" layer a step, a conditional at run time leaves out the weight gradient of layers that
-    stand still; with `other_layers="still"`, also the gradients that only feed such layers. A
-    weight that is read in any other way gets its full gradient, masked; `channel_report` tells
-    which.
+    Of a step's work on products with weights about a third is their weight gradients, and of these
+    a share `rate` is not done. Where a layer is masked in every step that share is not sent
+    between devices either, and for input channels only the kept part of x is stored, unless
+    something else needs x. With `layer_rate`, or "one" layer a step, a conditional at run time
+    leaves out the weight gradient of layers that stand still; with `other_layers="still"`, also
+    the products of the backward pass that only feed such layers. (Under `vmap` over models a
+    conditional computes both sides.) A weight that is read in any other way gets its full
+    gradient, masked; `channel_report` tells which.
 
     Args:
       fun: a function of arrays that returns a float scalar, or a pair of it and auxiliary data.
@@ -48,7 +51,8 @@ def value_and_grad(
         Python number, so that the number of kept channels is static, and `channel_choice` "exact"
         or "window" unless `rate` is 0 or 1. `layer_rate` may be anything.
       argnums: the position of the argument to differentiate, or several positions. With several
-        the policy's paths start with their rank: "0/dense/kernel".
+        the gradient is a tuple and the policy's paths start with the rank in it, as in
+        "0/dense/kernel"; so other channels are drawn than for the argument alone.
       has_aux: whether `fun` returns a pair.
       **settings: the arguments of `Policy` by name, if `policy` is a rate.
 
@@ -175,7 +179,8 @@ def check_function(fun: Callable[..., Any]) -> None:
         names = inspect.signature(fun).parameters
     except (TypeError, ValueError):
         return
-    if "count" in names:
+    bound = fun.keywords if isinstance(fun, functools.partial) else {}
+    if "count" in names and "count" not in bound:
         raise TypeError(
             f"fun {getattr(fun, '__name__', fun)!r} has an argument called count, and count= is "
             "the step whose channels to draw; rename the argument of fun, or wrap it: "
@@ -187,21 +192,26 @@ def _differentiated(
     fun: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, argnums: int | Sequence[int]
 ) -> tuple[Any, Callable[[Any], Any]]:
     """The arguments to differentiate as one tree, and `fun` as a function of that tree."""
-    numbers = [argnums] if isinstance(argnums, int) else list(argnums)
+    single = not isinstance(argnums, Sequence)
+    try:
+        several = argnums if isinstance(argnums, Sequence) else [argnums]
+        numbers = [operator.index(number) for number in several]
+    except TypeError:
+        raise TypeError(f"argnums must be an int or several, got {argnums!r}.") from None
     for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"argnums must be an int or several, got {argnums!r}.")
         if not -len(args) <= number < len(args):
             raise ValueError(
                 f"argnums={argnums!r} names argument {number}, and {len(args)} were given by "
                 "position; give the parameters by position."
             )
     numbers = [number % len(args) for number in numbers]
-    params = args[numbers[0]] if isinstance(argnums, int) else tuple(args[i] for i in numbers)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"argnums={argnums!r} names an argument twice; name each once.")
+    params = args[numbers[0]] if single else tuple(args[i] for i in numbers)
 
     def call(params: Any) -> Any:
         given = list(args)
-        for i, value in zip(numbers, [params] if isinstance(argnums, int) else params, strict=True):
+        for i, value in zip(numbers, [params] if single else params, strict=True):
             given[i] = value
         return fun(*given, **kwargs)
 
@@ -238,6 +248,7 @@ class Traced(NamedTuple):
 def trace(call: Callable[[Any], Any], params: Any, policy: Policy, has_aux: bool) -> Traced:
     """Traces a function of parameters, and follows these to the products that read them."""
     layout = policy.layout(params)
+    selection.check_layers(policy, layout)
     targets = {
         i: target_of(policy, leaf)
         for i, leaf in enumerate(layout.leaves)
@@ -268,14 +279,21 @@ def trace(call: Callable[[Any], Any], params: Any, policy: Policy, has_aux: bool
         return _check_value(value), [leaves[i] for i in arrays]
 
     closed = jax.make_jaxpr(flat)(params)
+    explicit = {
+        i for i, x in enumerate(jax.tree.leaves(params)) if any(jax.typeof(x).sharding.spec)
+    }
+    followed = {
+        i
+        for i, target in targets.items()
+        if target.states not in ((products.FULL,), (products.STILL,))
+    }
     weights = [
-        following.Weight(i, leaf.channel, leaf.stack)
-        if i in targets and targets[i].states not in ((products.FULL,), (products.STILL,))
-        else None
+        following.Weight(i, leaf.channel, leaf.stack) if i in followed - explicit else None
         for i, leaf in enumerate(layout.leaves)
     ]
     gated = policy.layer_choice == "one" and policy.other_layers == "still"
     program, uses = following.follow(closed, weights, targets, gated)
+    uses |= {i: following.Uses(0, ("its sharding is explicit",)) for i in followed & explicit}
     return Traced(program, layout, targets, uses, gated, unflatten_aux)
 
 

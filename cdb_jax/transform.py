@@ -161,8 +161,9 @@ def selection_count(opt_state: Any) -> jax.Array:
       The count, an int scalar.
 
     Raises:
-      ValueError: if the state has no count, or several that are not the same array or number of
-        steps; then count steps yourself.
+      ValueError: if the state has no count, or several that need not agree: some inside and some
+        outside of a wrapper that holds steps back, or outside of `jit` different numbers. Then
+        count steps yourself.
 
     Examples:
       >>> import cdb_jax, jax.numpy as jnp, optax
@@ -177,7 +178,11 @@ def selection_count(opt_state: Any) -> jax.Array:
     counts = {
         path[:-1]: x
         for path, x in by_path.items()
-        if path[-1:] == ("count",) and jnp.shape(x) == () and jnp.issubdtype(x.dtype, jnp.integer)
+        if path[-1:] == ("count",)
+        and jnp.shape(x) == ()
+        and jnp.issubdtype(jnp.result_type(x), jnp.integer)
+        # That of `reduce_on_plateau` starts anew again and again.
+        and (*path[:-1], "plateau_count") not in by_path
     }
     counts = {at: x for at, x in counts.items() if (*at, "dropped_fraction") in by_path} or counts
     if not counts:
@@ -186,7 +191,9 @@ def selection_count(opt_state: Any) -> jax.Array:
             "step; count the steps yourself and give count=step."
         )
     # Some wrappers hold steps back, so that what is inside counts less than what is outside.
+    wrappers = {path[: path.index("inner_state")] for path in by_path if "inner_state" in path}
     holders = {path[:-1] for path in by_path if path[-1] in ("mini_step", "notfinite_count")}
+    holders |= {at for at in wrappers if (*at, "step") in by_path}  # optax.conditionally_*
     inside = {frozenset(h for h in holders if at[: len(h)] == h) for at in counts}
     known = {int(x) for x in counts.values() if not isinstance(x, jax.core.Tracer)}
     if len(inside) > 1 or len(known) > 1:

@@ -86,6 +86,7 @@ def test_shardings_of_a_jit():
         lambda x: lax.broadcast_in_dim(x, (5, 2, 3), (1, 2)),
         lambda x: x.reshape(3, 2),
         lambda x: lax.expand_dims(x, (0,)),
+        lambda x: lax.squeeze(x, ()),
     ],
 )
 def test_layout(f):

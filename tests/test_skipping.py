@@ -275,6 +275,10 @@ def heads_apart(params, x):  # The channels (4, 2), in two axes that are not nei
     return jnp.einsum("bi,ihd->hbd", x, kernel)
 
 
+def squeezed(params, x):
+    return x @ jnp.squeeze(params["kernel"][:, None, :], 1)
+
+
 def in_a_jit(params, x):
     return jax.jit(lambda kernel, x: x @ kernel.astype(jnp.float32))(params["kernel"], x)
 
@@ -309,7 +313,7 @@ def in_a_batch(params, x):
 @pytest.mark.parametrize("channel", [0, 1])
 @pytest.mark.parametrize(
     "use",
-    [on_the_left, reshaped, heads_apart, in_a_jit, in_a_conditional, in_a_loop, twice]
+    [on_the_left, reshaped, squeezed, heads_apart, in_a_jit, in_a_conditional, in_a_loop, twice]
     + [saved_by_name, narrow, in_a_batch],
     ids=lambda f: f.__name__,
 )
@@ -319,8 +323,6 @@ def test_ways_to_a_product(use, channel):
     loss = lambda params, x: jnp.mean(use(params, x) ** 2)
     rtol = 0.02 if use is narrow else 1e-5
     skips = {"kernel"}
-    if use is reshaped and channel == 0:
-        pass  # (6) -> (2, 3) -> (6): the channels stay together.
     for policy in (window(channel_axes=channel), window(channel_axes=channel, layer_rate=0.5)):
         check(loss, params, policy, x, rtol=rtol, skips=skips, counts=4)
 
@@ -496,7 +498,6 @@ def test_random_convolutions(convolution, rate, which, exact):
     )
     settings = {"all": {}, "layers": {"layer_rate": 0.5}, "one": {"layer_choice": "one"}}[which]
     choice = {"channel_choice": "exact"} if exact else {"window_groups": groups}
-    policy = window(rate, channel_axes={"kernel": channel}, **settings)
     policy = cdb_jax.Policy(
         rate,
         key=3,
@@ -820,6 +821,23 @@ def test_no_tracer_leaks_and_no_host_sync():
 # Mistakes.
 
 
+def test_counts_that_start_anew_are_no_steps():
+    params = {"kernel": jnp.ones((2, 4))}
+    plateau = optax.contrib.reduce_on_plateau()
+    tx = optax.chain(plateau, optax.adam(1e-3))
+    with jax.numpy_dtype_promotion("standard"):
+        state = tx.init(params)
+        for count in range(3):
+            assert cdb_jax.selection_count(state) == count
+            _, state = tx.update(params, state, params, value=1.0)
+    with pytest.raises(ValueError, match="no count"):
+        cdb_jax.selection_count(plateau.init(params))
+    held = optax.conditionally_transform(optax.adam(1e-3), lambda step: step % 2 == 0)
+    with pytest.raises(ValueError, match="several counts"):
+        state = optax.chain(held, optax.adam(1e-3)).init(params)
+        jax.jit(cdb_jax.selection_count)(state)
+
+
 def test_several_counts_are_an_error():
     outside = cdb_jax.channel_drop_back(0.5, key=0)
     tx = optax.chain(outside, optax.MultiSteps(outside, 2).gradient_transformation())
@@ -869,6 +887,16 @@ KERNEL, X = {"kernel": jnp.ones((2, 4))}, jnp.ones((3, 2))
             lambda: cdb_jax.grad(scalar, window())({"kernel": jnp.ones((2, 4), int)}, X, count=0),
             TypeError,
             "kernel has dtype int32",
+        ),
+        (
+            lambda: cdb_jax.grad(scalar, window(), argnums=(0, -2))(KERNEL, X, count=0),
+            ValueError,
+            "twice",
+        ),
+        (
+            lambda: cdb_jax.grad(scalar, window(), argnums="0")(KERNEL, X, count=0),
+            TypeError,
+            "argnums must be",
         ),
         (
             lambda: cdb_jax.grad(scalar, window(), argnums=2)(KERNEL, X, count=0),

@@ -137,6 +137,23 @@ def test_explicit_sharding():
     chex.assert_trees_all_close((value, gradient), alone, rtol=1e-5, atol=1e-7)
 
 
+def test_explicitly_sharded_parameters_are_masked():
+    grid = mesh((8,), ("model",), AxisType.Explicit)
+    policy = window()
+    with jax.set_mesh(grid):
+        tree = jax.tree.map(lambda x: jax.device_put(x, P("model", None)), params())
+        one = lambda p, x: jnp.mean(
+            jnp.matmul(x, p["dense0"]["kernel"], out_sharding=P(None, None)) ** 2
+        )
+        batch = jax.device_put(BATCH, P(None, "model"))
+        gradient = jax.jit(cdb_jax.grad(one, policy))(tree, batch, count=0)
+        report = cdb_jax.channel_report(tree, policy, one, batch)
+    assert report.rows[0].gradient == "masked only: its sharding is explicit"
+    assert gradient["dense0"]["kernel"].sharding.spec == P("model", None)
+    alone = jax.jit(cdb_jax.grad(lambda p, x: jnp.mean((x @ p["dense0"]["kernel"]) ** 2), policy))
+    chex.assert_trees_all_close(gradient, alone(params(), BATCH, count=0), rtol=1e-5, atol=1e-7)
+
+
 def test_beside_shard_map():
     """Products outside of a `shard_map` are skipped, weights inside of it masked."""
     grid = mesh((8,), ("data",))
