@@ -400,16 +400,8 @@ def _checkpoint(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Cont
     settings = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
 
     def step(operands: Sequence[Value]) -> list[Value]:
-        def f(arrays: Sequence[Any], changes: Sequence[Change | None]) -> list[Any]:
-            inputs = [
-                x._replace(array=array, change=change)
-                for x, array, change in zip(operands, arrays, changes, strict=True)
-            ]
-            return [x.array for x in evaluate(program, inputs)]
-
-        again = jax.checkpoint(f, **settings)
-        arrays = again([x.array for x in operands], [x.change for x in operands])
-        return _anew(arrays, operands)
+        again = jax.checkpoint(_as_function(program, operands), **settings)
+        return _anew(again(*_contents(operands)), operands)
 
     return step if program.steps else None, None
 
@@ -421,24 +413,28 @@ def _cond(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -
 
     def step(operands: Sequence[Value]) -> list[Value]:
         index, *rest = operands
-
-        def branch(program: Program) -> Callable[..., list[Any]]:
-            def f(arrays: Sequence[Any], changes: Sequence[Change | None]) -> list[Any]:
-                inputs = [
-                    x._replace(array=array, change=change)
-                    for x, array, change in zip(rest, arrays, changes, strict=True)
-                ]
-                return [x.array for x in evaluate(program, inputs)]
-
-            return f
-
-        branches = [branch(program) for program, _ in followed]
-        arrays = lax.switch(
-            index.array, branches, [x.array for x in rest], [x.change for x in rest]
-        )
-        return _anew(arrays, operands)
+        branches = [_as_function(program, rest) for program, _ in followed]
+        return _anew(lax.switch(index.array, branches, *_contents(rest)), operands)
 
     return step if any(program.steps for program, _ in followed) else None, None
+
+
+def _contents(values: Sequence[Value]) -> tuple[list[Any], list[Change | None]]:
+    """The arrays of values, as arguments of `_as_function`."""
+    return [x.array for x in values], [x.change for x in values]
+
+
+def _as_function(program: Program, like: Sequence[Value]) -> Callable[..., list[Any]]:
+    """A program as a function of arrays, for operands that are needed where those of `like` are."""
+
+    def f(arrays: Sequence[Any], changes: Sequence[Change | None]) -> list[Any]:
+        inputs = [
+            Value(array, change, x.needed)
+            for array, change, x in zip(arrays, changes, like, strict=True)
+        ]
+        return [x.array for x in evaluate(program, inputs)]
+
+    return f
 
 
 def _scan(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Called:

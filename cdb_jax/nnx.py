@@ -112,12 +112,7 @@ def grad(
 ) -> Callable[..., Any]:
     """Like `value_and_grad`, but returns the gradient alone, or with `has_aux` it and the data."""
     both = value_and_grad(f, policy, argnums, has_aux, **settings)
-
-    def gradient(*args: Any, count: Any = None, **kwargs: Any) -> Any:
-        value, result = both(*args, count=count, **kwargs)
-        return (result, value[1]) if has_aux else result
-
-    return gradient
+    return skipping.without_value(both, has_aux)
 
 
 def _is_model(x: Any) -> bool:

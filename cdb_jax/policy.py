@@ -106,6 +106,11 @@ class Policy:
                 f"channel_choice='window', got channel_choice={self.channel_choice!r}."
             )
 
+    @property
+    def others_stand_still(self) -> bool:
+        """Whether one layer learns in a step, and nothing else that is not exempt."""
+        return self.layer_choice == "one" and self.other_layers == "still"
+
     def layout(self, updates: Any) -> channels.Layout:
         """Finds the layers of `updates` under this policy; see `cdb_jax.channels.resolve`."""
         return channels.resolve(

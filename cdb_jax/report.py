@@ -115,21 +115,19 @@ def channel_report(
     rows = [_row(leaf, policy) for leaf in layout.leaves]
     if fun is not None:
         skipping.check_policy(policy)
-        gradients = _gradients(skipping.trace_abstract(fun, params, args, kwargs, policy), params)
-        rows = [row._replace(gradient=x) for row, x in zip(rows, gradients, strict=True)]
+        traced = skipping.trace_abstract(fun, params, args, kwargs, policy)
+        rows = [
+            row._replace(gradient=_gradient(traced, policy, i, x))
+            for i, (row, x) in enumerate(zip(rows, jax.tree.leaves(params), strict=True))
+        ]
     return ChannelReport(tuple(rows), _summary(layout, policy))
 
 
-def _gradients(traced: skipping.Traced, params: Any) -> list[str]:
-    """How the gradient of each leaf is computed."""
-    return [_gradient(traced, i, x) for i, x in enumerate(jax.tree.leaves(params))]
-
-
-def _gradient(traced: skipping.Traced, i: int, x: Any) -> str:
+def _gradient(traced: skipping.Traced, policy: Policy, i: int, x: Any) -> str:
+    """How the gradient of a leaf is computed."""
     leaf = traced.layout.leaves[i]
     if leaf.layer is None:
-        stands_still = traced.gated and leaf.reason != channels.EXEMPT
-        return "none: stands still" if stands_still else "in full"
+        return "none: stands still" if selection.stands_still(policy, leaf) else "in full"
     if i not in traced.targets:
         return "masked only: a bias"
     target = traced.targets[i]

@@ -14,7 +14,7 @@ of operations does not grow with the depth of the model.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -282,23 +282,29 @@ def draw(policy: Policy, layout: channels.Layout, count: jax.typing.ArrayLike) -
             whole = _whole_factors(policy, rate, chosen[start:stop], survival[start:stop])
             factors = jnp.where(masked[:, None], kept, whole[:, None])
             groups.append(Group(tuple(members), factors, jnp.asarray(masked), at))
-    if policy.layer_choice == "one" and policy.other_layers == "still":
-        groups.append(_standing_still(layout))
+    if policy.others_stand_still:
+        still = tuple(leaf for leaf in layout.leaves if stands_still(policy, leaf))
+        zeros = jnp.zeros((len(still), 1), jnp.float32)
+        groups.append(Group(still, zeros, masked=jnp.zeros(len(still), bool)))
     return groups
 
 
 def as_selection(groups: Sequence[Group]) -> Selection:
     """Cuts the matrices of the groups into one entry for each layer."""
     selection = {}
-    for layers, factors, *_ in groups:
-        start = 0
-        for layer in layers:
-            rows = factors[start : start + layer.depth]
-            selection[layer.path] = rows.reshape(
-                (*layer.stack_shape, layer.channels) if layer.layer else ()
-            )
-            start += layer.depth
+    for group in groups:
+        for layer, rows in rows_of(group):
+            shape = (*layer.stack_shape, layer.channels) if layer.layer else ()
+            selection[layer.path] = group.factors[rows].reshape(shape)
     return selection
+
+
+def rows_of(group: Group) -> Iterator[tuple[channels.Leaf, slice]]:
+    """The layers of a group, and the rows of its matrix that are theirs."""
+    stop = 0
+    for layer in group.layers:
+        start, stop = stop, stop + layer.depth
+        yield layer, slice(start, stop)
 
 
 def fraction_of(groups: Sequence[Group], layout: channels.Layout) -> jax.Array:
@@ -476,17 +482,12 @@ def _whole_factors(
         # With rate 1 whole layers stand still, and those that learn make up for it.
         survival = jnp.where(survival > 0, survival, 1.0)
         ones = jnp.where(rate >= 1.0, 1.0 / survival, ones)
-    if policy.layer_choice == "one" and policy.other_layers == "still":
+    if policy.others_stand_still:
         return jnp.where(chosen, ones, 0.0)
     return ones
 
 
-def _standing_still(layout: channels.Layout) -> Group:
-    """The leaves without channels that may not learn while another layer does."""
-    still = tuple(
-        leaf
-        for leaf in layout.leaves
-        if leaf.layer is None and leaf.reason not in (channels.EXEMPT, channels.NO_VALUES)
-    )
-    zeros = jnp.zeros((len(still), 1), jnp.float32)
-    return Group(still, zeros, masked=zeros[:, 0] > 0)
+def stands_still(policy: Policy, leaf: channels.Leaf) -> bool:
+    """Whether a leaf without channels may not learn, because a layer does instead."""
+    may_learn = leaf.layer is not None or leaf.reason in (channels.EXEMPT, channels.NO_VALUES)
+    return policy.others_stand_still and not may_learn

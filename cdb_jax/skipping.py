@@ -119,10 +119,14 @@ def grad(
       >>> gradient({"kernel": jnp.zeros((1, 4))}, jnp.ones((3, 1)), count=1)
       {'kernel': Array([[3., 3., 0., 0.]], dtype=float32)}
     """
-    both = value_and_grad(fun, policy, argnums, has_aux, **settings)
+    return without_value(value_and_grad(fun, policy, argnums, has_aux, **settings), has_aux)
 
-    def gradient(*args: Any, count: Any = None, **kwargs: Any) -> Any:
-        value, result = both(*args, count=count, **kwargs)
+
+def without_value(value_and_gradient: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """The function that `grad` returns, from the one that `value_and_grad` returns."""
+
+    def gradient(*args: Any, **kwargs: Any) -> Any:
+        value, result = value_and_gradient(*args, **kwargs)
         return (result, value[1]) if has_aux else result
 
     return gradient
@@ -157,14 +161,13 @@ def target_of(policy: Policy, leaf: channels.Leaf) -> products.Target:
     size = leaf.channels // groups
     kept = int(selection.kept_channels(policy.rate, size))
     masked = products.STILL if kept == 0 else products.FULL if kept == size else products.PARTLY
-    states = {masked}
-    one = policy.layer_choice == "one"
-    if isinstance(policy.layer_rate, float) and policy.layer_rate == 0.0:
-        states = {products.FULL}
-    elif not (isinstance(policy.layer_rate, float) and policy.layer_rate == 1.0):
+    # A schedule or an array may be anything between 0 and 1.
+    layer_rate = policy.layer_rate if isinstance(policy.layer_rate, float) else 0.5
+    states = {masked} if layer_rate > 0.0 else set()
+    if layer_rate < 1.0:
         states.add(products.FULL)
-    if one:
-        states.add(products.STILL if policy.other_layers == "still" else products.FULL)
+    if policy.layer_choice == "one":
+        states.add(products.STILL if policy.others_stand_still else products.FULL)
     part = None
     if products.PARTLY in states:
         part = parts.Part(groups, size, kept, policy.channel_choice == "window")
@@ -241,7 +244,6 @@ class Traced(NamedTuple):
     layout: channels.Layout
     targets: dict[int, products.Target]  # Of the leaves that are layers.
     uses: dict[int, following.Uses]
-    gated: bool  # Whether gradients that only feed layers that stand still are left out.
     unflatten_aux: Callable[[Sequence[Any]], Any]
 
 
@@ -291,10 +293,9 @@ def trace(call: Callable[[Any], Any], params: Any, policy: Policy, has_aux: bool
         following.Weight(i, leaf.channel, leaf.stack) if i in followed - explicit else None
         for i, leaf in enumerate(layout.leaves)
     ]
-    gated = policy.layer_choice == "one" and policy.other_layers == "still"
-    program, uses = following.follow(closed, weights, targets, gated)
+    program, uses = following.follow(closed, weights, targets, policy.others_stand_still)
     uses |= {i: following.Uses(0, ("its sharding is explicit",)) for i in followed & explicit}
-    return Traced(program, layout, targets, uses, gated, unflatten_aux)
+    return Traced(program, layout, targets, uses, unflatten_aux)
 
 
 def trace_abstract(
@@ -302,23 +303,18 @@ def trace_abstract(
 ) -> Traced:
     """Traces `fun(params, *args, **kwargs)`, whose arrays may be `jax.ShapeDtypeStruct`."""
     check_function(fun)
+    leaves, treedef = jax.tree.flatten((params, args, kwargs))
+    arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
     found = []
 
-    def value_of(given: tuple[Any, Any, Any]) -> Any:
-        params, args, kwargs = given
+    def fill(arrays: dict[int, Any]) -> None:
+        filled = [arrays.get(i, x) for i, x in enumerate(leaves)]
+        params, args, kwargs = jax.tree.unflatten(treedef, filled)
         params, call = _differentiated(fun, (params, *args), kwargs, 0)
         first = lambda result: result[0] if isinstance(result, tuple) else result
         found.append(trace(lambda params: first(call(params)), params, policy, has_aux=False))
 
-    leaves, treedef = jax.tree.flatten((params, args, kwargs))
-    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
-
-    def fill(arrays: Sequence[Any]) -> None:
-        rest = iter(arrays)
-        filled = [next(rest) if a else x for a, x in zip(is_array, leaves, strict=True)]
-        value_of(jax.tree.unflatten(treedef, filled))
-
-    jax.eval_shape(fill, [x for a, x in zip(is_array, leaves, strict=True) if a])
+    jax.eval_shape(fill, arrays)
     return found[0]
 
 
@@ -350,7 +346,7 @@ def _evaluate(
     leaves, treedef = jax.tree.flatten(params)
     layers = traced.layout.leaves
     drawn = _drawn(traced, groups, count)
-    needed = _needed(traced, drawn)
+    needed = _needed(traced, policy, drawn)
     skipped = {i for i, uses in traced.uses.items() if uses.products}
     # A leaf that is only read by products needs no gradient beside theirs.
     direct = {
@@ -419,20 +415,16 @@ def _drawn(
     def cut(arrays: Sequence[tuple[Any, ...]]) -> dict[int, tuple[jax.Array, jax.Array]]:
         drawn = {}
         for group, (factors, masked, start) in zip(groups, arrays, strict=True):
-            stop = 0
-            for layer in group.layers:
-                begin, stop = stop, stop + layer.depth
-                if index[layer.path] not in traced.targets:
+            for layer, rows in selection.rows_of(group):
+                i = index[layer.path]
+                if i not in traced.targets:
                     continue
-                target = traced.targets[index[layer.path]]
-                rows = slice(begin, stop)
+                part, when_masked = traced.targets[i].part, traced.targets[i].masked
                 whole = jnp.where(factors[rows, 0] == 0, products.STILL, products.FULL)
-                state = jnp.where(masked[rows], target.masked, whole).astype(jnp.int32)
-                at = _place(target.part, factors[rows], None if start is None else start[rows])
-                drawn[index[layer.path]] = (
-                    at.reshape(layer.stack_shape + at.shape[1:]),
-                    state.reshape(layer.stack_shape),
-                )
+                state = jnp.where(masked[rows], when_masked, whole).astype(jnp.int32)
+                at = _place(part, factors[rows], None if start is None else start[rows])
+                stack = layer.stack_shape
+                drawn[i] = at.reshape(stack + at.shape[1:]), state.reshape(stack)
         return drawn
 
     arrays = [(group.factors, group.masked, group.start) for group in groups]
@@ -448,20 +440,20 @@ def _place(part: parts.Part | None, factors: jax.Array, start: jax.Array | None)
 
 
 def _needed(
-    traced: Traced, drawn: dict[int, tuple[jax.Array, jax.Array]]
+    traced: Traced, policy: Policy, drawn: dict[int, tuple[jax.Array, jax.Array]]
 ) -> list[frozenset[following.Flag]]:
     """For each leaf whether it learns in this step."""
     index = {leaf.path: i for i, leaf in enumerate(traced.layout.leaves)}
 
     def flags(leaf: channels.Leaf) -> frozenset[following.Flag]:
         if leaf.layer is None:
-            stands_still = traced.gated and leaf.reason != channels.EXEMPT
-            return following.NEVER if stands_still else following.ALWAYS
+            still = selection.stands_still(policy, leaf)
+            return following.NEVER if still else following.ALWAYS
         i = index[leaf.layer]  # For a bias that follows, its kernel's.
         target = traced.targets[i]
         if target.states == (products.STILL,):
             return following.NEVER
-        if not traced.gated or products.STILL not in target.states:
+        if not policy.others_stand_still or products.STILL not in target.states:
             return following.ALWAYS
         return frozenset([following.Flag(jnp.any(drawn[i][1] != products.STILL))])
 
