@@ -257,6 +257,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def results_file(benchmark: str) -> Path:
+    """Where the results of a benchmark on this device belong."""
+    slug = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    return folder / f"{benchmark}-{slug}.json"
+
+
 def versions() -> dict[str, str]:
     packages = (jax, flax, optax, np, cdb_jax)
     return {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages}
@@ -330,9 +338,7 @@ def main() -> None:
         "compile_rounds": args.compile_rounds,
         "rows": rows,
     }
-    slug = re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")
-    output = args.output or Path(__file__).parent / "results" / f"overhead-{slug}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = args.output or results_file("overhead")
     output.write_text(json.dumps(report, indent=2) + "\n")
     print(table(rows))
     print(f"\n{report['machine']}\n{report['versions']}\nwritten to {output}")

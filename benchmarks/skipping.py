@@ -17,7 +17,6 @@ on the same machine with the same versions, stay. Needs jax, flax, optax, numpy.
 import argparse
 import json
 import math
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from overhead import machine, parse_step, versions  # Puts the library on the path.
+from overhead import machine, parse_step, results_file, versions  # Puts the library on the path.
 
 import cdb_jax
 from models import create
@@ -238,13 +237,11 @@ def main() -> None:
             task = Task(name, size, batch, optimizer, args.dtype)
             rows += compare(task, variants(args.rates, args.layer_rates), args.rounds)
     report = {"machine": machine(), "versions": versions()}
-    slug = re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")
-    output = args.output or Path(__file__).parent / "results" / f"skipping-{slug}.json"
+    output = args.output or results_file("skipping")
     before = json.loads(output.read_text()) if output.exists() else {}
     if report.items() <= before.items():
         measured = {row["task"] for row in rows}
         rows = [row for row in before["rows"] if row["task"] not in measured] + rows
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report | {"rows": rows}, indent=2) + "\n")
     print(table(rows))
     mean = math.exp(sum(math.log(row["ratio"]) for row in rows) / len(rows))

@@ -80,7 +80,10 @@ def put(
     part: Part,
     at: jax.Array,
 ) -> jax.Array:
-    """Puts a kept part where `take` cut it out, into zeros of the given shape."""
+    """Puts a kept part where `take` cut it out, into zeros of the given shape.
+
+    Without channel axes nothing was cut, and `x` is returned.
+    """
     if not channel:
         return x
     if stack:

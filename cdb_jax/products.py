@@ -50,19 +50,19 @@ class Target(NamedTuple):
 class Product(NamedTuple):
     """A product with a weight, and where the channels of the weight are.
 
-    `side` is the position of the weight among the operands. `w`, `x` and `y` are the axes of the
-    weight, of the other operand and of the result that hold its channels; `x_stack` and `y_stack`
-    the axes along which several layers are stacked. `part_op` is the operation on parts, and
-    `x_part` the part of the other operand.
+    `side` is the position of the weight w among the operands; x is the other one, y the result.
+    `w_channel`, `x_channel` and `y_channel` are the axes that hold the channels of the weight;
+    `w_stack`, `x_stack` and `y_stack` those along which several layers are stacked. `part_op` is
+    the operation on parts, and `x_part` the part of x.
     """
 
     op: BinaryOp
     part_op: BinaryOp
     side: int
     target: Target
-    w: tuple[int, ...] = ()
-    x: tuple[int, ...] = ()
-    y: tuple[int, ...] = ()
+    w_channel: tuple[int, ...] = ()
+    x_channel: tuple[int, ...] = ()
+    y_channel: tuple[int, ...] = ()
     w_stack: tuple[int, ...] = ()
     x_stack: tuple[int, ...] = ()
     y_stack: tuple[int, ...] = ()
@@ -101,20 +101,22 @@ def dot_product(
         op,
         side,
         target,
-        w=channel,
+        w_channel=channel,
         w_stack=stack,
         x_stack=tuple(batch[other][i] for i in places),
         y_stack=tuple(places),
         x_part=target.part,
     )
     if all(axis in free for axis in channel):
-        return description._replace(y=tuple(first_free + free.index(axis) for axis in channel))
+        return description._replace(
+            y_channel=tuple(first_free + free.index(axis) for axis in channel)
+        )
     if all(axis in contract[side] for axis in channel):
         x = tuple(contract[other][tuple(contract[side]).index(axis)] for axis in channel)
-        return description._replace(x=x)
+        return description._replace(x_channel=x)
     if all(axis in batch[side] for axis in channel):
         y = tuple(tuple(batch[side]).index(axis) for axis in channel)
-        return description._replace(x=tuple(batch[other][i] for i in y), y=y)
+        return description._replace(x_channel=tuple(batch[other][i] for i in y), y_channel=y)
     return "its channels are partly summed over and partly not"
 
 
@@ -135,21 +137,21 @@ def convolution(
         return "several convolutions in one"
     op = partial(lax.conv_general_dilated, **_convolution_arguments(params))
     part = target.part
-    description = Product(op, op, side, target, w=channel, x_part=part)
+    description = Product(op, op, side, target, w_channel=channel, x_part=part)
     if part is None:
         return description
     if channel == (into,):
         # The channels of a kernel in groups are the inputs of each group.
         x_part = part._replace(groups=groups * part.groups)
-        return description._replace(x=(x_features,), x_part=x_part)
+        return description._replace(x_channel=(x_features,), x_part=x_part)
     if channel != (out,):
         return "its channels are no feature axis of the convolution"
-    description = description._replace(y=(y_features,))
+    description = description._replace(y_channel=(y_features,))
     if part.groups % groups == 0:
         return description
     if kernel_shape[into] == 1 and kernel_shape[out] == groups:  # Depthwise.
         part_op = partial(op, feature_group_count=part.total)
-        return description._replace(x=(x_features,), part_op=part_op)
+        return description._replace(x_channel=(x_features,), part_op=part_op)
     return (
         f"a convolution in {groups} groups, of which a part of the channels is none; "
         f'channel_choice="window" with window_groups a multiple of {groups} is'
@@ -184,8 +186,8 @@ def multiply(
       product: what to compute.
       x: the other operand.
       w: the weight.
-      z: stands for a change of the weight, `product.target.shape(w.shape, product.w)`; its values
-        do not matter. Its gradient is that of the weight.
+      z: stands for a change of the weight, of shape `product.target.shape(w.shape,
+        product.w_channel)`; its values do not matter. Its gradient is that of the weight.
       at: where the kept part lies.
       state: what the layer does in this step.
       needed: whether anything that learns in this step lies below `x`; if not, the gradient of `x`
@@ -194,116 +196,132 @@ def multiply(
     Returns:
       The product.
     """
-    states = product.target.states
-    cuts_early = FULL not in states and bool(product.x)
-    is_static = isinstance(needed, bool)
-    flag = jnp.zeros((), bool) if is_static else needed
-    w_type = jax.typeof(w)
-    x_type = jax.typeof(x)
+    x_type, w_type = jax.typeof(x), jax.typeof(w)
 
-    def cut_x(x: jax.Array, at: jax.Array) -> jax.Array:
-        if product.x_part is None:
-            return x
-        return parts.take(x, product.x, product.x_stack, product.x_part, at)
+    @jax.custom_vjp
+    def product_of(x: Any, w: Any, z: Any, at: Any, state: Any, needed: Any) -> Any:
+        return product.of(product.op, x, w)
 
     def forward(x: Any, w: Any, z: Any, at: Any, state: Any, flag: Any) -> Any:
         y = product.of(product.op, x.value, w.value)
-        wants_x = x.perturbed and needed is not False
         kept_x = None
         if z.perturbed:
             # Where only a part of x is needed, that is all that is kept in memory.
-            kept_x = cut_x(x.value, at.value) if cuts_early else x.value
-        return y, (kept_x, w.value if wants_x else None, at.value, state.value, flag.value)
+            kept_x = _cut(product, x.value, at.value) if _cuts_early(product) else x.value
+        kept_w = w.value if x.perturbed and needed is not False else None
+        return y, (kept_x, kept_w, at.value, state.value, flag.value)
 
     def backward(residuals: Any, dy: Any) -> Any:
         x, w, at, state, flag = residuals
         if isinstance(dy, jax.custom_derivatives.SymbolicZero):
             return (None,) * 6
-        dx = dz = None
-        if w is not None:
-            by_x = lambda w, x: product.of(product.op, x, w)
-            transposed = _transpose(by_x, x_type, () if is_static else SLOW_IN_CONDITIONALS)
-            dx = transposed(dy, w) if is_static else _either(flag, transposed, dy, w)
-        if x is not None:
-            dz = weight_gradient(x, dy, at, state)
+        by_x = lambda w, x: product.of(product.op, x, w)
+        dx = _operand_gradient(by_x, x_type, dy, w, needed, flag)
+        dz = None if x is None else _weight_gradient(product, w_type, x, dy, at, state)
         return dx, None, dz, None, None, None
 
-    def weight_gradient(x: jax.Array, dy: jax.Array, at: jax.Array, state: jax.Array) -> jax.Array:
-        ordered = SLOW_IN_CONDITIONALS if len(states) > 1 else SLOW_ANYWHERE
-
-        def partly(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
-            part = product.target.part
-            assert part is not None
-            kept_x = x if cuts_early else cut_x(x, at)
-            dy = parts.take(dy, product.y, product.y_stack, part, at)
-            kept_type = jax.ShapeDtypeStruct(part.shape(w_type.shape, product.w), w_type.dtype)
-            by_w = lambda x, w: product.of(product.part_op, x, w)
-            dw = _transpose(by_w, kept_type, ordered)(dy, kept_x)
-            if product.target.compact:
-                return dw
-            return parts.put(dw, w_type.shape, product.w, product.w_stack, part, at)
-
-        def full(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
-            by_w = lambda x, w: product.of(product.op, x, w)
-            return _transpose(by_w, w_type, ordered)(dy, x)
-
-        def learns(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
-            if FULL not in states:
-                return partly(x, dy, at)
-            if PARTLY not in states:
-                return full(x, dy, at)
-            return lax.cond(state == FULL, full, partly, x, dy, at)
-
-        if STILL not in states:
-            return learns(x, dy, at)
-        return _either(state != STILL, learns, x, dy, at)
-
-    @jax.custom_vjp
-    def product_of(x: Any, w: Any, z: Any, at: Any, state: Any, flag: Any) -> Any:
-        return product.of(product.op, x, w)
-
     product_of.defvjp(forward, backward, symbolic_zeros=True)
-    return product_of(x, w, z, at, state, flag)
+    return product_of(x, w, z, at, state, jnp.asarray(needed))
 
 
-def gate(op: BinaryOp, x: jax.Array, y: jax.Array, needed: tuple[Any, Any]) -> jax.Array:
+def gate(
+    op: BinaryOp, x: jax.Array, y: jax.Array, needed: tuple[jax.Array | bool, jax.Array | bool]
+) -> jax.Array:
     """A product without a weight, whose gradients are zero where nothing that learns lies below."""
-    flags = tuple(jnp.zeros((), bool) if isinstance(flag, bool) else flag for flag in needed)
-    types = jax.typeof(x), jax.typeof(y)
-
-    def forward(x: Any, y: Any, *flags: Any) -> Any:
-        wants = [v.perturbed and flag is not False for v, flag in zip((x, y), needed, strict=True)]
-        saved = (y.value if wants[0] else None, x.value if wants[1] else None)
-        return op(x.value, y.value), (saved, tuple(flag.value for flag in flags))
-
-    def backward(residuals: Any, d: Any) -> Any:
-        (y, x), flags = residuals
-        if isinstance(d, jax.custom_derivatives.SymbolicZero):
-            return (None,) * 4
-        by_x = _transpose(lambda y, x: op(x, y), types[0], SLOW_IN_CONDITIONALS)
-        by_y = _transpose(lambda x, y: op(x, y), types[1], SLOW_IN_CONDITIONALS)
-        gradients = [
-            None
-            if other is None
-            else f(d, other)
-            if isinstance(need, bool)
-            else _either(flag, f, d, other)
-            for f, other, need, flag in zip((by_x, by_y), (y, x), needed, flags, strict=True)
-        ]
-        return (*gradients, None, None)
+    x_type, y_type = jax.typeof(x), jax.typeof(y)
 
     @jax.custom_vjp
-    def product_of(x: Any, y: Any, *flags: Any) -> Any:
+    def product_of(x: Any, y: Any, needed: Any) -> Any:
         return op(x, y)
 
+    def forward(x: Any, y: Any, flags: Any) -> Any:
+        for_x = y.value if x.perturbed and needed[0] is not False else None
+        for_y = x.value if y.perturbed and needed[1] is not False else None
+        return op(x.value, y.value), (for_x, for_y, [flag.value for flag in flags])
+
+    def backward(residuals: Any, d: Any) -> Any:
+        y, x, flags = residuals
+        if isinstance(d, jax.custom_derivatives.SymbolicZero):
+            return (None,) * 3
+        dx = _operand_gradient(lambda y, x: op(x, y), x_type, d, y, needed[0], flags[0])
+        dy = _operand_gradient(lambda x, y: op(x, y), y_type, d, x, needed[1], flags[1])
+        return dx, dy, None
+
     product_of.defvjp(forward, backward, symbolic_zeros=True)
-    return product_of(x, y, *flags)
+    return product_of(x, y, [jnp.asarray(flag) for flag in needed])
 
 
-def _either(flag: jax.Array, f: Callable[..., jax.Array], *operands: Any) -> jax.Array:
-    """`f(*operands)` if the flag is set, else zeros, at run time."""
-    out = jax.eval_shape(f, *operands)
-    zeros = lambda *_: jnp.zeros(out.shape, out.dtype)
+def _operand_gradient(
+    linear: Callable[[Any, Any], Any],
+    of: Any,
+    cotangent: jax.Array,
+    other: jax.Array | None,
+    needed: jax.Array | bool,
+    flag: jax.Array,
+) -> jax.Array | None:
+    """The gradient of an operand of type `of`; none if the other operand was not saved for it.
+
+    `flag` holds the value of `needed` as a residual, which is looked at if it is not static.
+    """
+    if other is None:
+        return None
+    if isinstance(needed, bool):
+        return _transpose(linear, of, ())(cotangent, other)
+    transposed = _transpose(linear, of, SLOW_IN_CONDITIONALS)
+    return _if(flag, transposed, of, cotangent, other)
+
+
+def _cuts_early(product: Product) -> bool:
+    """Whether only a part of x is ever needed."""
+    return FULL not in product.target.states and bool(product.x_channel)
+
+
+def _cut(product: Product, x: jax.Array, at: jax.Array) -> jax.Array:
+    if product.x_part is None:
+        return x
+    return parts.take(x, product.x_channel, product.x_stack, product.x_part, at)
+
+
+def _weight_gradient(
+    product: Product, w_type: Any, x: jax.Array, dy: jax.Array, at: jax.Array, state: jax.Array
+) -> jax.Array:
+    """The gradient of a weight of type `w_type`; `x` is cut already if it is cut early."""
+    target = product.target
+    ordered = SLOW_IN_CONDITIONALS if len(target.states) > 1 else SLOW_ANYWHERE
+
+    def partly(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
+        part = target.part
+        assert part is not None
+        kept_x = x if _cuts_early(product) else _cut(product, x, at)
+        dy = parts.take(dy, product.y_channel, product.y_stack, part, at)
+        kept_shape = part.shape(w_type.shape, product.w_channel)
+        by_w = lambda x, w: product.of(product.part_op, x, w)
+        kept_type = jax.ShapeDtypeStruct(kept_shape, w_type.dtype)
+        dw = _transpose(by_w, kept_type, ordered)(dy, kept_x)
+        if target.compact:
+            return dw
+        return parts.put(dw, w_type.shape, product.w_channel, product.w_stack, part, at)
+
+    def full(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
+        by_w = lambda x, w: product.of(product.op, x, w)
+        return _transpose(by_w, w_type, ordered)(dy, x)
+
+    def learns(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
+        if FULL not in target.states:
+            return partly(x, dy, at)
+        if PARTLY not in target.states:
+            return full(x, dy, at)
+        return lax.cond(state == FULL, full, partly, x, dy, at)
+
+    if STILL not in target.states:
+        return learns(x, dy, at)
+    of = jax.ShapeDtypeStruct(target.shape(w_type.shape, product.w_channel), w_type.dtype)
+    return _if(state != STILL, learns, of, x, dy, at)
+
+
+def _if(flag: jax.Array, f: Callable[..., jax.Array], of: Any, *operands: Any) -> jax.Array:
+    """`f(*operands)`, of type `of`, if the flag is set at run time, else zeros."""
+    zeros = lambda *_: jnp.zeros(of.shape, of.dtype)
     return lax.cond(flag, f, zeros, *operands)
 
 
