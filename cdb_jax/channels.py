@@ -48,7 +48,8 @@ class Axes:
 
     Args:
       channel: an axis, or several that together index the channels, or `output_channels` /
-        `input_channels` to find them in the shape that is left without the stack axes.
+        `input_channels` to find them in the shape that is left without the stack axes. With
+        `()` a whole leaf of any rank is one channel, for policies that only drop whole layers.
       stack: the axis or axes along which layers are stacked (scanned blocks, experts). Every
         index is a layer of its own, with a selection of its own.
 
@@ -318,10 +319,17 @@ def _resolve_leaf(
     spec, for_this_leaf = spec_of(path, x)
     if spec is None:
         return alone._replace(reason="channel_axes says None")
+    if spec == ():
+        raise ValueError(
+            f"channel_axes: () for {path!r} names no channel axis; Axes(()) takes the whole leaf "
+            "as one channel."
+        )
     axes = spec if isinstance(spec, Axes) else Axes(spec)
     stack = _normalise(axes.stack, shape, path)
     rest = [axis for axis in range(len(shape)) if axis not in stack]
     by_convention = isinstance(axes.channel, Convention)
+    if axes.channel == ():
+        return alone._replace(stack=stack, layer=path)
     if len(rest) < 2 and not by_convention and not for_this_leaf:
         return alone._replace(reason=FEW_DIMENSIONS)
 
@@ -332,8 +340,6 @@ def _resolve_leaf(
             return alone._replace(reason=by_name)
         channel = tuple(rest[axis] for axis in by_name)
     channel = _normalise(channel, shape, path)
-    if not channel:
-        raise ValueError(f"channel_axes: {spec!r} for {path!r} names no channel axis.")
     if set(channel) & set(stack):
         raise ValueError(
             f"channel_axes: {spec!r} for {path!r} of shape {shape} uses an axis both as a channel "

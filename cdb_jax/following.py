@@ -123,7 +123,8 @@ def evaluate(program: Program, operands: Sequence[Value]) -> list[Value]:
     for i, eqn in enumerate(jaxpr.eqns):
         given = [read(v) for v in eqn.invars]
         if i in program.steps:
-            results = program.steps[i](given)
+            with jaxprs.as_in(eqn):
+                results = program.steps[i](given)
         else:
             results = _anew(jaxprs.run(eqn, jaxpr, [x.array for x in given]), given)
         values.update(zip(eqn.outvars, results, strict=True))
@@ -281,6 +282,11 @@ def _constrained(eqn: core.JaxprEqn, weight: Weight, target: products.Target) ->
     return weight, lambda z: lax.with_sharding_constraint(z, sharding)
 
 
+def _varied(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+    """Replicated over a mesh axis of a `shard_map`; the gradient is summed over that axis."""
+    return weight, lambda z: lax.pcast(z, eqn.params["axes"], to="varying")
+
+
 def _converted(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.inexact):
@@ -365,6 +371,7 @@ _LAYOUT: dict[str, Callable[[core.JaxprEqn, Weight, products.Target], Moved]] = 
     "name": _same,
     "optimization_barrier": _same,
     "sharding_constraint": _constrained,
+    "pvary": _varied,
     "convert_element_type": _converted,
     "transpose": _transposed,
     "rev": _reversed,
@@ -453,19 +460,21 @@ def _scan(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -
             operands[consts:first_x],
             operands[first_x:],
         )
-        changes = [_per_iteration(*x) for x in zip(scanned, weights[first_x:], sliced, strict=True)]
+        length = eqn.params["length"]
+        changes = [
+            _per_iteration(x.change, weight, length) if own else None
+            for x, weight, own in zip(scanned, weights[first_x:], sliced, strict=True)
+        ]
 
         def body(carry: Any, xs: Any) -> tuple[Any, Any]:
             arrays, below = carry
             flags = frozenset([Flag(below)]) if context.gated else _union(operands)
             inputs = [*constants, *(Value(x, None, flags) for x in arrays)]
             learns = []
-            for x, array, own, (_, shared) in zip(scanned, *xs, changes, strict=True):
-                change, needed = None, x.needed
-                if own is not None:
-                    change = Change(own.z, *(own.of_layer or shared))
-                    if context.gated and own.of_layer:
-                        needed = frozenset([Flag(change.state != products.STILL)])
+            for x, array, change in zip(scanned, *xs, strict=True):
+                needed = x.needed
+                if context.gated and change is not None:
+                    needed = frozenset([Flag(jnp.any(change.state != products.STILL))])
                 learns.append(needed)
                 inputs.append(Value(array, change, needed))
             outs = [x.array for x in evaluate(program, inputs)]
@@ -474,7 +483,7 @@ def _scan(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -
             return (outs[: len(arrays)], below), outs[len(arrays) :]
 
         start = jnp.asarray(any_of(_union([*constants, *carried])))
-        xs = ([x.array for x in scanned], [own for own, _ in changes])
+        xs = ([x.array for x in scanned], changes)
         (arrays, below), ys = lax.scan(body, ([x.array for x in carried], start), xs, **settings)
         needed = frozenset([Flag(below)]) if context.gated else _union(operands)
         return [Value(x, None, needed) for x in (*arrays, *ys)]
@@ -495,24 +504,15 @@ def _slice(weight: Weight | None, context: _Context) -> Weight | None:
     )
 
 
-class _Own(NamedTuple):
-    """What each iteration of a loop has of its own of a change."""
-
-    z: jax.Array
-    of_layer: tuple[jax.Array, jax.Array] | None  # `at` and `state`, if each is a layer.
-
-
-def _per_iteration(
-    value: Value, weight: Weight | None, sliced: Weight | None
-) -> tuple[_Own | None, tuple[jax.Array, jax.Array] | None]:
-    """Splits a change into what each iteration of a loop has of its own, and what all share."""
-    if value.change is None or weight is None or sliced is None:
-        return None, None
-    z, at, state = value.change
-    if 0 not in weight.stack:
-        return _Own(z, None), (at, state)
-    axis = weight.stack.index(0)
-    return _Own(z, (jnp.moveaxis(at, axis, 0), jnp.moveaxis(state, axis, 0))), None
+def _per_iteration(change: Change | None, weight: Weight | None, length: int) -> Change | None:
+    """What each iteration of a loop has of a change."""
+    if change is None or weight is None:
+        return None
+    z, *drawn = change
+    if 0 in weight.stack:
+        axis = weight.stack.index(0)
+        return Change(z, *(jnp.moveaxis(x, axis, 0) for x in drawn))
+    return Change(z, *(jnp.broadcast_to(x, (length, *x.shape)) for x in drawn))
 
 
 _CALLS: dict[str, Callable[[core.JaxprEqn, list[Weight | None], _Context], Called]] = {

@@ -1,16 +1,29 @@
 """Evaluating a traced program with some of its operations replaced.
 
 Everything here and in `following.py` that depends on how JAX represents programs is documented in
-`jax.extend.core`, except the names of primitives and of their parameters; `tests/test_following.py`
-fails where one of them has moved.
+`jax.extend.core`, except the names of primitives and of their parameters, and what `as_in` reads;
+`tests/test_following.py` fails where one of them has moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.extend import core
+
+
+@contextlib.contextmanager
+def as_in(eqn: core.JaxprEqn) -> Iterator[None]:
+    """The name scopes, `compute_on` and the like under which an equation was traced.
+
+    `run` evaluates under them as well; this is for what takes an equation's place.
+    """
+    scopes = str(eqn.source_info.name_stack)
+    with eqn.ctx.manager, jax.named_scope(scopes) if scopes else contextlib.nullcontext():
+        yield
 
 
 def run(eqn: core.JaxprEqn, within: core.Jaxpr, operands: Sequence[Any]) -> list[Any]:

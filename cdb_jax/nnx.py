@@ -30,14 +30,15 @@ def value_and_grad(
       f: a function of models and arrays that returns a float scalar, or a pair with auxiliary data.
       policy: a `Policy`, or its `rate`, followed by its other arguments by name; see
         `cdb_jax.value_and_grad` for what it must fulfil.
-      argnums: the position of the model to differentiate, or an `nnx.DiffState` with a filter of
-        its variables in place of `nnx.Param`, or several.
+      argnums: the position of the model to differentiate, or of a tree of models, or an
+        `nnx.DiffState` with a filter of its variables in place of `nnx.Param`, or several.
       has_aux: whether `f` returns a pair.
       **settings: the arguments of `Policy` by name, if `policy` is a rate.
 
     Returns:
       A function of the arguments of `f` and of `count`, by name: the step whose selection to draw.
-      It returns the value (with the auxiliary data) and the gradient, an `nnx.State`.
+      It returns the value (with the auxiliary data) and the gradient, an `nnx.State`, or a tree
+      with one in place of each model.
 
     Raises:
       TypeError, ValueError: as `cdb_jax.value_and_grad`, and if `f` gives a model new variables.
@@ -61,29 +62,34 @@ def value_and_grad(
     wanted = [nnx.DiffState(x, nnx.Param) if isinstance(x, int) else x for x in several]
 
     def value_and_gradient(*args: Any, count: Any = None, **kwargs: Any) -> Any:
-        models = {i: x for i, x in enumerate(args) if isinstance(x, nnx.Pytree)}
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_model)
+        models = {i: x for i, x in enumerate(leaves) if _is_model(x)}
+        numbered, _ = jax.tree.unflatten(treedef, range(len(leaves)))
         for state in wanted:
-            if state.argnum not in models:
-                raise ValueError(
-                    f"argnums={state.argnum} names no NNX model; give the model by position, or "
-                    "use cdb_jax.value_and_grad for a tree of arrays."
-                )
-        if any(isinstance(x, nnx.Pytree) for x in jax.tree.leaves(kwargs, is_leaf=_is_model)):
-            raise ValueError("models must be given by position, and one was given by name.")
-        filters = [nnx.All(x.filter, _within(x.argnum)) for x in wanted]
+            _check_models(state.argnum, args)
+        filters = [nnx.All(x.filter, _within(jax.tree.leaves(numbered[x.argnum]))) for x in wanted]
         graph, *split, rest = nnx.split(models, *filters, ...)  # type: ignore[misc]
         for state, found in zip(wanted, split, strict=True):
             if not found:
                 raise ValueError(
                     f"argnums={state.argnum}: the model has no variables of {state.filter}."
                 )
-        params = tuple(x[state.argnum] for x, state in zip(split, wanted, strict=True))
+        params = tuple(
+            jax.tree.map(lambda i, found=found: found.get(i, nnx.State({})), numbered[x.argnum])
+            for x, found in zip(wanted, split, strict=True)
+        )
 
         def loss(params: Any) -> tuple[Any, Any]:
-            params = (params,) if single else params
-            states = [nnx.State({state.argnum: x}) for x, state in zip(params, wanted, strict=True)]
+            states = []
+            for x, given in zip(wanted, (params,) if single else params, strict=True):
+                found = jax.tree.leaves(given, is_leaf=lambda x: isinstance(x, nnx.State))
+                numbers = jax.tree.leaves(numbered[x.argnum])
+                both = zip(numbers, found, strict=True)
+                states.append(nnx.State({i: state for i, state in both if state}))
             inner: Any = nnx.merge(graph, *states, rest, copy=True)  # type: ignore[arg-type]
-            result = f(*(inner.get(i, x) for i, x in enumerate(args)), **kwargs)
+            given = [inner.get(i, x) for i, x in enumerate(leaves)]
+            inner_args, inner_kwargs = jax.tree.unflatten(treedef, given)
+            result = f(*inner_args, **inner_kwargs)
             value, aux = result if has_aux else (result, None)
             changed, *_, new_rest = nnx.split(inner, *filters, ...)  # type: ignore[misc]
             if changed != graph:
@@ -119,5 +125,15 @@ def _is_model(x: Any) -> bool:
     return isinstance(x, nnx.Pytree)
 
 
-def _within(argnum: int) -> Callable[[Any, Any], bool]:
-    return lambda path, _: path[0] == argnum
+def _check_models(argnum: int, args: tuple[Any, ...]) -> None:
+    found = args[argnum : argnum + 1] if argnum >= 0 else ()
+    leaves = jax.tree.leaves(found, is_leaf=_is_model)
+    if not leaves or not all(_is_model(x) for x in leaves):
+        raise ValueError(
+            f"argnums={argnum} names no NNX model, nor a tree of nothing but models; give the "
+            "model by position, or use cdb_jax.value_and_grad for a tree of arrays."
+        )
+
+
+def _within(models: Sequence[int]) -> Callable[[Any, Any], bool]:
+    return lambda path, _: path[0] in models

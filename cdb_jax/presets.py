@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,7 +120,8 @@ def layer_drop_back(
       every: epochs `every - 1`, `2 * every - 1` and so on drop, counted from 0. The paper does not
         say whether the first epoch drops: that it does not is the library's choice.
       stack: the axes along which layers are stacked, by path: `{"blocks": 0}` for blocks under a
-        scan. Each index is then a tensor of its own.
+        scan. Each index is then a tensor of its own. An error is raised for a path that the
+        parameters do not have.
 
     Returns:
       A `Policy`.
@@ -139,25 +141,19 @@ def layer_drop_back(
     for name, value in (("steps_per_epoch", steps_per_epoch), ("every", every)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
-    if not isinstance(layer_rate, (int, float)) or not 0.0 <= layer_rate <= 1.0:
+    if not isinstance(layer_rate, numbers.Real) or not 0.0 <= layer_rate <= 1.0:
         raise ValueError(f"layer_rate must be a probability between 0 and 1, got {layer_rate!r}.")
-    stacks = dict(stack or {})
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         drops = jnp.asarray(count) // steps_per_epoch % every == every - 1
         return jnp.where(drops, jnp.float32(layer_rate), jnp.float32(0.0))
 
-    def last_axis(path: str, leaf: Any) -> channels.AxisSpec:
-        # Whole tensors: any axis will do for their channels, which stand still together.
-        above = [axes for top, axes in stacks.items() if channels.covers(top, path)]
-        stacked = above[0] if above else ()
-        depth = 1 if isinstance(stacked, int) else len(stacked)
-        return channels.Axes(-1, stacked) if len(leaf.shape) > depth else None
-
+    whole = channels.Axes(())
+    stacked = {path: channels.Axes((), axes) for path, axes in (stack or {}).items()}
     return Policy(
         1.0,
         key=key,
-        channel_axes=last_axis,
+        channel_axes={"": whole, **stacked} if stacked else whole,
         layer_rate=schedule,
         channel_choice="window",  # Draws nothing for the channels.
         exempt=exempt,

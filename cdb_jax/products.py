@@ -161,6 +161,7 @@ def convolution(
 def _convolution_arguments(params: dict[str, Any]) -> dict[str, Any]:
     names = ["window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"]
     names += ["feature_group_count", "batch_group_count", "precision", "preferred_element_type"]
+    names += ["out_sharding"]
     return {name: params[name] for name in names}
 
 
@@ -296,8 +297,8 @@ def _weight_gradient(
         dy = parts.take(dy, product.y_channel, product.y_stack, part, at)
         kept_shape = part.shape(w_type.shape, product.w_channel)
         by_w = lambda x, w: product.of(product.part_op, x, w)
-        kept_type = jax.ShapeDtypeStruct(kept_shape, w_type.dtype)
-        dw = _transpose(by_w, kept_type, ordered)(dy, kept_x)
+        kept = jnp.zeros_like(dy, w_type.dtype, kept_shape)  # Varies as `dy` in a `shard_map`.
+        dw = _transpose(by_w, kept, ordered)(dy, kept_x)
         if target.compact:
             return dw
         return parts.put(dw, w_type.shape, product.w_channel, product.w_stack, part, at)
@@ -321,7 +322,8 @@ def _weight_gradient(
 
 def _if(flag: jax.Array, f: Callable[..., jax.Array], of: Any, *operands: Any) -> jax.Array:
     """`f(*operands)`, of type `of`, if the flag is set at run time, else zeros."""
-    zeros = lambda *_: jnp.zeros(of.shape, of.dtype)
+    # Like an operand, to vary where it does inside a `shard_map`.
+    zeros = lambda x, *_: jnp.zeros_like(x, of.dtype, of.shape)
     return lax.cond(flag, f, zeros, *operands)
 
 

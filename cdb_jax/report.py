@@ -76,8 +76,8 @@ def channel_report(
     Args:
       params: a tree of arrays or `jax.ShapeDtypeStruct`, as the transformation will see it.
       policy: the policy to explain.
-      fun: a loss function `fun(params, *args, **kwargs)`, which may return a pair with auxiliary
-        data. It is traced, not run.
+      fun: a loss function `fun(params, *args, **kwargs)` to be differentiated in its first
+        argument, which may return a pair with auxiliary data. It is traced, not run.
       *args: its other arguments; `jax.ShapeDtypeStruct` will do for arrays.
       **kwargs: its other arguments by name.
 
@@ -128,13 +128,14 @@ def _gradient(traced: skipping.Traced, policy: Policy, i: int, x: Any) -> str:
     leaf = traced.layout.leaves[i]
     if leaf.layer is None:
         return "none: stands still" if selection.stands_still(policy, leaf) else "in full"
-    if i not in traced.targets:
-        return "masked only: a bias"
-    target = traced.targets[i]
+    layer = next(j for j, other in enumerate(traced.layout.leaves) if other.path == leaf.layer)
+    target = traced.targets[layer]
     if target.states == (products.FULL,):
         return "in full"
     if target.states == (products.STILL,):
         return "none: stands still"
+    if i != layer:
+        return "masked only: a bias"
     uses = traced.uses[i]
     if not uses.products:
         return "masked only: " + ("; ".join(uses.others) or "not used")

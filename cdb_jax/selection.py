@@ -166,7 +166,7 @@ def materialise(
     """
 
     def zeros(x: Any) -> Any:
-        return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(f, x))
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(f, x))
 
     barrier = (lambda x: x) if cpu_only else jax.lax.optimization_barrier
     return jax.lax.platform_dependent(

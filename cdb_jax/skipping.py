@@ -403,7 +403,7 @@ def _put_back(
 
 
 def _zeros(x: Any, leaf: channels.Leaf, target: products.Target) -> jax.Array:
-    return jnp.zeros(target.shape(leaf.shape, leaf.channel), jnp.result_type(x))
+    return jnp.zeros_like(x, shape=target.shape(leaf.shape, leaf.channel))
 
 
 def _drawn(

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.experimental.compute_on import compute_on
+from jax.sharding import PartitionSpec as P
 
-from cdb_jax import following
+from cdb_jax import following, jaxprs
 
 X = jnp.ones((2, 3))
 W = jnp.ones((3, 4))
@@ -31,7 +33,8 @@ def convolve(x, w):
             convolve,
             (jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5))),
             {"window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"}
-            | {"feature_group_count", "batch_group_count", "precision", "preferred_element_type"},
+            | {"feature_group_count", "batch_group_count", "precision", "preferred_element_type"}
+            | {"out_sharding"},
         ),
     ],
 )
@@ -91,6 +94,35 @@ def test_shardings_of_a_jit():
 )
 def test_layout(f):
     assert jax.make_jaxpr(f)(X).jaxpr.eqns[-1].primitive.name in following._LAYOUT
+
+
+def test_replicated_over_a_mesh_axis():
+    found = []
+
+    def inside(x):
+        eqn = equation(lambda x: lax.pcast(x, ("data",), to="varying"), x)
+        found.append((eqn.primitive.name, eqn.params["axes"]))
+        return x
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    jax.shard_map(inside, mesh=mesh, in_specs=P(), out_specs=P())(X)
+    ((name, axes),) = found
+    assert name in following._LAYOUT and axes == ("data",)
+
+
+def test_name_scopes_and_places_of_computation():
+    def f(x):
+        with jax.named_scope("block"), compute_on("device_host"):
+            return jnp.sin(x)
+
+    eqn = equation(f, X)
+
+    def again(x):
+        with jaxprs.as_in(eqn):
+            return jnp.cos(x)
+
+    assert str(equation(again, X).source_info.name_stack) == "block"
+    assert '_xla_compute_type = "host"' in jax.jit(again).lower(X).as_text()
 
 
 @pytest.mark.parametrize(

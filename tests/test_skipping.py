@@ -588,6 +588,29 @@ def test_nnx_value_and_grad(standard_promotion):
         chex.assert_trees_all_close(nnx.state(ours, changed), nnx.state(theirs, changed), rtol=1e-5)
 
 
+def test_nnx_models_in_trees_and_by_name(standard_promotion):
+    encoder, decoder = nnx.Linear(3, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 3, rngs=nnx.Rngs(1))
+    models, noisy, policy = {"encoder": encoder, "decoder": [decoder]}, Noisy(nnx.Rngs(0)), window()
+
+    def loss(models, images, extra):
+        x = models["decoder"][0](jnp.sin(models["encoder"](images)))
+        return jnp.mean((x + images) ** 2) + jnp.mean(extra["noisy"](images) ** 2)
+
+    images = normal(0, 4, 6, 6, 3)
+    before = noisy.norm.mean[...]
+    value, gradient = cdb_jax.nnx.value_and_grad(loss, policy)(
+        models, images, extra={"noisy": noisy}, count=1
+    )
+    assert jnp.any(noisy.norm.mean[...] != before)
+    noisy = Noisy(nnx.Rngs(0))
+    expected, whole = nnx.value_and_grad(loss)(models, images, extra={"noisy": noisy})
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    selection = cdb_jax.sample_selection(policy, whole, 1)
+    assert set(selection) == {"encoder/kernel", "decoder/0/kernel"}
+    whole = cdb_jax.apply_selection(whole, selection, policy)
+    chex.assert_trees_all_close(gradient, whole, rtol=1e-4, atol=1e-6)
+
+
 def test_nnx_filters_and_mistakes(standard_promotion):
     model, x, policy = Noisy(nnx.Rngs(0)), normal(0, 4, 6, 6, 3), window()
     loss = lambda scale, model, x: scale * jnp.mean(model(x) ** 2)
@@ -605,6 +628,8 @@ def test_nnx_filters_and_mistakes(standard_promotion):
         cdb_jax.nnx.grad(adds, policy)(model, x, count=0)
     with pytest.raises(ValueError, match="names no NNX model"):
         cdb_jax.nnx.grad(loss, policy)(2.0, model, x, count=0)
+    with pytest.raises(ValueError, match="nothing but models"):
+        cdb_jax.nnx.grad(loss, policy)((model, 2.0), model, x, count=0)
     with pytest.raises(TypeError, match="argument called count"):
         cdb_jax.nnx.grad(lambda model, count: 0.0, policy)
 

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import operator
 import re
 
 import chex
@@ -137,6 +138,24 @@ def test_explicit_sharding():
     chex.assert_trees_all_close((value, gradient), alone, rtol=1e-5, atol=1e-7)
 
 
+def test_explicit_sharding_of_images():
+    grid = mesh((8,), ("data",), AxisType.Explicit)
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def conv(params, x):
+        y = jax.lax.conv_general_dilated(
+            x, params["kernel"], (1, 1), "SAME", dimension_numbers=numbers
+        )
+        return jnp.mean(jnp.sin(y) ** 2)
+
+    kernel = {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 4, 8))}
+    images = jax.random.normal(jax.random.key(1), (16, 6, 6, 4))
+    step = jax.jit(cdb_jax.grad(conv, window()))
+    with jax.set_mesh(grid):
+        gradient = step(jax.device_put(kernel, P()), jax.device_put(images, P("data")), count=0)
+    chex.assert_trees_all_close(gradient, step(kernel, images, count=0), rtol=1e-5, atol=1e-7)
+
+
 def test_explicitly_sharded_parameters_are_masked():
     grid = mesh((8,), ("model",), AxisType.Explicit)
     policy = window()
@@ -152,6 +171,56 @@ def test_explicitly_sharded_parameters_are_masked():
     assert gradient["dense0"]["kernel"].sharding.spec == P("model", None)
     alone = jax.jit(cdb_jax.grad(lambda p, x: jnp.mean((x @ p["dense0"]["kernel"]) ** 2), policy))
     chex.assert_trees_all_close(gradient, alone(params(), BATCH, count=0), rtol=1e-5, atol=1e-7)
+
+
+INSIDE = {
+    "window": window(),
+    "exact": cdb_jax.Policy(0.5, key=0, channel_choice="exact"),
+    "layers": window(1.0, layer_rate=0.5),
+    "one": cdb_jax.algorithm_1(0.5, key=0, other_layers="still", channel_choice="window"),
+}
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("name", INSIDE)
+def test_inside_shard_map_with_weights_of_each_device(name, check):
+    grid, policy = mesh((8,), ("data",)), INSIDE[name]
+    tree = jax.tree.map(lambda x: x[None] + 0.01 * jnp.arange(8.0)[:, None, None], params())
+
+    def inside(tree, x):
+        tree = jax.tree.map(lambda x: x[0], tree)
+        value, gradient = cdb_jax.value_and_grad(loss, policy)(tree, x, count=1)
+        return value[None], jax.tree.map(lambda x: x[None], gradient)
+
+    mapped = jax.shard_map(
+        inside, mesh=grid, in_specs=P("data"), out_specs=P("data"), check_vma=check
+    )
+    values, gradients = jax.jit(mapped)(tree, BATCH)
+    alone = jax.jit(cdb_jax.value_and_grad(loss, policy))
+    for i in range(8):
+        of_device, own = jax.tree.map(operator.itemgetter(i), (tree, (values, gradients)))
+        expected = alone(of_device, BATCH[4 * i : 4 * i + 4], count=1)
+        chex.assert_trees_all_close(own, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_inside_shard_map_with_replicated_weights(name):
+    """The sum over devices of a gradient, which JAX inserts, carries the kept part alone."""
+    grid, policy = mesh((8,), ("data",)), INSIDE[name]
+
+    def mapped(f):
+        inside = lambda tree, x: jax.tree.map(lambda x: x / 8, f(tree, x))
+        return jax.shard_map(inside, mesh=grid, in_specs=(P(), P("data")), out_specs=P())
+
+    skip = mapped(lambda tree, x: cdb_jax.grad(loss, policy)(tree, x, count=1))
+    expected = jax.jit(cdb_jax.grad(loss, policy))(params(), BATCH, count=1)
+    chex.assert_trees_all_close(jax.jit(skip)(params(), BATCH), expected, rtol=1e-5, atol=1e-7)
+    if name == "window":
+        tree, batch = placed("data-parallel")
+        kept = collectives(skip, tree, batch)
+        full = collectives(mapped(jax.grad(loss)), tree, batch)
+        assert set(kept) == {"all-reduce"}
+        assert kept["all-reduce"][1] <= 0.5 * full["all-reduce"][1] + 64
 
 
 def test_beside_shard_map():

@@ -1,0 +1,102 @@
+"""The rules of the published variants."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cdb_jax
+
+TREE = {
+    "blocks": {"fc": {"kernel": jnp.ones((4, 3, 5)), "bias": jnp.ones((4, 5))}},
+    "gate": jnp.ones((4,)),
+    "head": {"kernel": jnp.ones((5, 2)), "bias": jnp.ones(2)},
+    "temperature": jnp.ones(()),
+}
+
+
+def layer_drop_back(**settings):
+    return cdb_jax.layer_drop_back(key=0, steps_per_epoch=10, exempt=("head",), **settings)
+
+
+def test_layer_drop_back_takes_every_tensor_whole():
+    policy = layer_drop_back(stack={"blocks": 0})
+    tx = cdb_jax.channel_drop_back(policy)
+    learns = []
+    for count in range(10, 20):
+        selection = cdb_jax.sample_selection(policy, TREE, count)
+        assert {path: x.shape for path, x in selection.items()} == {
+            "blocks/fc/kernel": (4, 1),
+            "blocks/fc/bias": (4, 1),
+            "gate": (1,),
+            "temperature": (1,),
+        }
+        state = tx.init(TREE)._replace(count=jnp.int32(count))
+        masked, _ = tx.update(TREE, state)
+        kernel = masked["blocks"]["fc"]["kernel"]
+        np.testing.assert_array_equal(kernel, jnp.broadcast_to(kernel[:, :1, :1], kernel.shape))
+        np.testing.assert_array_equal(masked["temperature"], selection["temperature"][0])
+        np.testing.assert_array_equal(masked["head"]["kernel"], 1.0)
+        learns.append(np.concatenate([x.ravel() for x in selection.values()]))
+    share = np.mean(learns)  # Of 10 steps and 10 tensors.
+    assert abs(share - 0.5) < 4 * 0.05
+    assert len({tuple(x) for x in learns}) > 5
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_layer_drop_back_alternates(every):
+    policy = layer_drop_back(every=every, layer_rate=np.float32(0.25))
+    rates = [float(policy.layer_rate(jnp.int32(step))) for step in range(60)]
+    drops = [epoch % every == every - 1 for epoch in range(6) for _ in range(10)]
+    np.testing.assert_array_equal(rates, np.where(drops, 0.25, 0.0))
+
+
+def test_layer_drop_back_skips_whole_layers():
+    policy = layer_drop_back(stack={"blocks": 0})
+
+    def loss(params, x):
+        def block(x, layer):
+            fc = layer["fc"]
+            return jnp.sin(x + (x @ fc["kernel"] + fc["bias"][None]) @ jnp.ones((5, 3))), None
+
+        x, _ = jax.lax.scan(block, x, params["blocks"])
+        return params["temperature"] * jnp.mean(x**2) + jnp.mean(params["gate"])
+
+    x = jax.random.normal(jax.random.key(0), (6, 3))
+    tree = {key: value for key, value in TREE.items() if key != "head"} | {
+        "head": {"unused": jnp.ones(3)}
+    }
+    for count in (0, 11, 12):
+        gradient = cdb_jax.grad(loss, policy)(tree, x, count=count)
+        full = jax.grad(loss)(tree, x)
+        selection = cdb_jax.sample_selection(policy, tree, count)
+        expected = cdb_jax.apply_selection(full, selection, policy)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), gradient, expected
+        )
+    report = {r.path: r.gradient for r in cdb_jax.channel_report(tree, policy, loss, x).rows}
+    assert report["blocks/fc/kernel"] == "skipped"
+    assert report["blocks/fc/bias"] == "masked only: read by add"
+    assert report["head/unused"] == "in full"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(every=0), "every must be an int >= 1, got 0"),
+        (dict(layer_rate=1.5), "layer_rate must be a probability.*1.5"),
+        (dict(layer_rate="often"), "layer_rate must be a probability.*often"),
+    ],
+)
+def test_mistakes(settings, message):
+    with pytest.raises(ValueError, match=message):
+        layer_drop_back(**settings)
+
+
+def test_stacks_that_are_not_there():
+    policy = layer_drop_back(stack={"layers": 0})
+    with pytest.raises(ValueError, match="spec at 'layers', where the updates have nothing"):
+        cdb_jax.sample_selection(policy, TREE, 0)
+    policy = layer_drop_back(stack={"blocks": (0, 2)})
+    with pytest.raises(ValueError, match="axis 2 is out of range for 'blocks/fc/bias'"):
+        cdb_jax.sample_selection(policy, TREE, 0)
