@@ -16,7 +16,6 @@ on the same machine with the same versions, stay. Needs jax, flax, optax, numpy.
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -244,8 +243,7 @@ def main() -> None:
         rows = [row for row in before["rows"] if row["task"] not in measured] + rows
     output.write_text(json.dumps(report | {"rows": rows}, indent=2) + "\n")
     print(table(rows))
-    mean = math.exp(sum(math.log(row["ratio"]) for row in rows) / len(rows))
-    print(f"\n{report['machine']}\n{report['versions']}\ngeometric mean {mean:.3f}; see {output}")
+    print(f"\n{report['machine']}\n{report['versions']}\n{output}")
 
 
 if __name__ == "__main__":
