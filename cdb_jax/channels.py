@@ -152,8 +152,8 @@ def resolve(
         settled by name and rank, two leaves share a path, or nothing is left to drop.
     """
     found = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_masked)[0]
-    arrays = [(_canonical_path(keys, root), x) for keys, x in found if not _is_masked(x)]
-    masked = [_canonical_path(keys, root) for keys, x in found if _is_masked(x)]
+    arrays = [(canonical_path(keys, root), x) for keys, x in found if not _is_masked(x)]
+    masked = [canonical_path(keys, root) for keys, x in found if _is_masked(x)]
     partial = bool(masked) or bool(root)
     paths = [path for path, _ in arrays]
     _check_unique(paths)
@@ -192,7 +192,8 @@ def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _canonical_path(keys: Sequence[Any], root: str = "") -> str:
+def canonical_path(keys: Sequence[Any], root: str = "") -> str:
+    """The path of a leaf as users write it, whatever boxes and collections it lies in."""
     # Only an *attribute* called `value` is a box (nnx.Variable, nn.Partitioned); the dictionary
     # key `value` names an attention projection.
     if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
@@ -261,7 +262,7 @@ def _spec_lookup(
     # Matched by canonical path rather than tree structure: NNX shows a parameter as
     # `['kernel'].value` in one place and as `['kernel']` in another.
     flat = jax.tree_util.tree_flatten_with_path(channel_axes, is_leaf=_is_spec)[0]
-    specs = {_canonical_path(keys): spec for keys, spec in flat if not _is_masked(spec)}
+    specs = {canonical_path(keys): spec for keys, spec in flat if not _is_masked(spec)}
     for at, spec in specs.items():
         if not _is_spec(spec):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""`value_and_grad` and `grad` for Flax NNX models."""
+"""For Flax NNX: `value_and_grad` and `grad`, and the layers `Backdrop` and `DropPath`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from cdb_jax import skipping
-from cdb_jax.policy import Policy, Rate, as_policy
+from cdb_jax.backdrop import backdrop
+from cdb_jax.policy import Policy, Rate, as_policy, check_rate
+from cdb_jax.stochastic_depth import at_test, check_rescale, drop_path, rescaled, survives
 
 Argnum = int | nnx.DiffState
 
@@ -137,3 +140,202 @@ def _check_models(argnum: int, args: tuple[Any, ...]) -> None:
 
 def _within(models: Sequence[int]) -> Callable[[Any, Any], bool]:
     return lambda path, _: path[0] in models
+
+
+# Layers.
+
+Rngs = nnx.Rngs | nnx.RngStream
+
+
+class _RandomLayer(nnx.Module):
+    """What layers that act in training only have in common: a rate, a switch and a source of keys.
+
+    `model.train()` and `model.eval()` flip the switch, as they do for `nnx.Dropout`.
+    """
+
+    def __init__(
+        self, rate: Any, deterministic: bool, rng_collection: str, rngs: Rngs | None
+    ) -> None:
+        self.rate = check_rate("rate", rate, schedule=False)
+        self.deterministic = deterministic
+        self.rng_collection = rng_collection
+        if isinstance(rngs, nnx.Rngs):
+            rngs = rngs[rng_collection]
+        self.rngs = nnx.data(None) if rngs is None else rngs.fork()
+
+    def _is_off(self, deterministic: bool | None) -> bool:
+        return self.deterministic if deterministic is None else deterministic
+
+    def _key(self, rngs: Rngs | jax.Array | None) -> jax.Array:
+        source = self.rngs if rngs is None else rngs
+        if source is None:
+            raise ValueError(
+                f"{type(self).__name__} draws in training and has no rngs; give rngs=nnx.Rngs(...) "
+                "when it is made or called, or call model.eval() to switch it off."
+            )
+        if isinstance(source, nnx.Rngs):
+            source = source[self.rng_collection]
+        return source if isinstance(source, jax.Array) else source()
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Used by `nnx.view`.
+
+        Args:
+          deterministic: whether the layer is switched off.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+
+class Backdrop(_RandomLayer):
+    """`cdb_jax.backdrop` as a layer: the identity, which masks the gradient in training.
+
+    Args:
+      rate: probability that an entry of the mask is dropped.
+      axes: the axis or axes along which the mask varies.
+      sample_axes: axes along which masks are independent.
+      deterministic: whether the layer is switched off, until `train()` or `eval()` is called.
+      rng_collection: name of the stream of keys in `rngs`.
+      rngs: where keys come from; they may be given in the call instead.
+
+    Examples:
+      >>> import cdb_jax.nnx, jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> layer = cdb_jax.nnx.Backdrop(0.5, axes=1, rngs=nnx.Rngs(0))
+      >>> nnx.grad(lambda layer, x: jnp.sum(layer(x)), argnums=1)(layer, jnp.ones((1, 4)))
+      Array([[0., 2., 0., 2.]], dtype=float32)
+
+    References:
+      `arXiv 1806.01337 <https://arxiv.org/abs/1806.01337>`_.
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        axes: int | Sequence[int],
+        *,
+        sample_axes: int | Sequence[int] = (),
+        deterministic: bool = False,
+        rng_collection: str = "backdrop",
+        rngs: Rngs | None = None,
+    ) -> None:
+        super().__init__(rate, deterministic, rng_collection, rngs)
+        self.axes = axes if isinstance(axes, int) else tuple(axes)
+        self.sample_axes = sample_axes if isinstance(sample_axes, int) else tuple(sample_axes)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        deterministic: bool | None = None,
+        rngs: Rngs | jax.Array | None = None,
+        mask: jax.typing.ArrayLike | None = None,
+    ) -> jax.Array:
+        """Returns `x`; with a `mask` for diagnosis, that one masks the gradient."""
+        settings: dict[str, Any] = dict(axes=self.axes, sample_axes=self.sample_axes)
+        if mask is not None:
+            return backdrop(x, self.rate, mask=mask, **settings)
+        if self._is_off(deterministic) or (isinstance(self.rate, float) and self.rate == 0.0):
+            return x
+        return backdrop(x, self.rate, key=self._key(rngs), **settings)
+
+
+class DropPath(_RandomLayer):
+    """Stochastic depth: drops a residual branch in training, for each sample or the whole batch.
+
+    Args:
+      rate: probability that the branch is dropped.
+      sample_axis: the axis of the samples, each of which draws for itself; None for one draw for
+        the whole batch.
+      rescale: "train" divides by the survival probability in training, the common practice; "test"
+        multiplies by it at test time, as the first paper does.
+      deterministic: whether the layer is switched off, until `train()` or `eval()` is called.
+      rng_collection: name of the stream of keys in `rngs`.
+      rngs: where keys come from; they may be given in the call instead.
+
+    Examples:
+      >>> import cdb_jax.nnx, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> drop = cdb_jax.nnx.DropPath(0.5, rngs=nnx.Rngs(0))
+      >>> x = jnp.ones((4, 1))
+      >>> x + drop(x)
+      Array([[1.],
+             [3.],
+             [1.],
+             [3.]], dtype=float32)
+
+    References:
+      `arXiv 1603.09382 <https://arxiv.org/abs/1603.09382>`_.
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        sample_axis: int | None = 0,
+        rescale: str = "train",
+        deterministic: bool = False,
+        rng_collection: str = "drop_path",
+        rngs: Rngs | None = None,
+    ) -> None:
+        super().__init__(rate, deterministic, rng_collection, rngs)
+        self.sample_axis = sample_axis
+        self.rescale = check_rescale(rescale)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        deterministic: bool | None = None,
+        rngs: Rngs | jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns `x`, the output of a branch, or zeros where it is dropped."""
+        if self._is_off(deterministic):
+            return at_test(x, self.rate, self.rescale)
+        key = None if self._is_static() else self._key(rngs)
+        return drop_path(
+            x,
+            self.rate,
+            key=key,
+            sample_axis=self.sample_axis,
+            rescale=self.rescale == "train",
+        )
+
+    def branch(
+        self,
+        branch: Callable[..., jax.Array],
+        *args: Any,
+        deterministic: bool | None = None,
+        rngs: Rngs | jax.Array | None = None,
+    ) -> jax.Array:
+        """`self(branch(*args))` that does not compute a branch that is dropped.
+
+        Args:
+          branch: a function that returns one array. Models that it calls must be among `args`.
+          *args: models and arrays.
+          deterministic: as in a call.
+          rngs: as in a call.
+
+        Raises:
+          ValueError: with a `sample_axis`: the branch of some samples is always needed.
+        """
+        if self.sample_axis is not None:
+            raise ValueError(
+                f"sample_axis={self.sample_axis}: the branch is computed for all samples or for "
+                "none; make the layer with sample_axis=None, or call it on the branch's output."
+            )
+        if self._is_off(deterministic) or self._is_static():
+            return self(branch(*args), deterministic=deterministic)
+        rescales = self.rescale == "train"
+
+        def kept(*args: Any) -> jax.Array:
+            y = branch(*args)
+            return rescaled(y, self.rate) if rescales else y
+
+        def dropped(*args: Any) -> jax.Array:
+            return jnp.zeros_like(nnx.eval_shape(branch, *args))
+
+        return nnx.cond(survives(self.rate, self._key(rngs)), kept, dropped, *args)
+
+    def _is_static(self) -> bool:
+        return isinstance(self.rate, float) and self.rate in (0.0, 1.0)

@@ -64,8 +64,8 @@ class Policy:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)
-        put("rate", _check_rate("rate", self.rate))
-        put("layer_rate", _check_rate("layer_rate", self.layer_rate))
+        put("rate", check_rate("rate", self.rate))
+        put("layer_rate", check_rate("layer_rate", self.layer_rate))
         put("key", _check_key(self.key))
         _check_choice("layer_choice", self.layer_choice, LAYER_CHOICES)
         _check_choice("channel_choice", self.channel_choice, CHANNEL_CHOICES)
@@ -111,6 +111,12 @@ class Policy:
         """Whether one layer learns in a step, and nothing else that is not exempt."""
         return self.layer_choice == "one" and self.other_layers == "still"
 
+    @property
+    def drops_nothing(self) -> bool:
+        """Whether it is known beforehand that every channel learns in full in every step."""
+        rates = (self.rate, self.layer_rate)
+        return not self.others_stand_still and any(isinstance(x, float) and x == 0.0 for x in rates)
+
     def layout(self, updates: Any) -> channels.Layout:
         """Finds the layers of `updates` under this policy; see `cdb_jax.channels.resolve`."""
         return channels.resolve(
@@ -137,9 +143,9 @@ def as_policy(rate: Rate | Policy, settings: Mapping[str, Any]) -> Policy:
     return rate
 
 
-def _check_rate(name: str, rate: Any) -> Any:
+def check_rate(name: str, rate: Any, *, schedule: bool = True) -> Any:
     """Python and NumPy numbers become floats; schedules and JAX arrays stay what they are."""
-    if callable(rate):
+    if callable(rate) and schedule:
         return rate
     if isinstance(rate, jax.Array):
         if rate.shape != () or not jnp.issubdtype(rate.dtype, jnp.number):
@@ -148,14 +154,14 @@ def _check_rate(name: str, rate: Any) -> Any:
                 f"{rate.dtype}; use jax.vmap for several rates."
             )
         if not isinstance(rate, jax.core.Tracer):
-            _check_rate(name, float(rate))
+            check_rate(name, float(rate))
         return rate
     if isinstance(rate, np.ndarray) and rate.shape == ():
         rate = rate.item()
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
         raise TypeError(
-            f"{name} must be a drop probability: a number, an optax schedule or a scalar array, "
-            f"got {rate!r}."
+            f"{name} must be a drop probability: a number, {'an optax schedule ' * schedule}or a "
+            f"scalar array, got {rate!r}."
         )
     if not 0.0 <= float(rate) <= 1.0:  # False for NaN too.
         raise ValueError(f"{name} must be a drop probability between 0 and 1, got {rate!r}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ import optax
 
 from cdb_jax import channels
 from cdb_jax.policy import Policy, Rate
+
+Value = float | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 
 
 def released_code(
@@ -85,8 +87,7 @@ def released_layer_rate(
       >>> [round(float(schedule(step)), 3) for step in (0, 29, 30, 59, 60, 99)]
       [0.03, 0.03, 0.15, 0.15, 0.3, 0.3]
     """
-    if not isinstance(total_steps, int) or total_steps < 1:
-        raise ValueError(f"total_steps must be an int >= 1, got {total_steps!r}.")
+    _check_positive("total_steps", total_steps)
     for name, value in (("initial", initial), ("final", final)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} must be a drop probability between 0 and 1, got {value!r}.")
@@ -107,7 +108,7 @@ def layer_drop_back(
 
     On every `every`-th epoch each tensor, biases and normalisation included, gets no gradient with
     probability `layer_rate`; on the other epochs all learn. The paper doubles the learning rate on
-    the epochs with dropping, and never drops the last two tensors. Under
+    the epochs with dropping (`every_nth_epoch`), and never drops the last two tensors. Under
     `cdb_jax.value_and_grad` the weight gradients of tensors that stand still are not computed,
     which is where the paper's savings come from.
 
@@ -134,20 +135,16 @@ def layer_drop_back(
       >>> policy = cdb_jax.layer_drop_back(key=0, exempt=("head",), steps_per_epoch=100)
       >>> policy.rate, [float(policy.layer_rate(step)) for step in (0, 99, 100, 199, 200)]
       (1.0, [0.0, 0.0, 0.5, 0.5, 0.0])
+      >>> learning_rate = cdb_jax.every_nth_epoch(0.02, 0.01, steps_per_epoch=100)
 
     References:
       LayerDropBack, `arXiv 2412.18027 <https://arxiv.org/abs/2412.18027>`_.
     """
-    for name, value in (("steps_per_epoch", steps_per_epoch), ("every", every)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+    _check_positive("every", every)
     if not isinstance(layer_rate, numbers.Real) or not 0.0 <= layer_rate <= 1.0:
         raise ValueError(f"layer_rate must be a probability between 0 and 1, got {layer_rate!r}.")
 
-    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
-        drops = jnp.asarray(count) // steps_per_epoch % every == every - 1
-        return jnp.where(drops, jnp.float32(layer_rate), jnp.float32(0.0))
-
+    schedule = every_nth_epoch(float(layer_rate), 0.0, steps_per_epoch=steps_per_epoch, n=every)
     whole = channels.Axes(())
     stacked = {path: channels.Axes((), axes) for path, axes in (stack or {}).items()}
     return Policy(
@@ -158,6 +155,87 @@ def layer_drop_back(
         channel_choice="window",  # Draws nothing for the channels.
         exempt=exempt,
     )
+
+
+def every_nth_epoch(
+    value: Value, otherwise: Value, *, steps_per_epoch: int, n: int = 2
+) -> optax.Schedule:
+    """A schedule with one value on every `n`-th epoch, and another on the rest.
+
+    The alternation of LayerDropBack: of its layer rate, and of the learning rate, which is doubled
+    on the epochs with dropping.
+
+    Args:
+      value: on epochs `n - 1`, `2 * n - 1` and so on, counted from 0: a number or a schedule.
+      otherwise: on the other epochs: a number or a schedule.
+      steps_per_epoch: number of steps in an epoch, at least 1.
+      n: at least 1; with 1 every epoch has `value`.
+
+    Returns:
+      An optax schedule from count to a float32 scalar.
+
+    Raises:
+      ValueError: if `steps_per_epoch` or `n` is not a positive int.
+
+    Examples:
+      >>> import cdb_jax, optax
+      >>> cosine = optax.cosine_decay_schedule(0.1, 200)
+      >>> doubled = lambda count: 2 * cosine(count)
+      >>> schedule = cdb_jax.every_nth_epoch(doubled, cosine, steps_per_epoch=50)
+      >>> [round(float(schedule(step)), 3) for step in (0, 49, 50, 99, 100)]
+      [0.1, 0.086, 0.171, 0.102, 0.05]
+
+    References:
+      LayerDropBack, `arXiv 2412.18027 <https://arxiv.org/abs/2412.18027>`_.
+    """
+    _check_positive("steps_per_epoch", steps_per_epoch)
+    _check_positive("n", n)
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        on, off = (jnp.asarray(x(count) if callable(x) else x, jnp.float32) for x in both)
+        return jnp.where(jnp.asarray(count) // steps_per_epoch % n == n - 1, on, off)
+
+    both = (value, otherwise)
+    return schedule
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+
+
+def skip_update(rate: Rate = 0.5, *, key: Any, exempt: tuple[str, ...] = ()) -> Policy:
+    r"""SkipUpdate: random channels skip the optimizer's update, and the others make up for it.
+
+    The mask goes on the *updates*, after the optimizer, whose moments stay dense: every gradient
+    enters them in full. What is kept is divided by the probability of being kept, so that the mean
+    of the update stays the same:
+
+    .. math:: \theta \leftarrow \theta + \frac{b}{\Pr(b = 1)}\, u, \qquad u = \mathrm{inner}(g).
+
+    Place it after the optimizer. Which entries of a parameter share one draw in the paper is not
+    confirmed; here they are output channels. For whole tensors use
+    `Policy(1.0, layer_rate=rate, channel_axes=Axes(()), rescale="expected", key=key)`. The paper's
+    second method, Magma, which weights updates by their agreement with the momentum, is not part of
+    this library.
+
+    Args:
+      rate: probability that a channel skips an update.
+      key: as in `channel_drop_back`.
+      exempt: path patterns of leaves that are always updated.
+
+    Returns:
+      A `Policy`.
+
+    Examples:
+      >>> import cdb_jax, optax
+      >>> skip = cdb_jax.channel_drop_back(cdb_jax.skip_update(0.5, key=0))
+      >>> tx = optax.chain(optax.adamw(1e-3), skip)
+
+    References:
+      `arXiv 2602.15322 <https://arxiv.org/abs/2602.15322>`_.
+    """
+    return Policy(rate, key=key, rescale="expected", exempt=exempt)
 
 
 def algorithm_1(

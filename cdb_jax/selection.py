@@ -13,6 +13,7 @@ of operations does not grow with the depth of the model.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -139,19 +140,26 @@ def mask(
 
     The leaves whose paths are in `done` have zeros for dropped channels already.
     """
+    if policy.drops_nothing:
+        return updates
     wanted = {leaf.layer or leaf.path for leaf in layout.leaves if leaf.path not in done}
-
-    def cut(matrices: Sequence[jax.Array]) -> Selection:
-        return as_selection([g._replace(factors=x) for g, x in zip(groups, matrices, strict=True)])
-
-    def cut_wanted(matrices: Sequence[jax.Array]) -> Selection:
-        return {path: x for path, x in cut(matrices).items() if path in wanted}
-
+    keep = {path: x for path, x in kept(groups, count).items() if path in wanted}
     factors = [group.factors for group in groups]
-    keep = materialise(cut_wanted, [x != 0 for x in factors], count)
     # Without rescaling the factors are 0 and 1, and there is nothing to multiply.
-    scales = {} if policy.rescale == "none" else materialise(cut, factors, count)
+    scales = {}
+    if policy.rescale != "none":
+        scales = materialise(functools.partial(_cut, groups), factors, count)
     return _mask(updates, keep, scales, layout, done)
+
+
+def kept(groups: Sequence[Group], count: jax.typing.ArrayLike) -> Selection:
+    """By path which channels learn: bool, shape `(*stack, channels)`, or `()` without channels."""
+    keep = [group.factors != 0 for group in groups]
+    return materialise(functools.partial(_cut, groups), keep, count)
+
+
+def _cut(groups: Sequence[Group], matrices: Sequence[jax.Array]) -> Selection:
+    return as_selection([g._replace(factors=x) for g, x in zip(groups, matrices, strict=True)])
 
 
 def materialise(
@@ -189,18 +197,18 @@ def _mask(
     for x, leaf in zip(leaves, layout.leaves, strict=True):
         path = leaf.layer or leaf.path
         if path in factors:
-            scale = _broadcastable(factors[path], leaf)
+            scale = broadcastable(factors[path], leaf)
             # Even a product with 1 can flush a subnormal number to zero.
             x = jnp.where(scale == 1, x, _scale(x, scale))
         if (
             path in keep and leaf.path not in done
         ):  # Selected, not multiplied by zero: NaN times zero is NaN.
-            x = jnp.where(_broadcastable(keep[path], leaf), x, jnp.zeros((), x.dtype))
+            x = jnp.where(broadcastable(keep[path], leaf), x, jnp.zeros((), x.dtype))
         masked.append(x)
     return jax.tree.unflatten(treedef, masked)
 
 
-def _broadcastable(vector: jax.Array, leaf: channels.Leaf) -> jax.Array:
+def broadcastable(vector: jax.Array, leaf: channels.Leaf) -> jax.Array:
     """Gives a vector the rank of its leaf, with size 1 along the axes it does not speak of."""
     if vector.ndim:
         sizes = [leaf.shape[axis] for axis in leaf.axes]

@@ -16,7 +16,7 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from flax import nnx
 
 import cdb_jax
 import data
+import methods
 import models
 import training
 from data import UserError
@@ -41,18 +42,14 @@ class Config:
     patch size, such as vit_mini/2."""
     dataset: Literal["digits", "cifar10", "cifar100", "svhn_cropped", "imagenet2012"] = "digits"
     """digits comes with scikit-learn; the others are prepared once with examples/data.py."""
-    method: Literal["none", "dropout", "cdb", "cdb_after", "released", "algorithm_1"] = "cdb"
-    """none: the optimizer alone. dropout: in the forward pass. cdb: masks gradients, before the
-    optimizer. cdb_after: masks updates, after it. released: the rules and schedule of the authors'
-    code. algorithm_1: channels of one layer a step."""
-    rate: float = 0.3
-    """Probability of dropping: a channel of a masked layer, or with --method dropout a unit."""
+    method: Annotated[methods.Name, tyro.conf.arg(help=methods.HELP)] = "cdb"
+    rate: Annotated[float | None, tyro.conf.arg(help=methods.RATE_HELP)] = None
     layer_rate: float = 1.0
-    """Probability that a layer is masked in a step (cdb, cdb_after)."""
+    """Probability that a layer is masked in a step (cdb, cdb_after, cdb_frozen)."""
     channel_choice: Literal["bernoulli", "exact", "window"] = "bernoulli"
-    """Draws each channel on its own, a fixed number of them, or a cyclic run (not released)."""
+    """Draws each channel on its own, a fixed number, or a cyclic run (cdb*, algorithm_1)."""
     skip_dropped: bool = False
-    """Do not compute the gradient of what is dropped (cdb, algorithm_1): saves time."""
+    """Do not compute what is dropped: saves time."""
     exempt: tuple[str, ...] = ("head",)
     """Paths of layers that always learn in full. released exempts the first layer instead."""
     epochs: int = 30
@@ -91,12 +88,11 @@ class Config:
             if not getattr(self, name) > 0:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag} {getattr(self, name)} must be positive.")
+        if self.rate is None:
+            object.__setattr__(self, "rate", methods.METHODS[self.method].rate)
         if not 0.0 <= self.rate <= 1.0:
             raise UserError(f"--rate {self.rate} must be a probability between 0 and 1.")
-        if self.skip_dropped and self.method not in ("cdb", "algorithm_1"):
-            raise UserError("--skip-dropped goes with --method cdb or algorithm_1 only.")
-        if self.skip_dropped and self.channel_choice == "bernoulli" and 0.0 < self.rate < 1.0:
-            raise UserError("--skip-dropped needs --channel-choice window or exact.")
+        methods.check(self)
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed} must be at least 0 and less than 2**32.")
 
@@ -113,48 +109,6 @@ class State(NamedTuple):
     rest: nnx.State  # Batch statistics and the dropout key.
     opt_state: Any
     sums: dict[str, jax.Array]  # Of the metrics of this epoch's steps.
-
-
-def make_policy(config: Config, total_steps: int) -> cdb_jax.Policy | None:
-    """What the chosen method drops; None if it leaves the backward pass alone."""
-    if config.method in ("none", "dropout"):
-        return None
-    if config.method == "algorithm_1":
-        choice = dict(exempt=config.exempt, channel_choice=config.channel_choice)
-        return cdb_jax.algorithm_1(config.rate, key=config.seed, **choice)
-    if config.method == "released":
-        first = "stem" if config.model.startswith("resnet") else "patch_embed"
-        schedule = cdb_jax.released_layer_rate(total_steps)
-        released = dict(key=config.seed, exempt=(first,), rate=config.rate)
-        return cdb_jax.released_code(**released, layer_rate=schedule)
-    return cdb_jax.Policy(
-        config.rate,
-        key=config.seed,
-        layer_rate=config.layer_rate,
-        channel_choice=config.channel_choice,
-        exempt=config.exempt,
-    )
-
-
-def make_optimizer(
-    config: Config, policy: cdb_jax.Policy | None, total_steps: int
-) -> optax.GradientTransformation:
-    """The optimizer, with ChannelDropBack before it or after it."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, max(1, total_steps // 20), total_steps
-    )
-    is_kernel = lambda path, _: "kernel" in jax.tree_util.keystr(path)
-    kernels = lambda params: jax.tree_util.tree_map_with_path(is_kernel, params)
-    if config.optimizer == "adamw":
-        optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=kernels)
-    else:
-        decay = optax.add_decayed_weights(config.weight_decay, mask=kernels)
-        optimizer = optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
-    if policy is None or config.skip_dropped:  # Then the gradient comes masked.
-        return optimizer
-    if config.method == "cdb_after":
-        return optax.chain(optimizer, cdb_jax.channel_drop_back(policy))
-    return optax.chain(cdb_jax.channel_drop_back(policy), optimizer)
 
 
 def make_steps(
@@ -185,7 +139,7 @@ def make_steps(
         count = cdb_jax.selection_count(state.opt_state)
         dropped = cdb_jax.dropped_fraction(policy, state.params, count) if policy else jnp.zeros(())
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        if config.skip_dropped:
+        if config.skip_dropped and policy:
             value_and_grad = cdb_jax.value_and_grad(loss_fn, policy, has_aux=True)
             value_and_grad = functools.partial(value_and_grad, count=count)
         (loss, (accuracy, rest)), grads = value_and_grad(state.params)
@@ -225,8 +179,9 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
             num_classes=dataset.num_classes,
             image_shape=dataset.recipe.image_shape,
             dtype=config.dtype,
-            dropout_rate=config.rate if config.method == "dropout" else 0.0,
-            rngs=nnx.Rngs(jax.random.key(seed)),
+            **methods.model_settings(config),
+            # Streams of their own, so that every method starts from the same parameters.
+            rngs=nnx.Rngs(jax.random.key(seed), **training.streams(seed, "backdrop", "drop_path")),
         )
 
     def initial_state(seed: jax.Array) -> State:
@@ -236,11 +191,11 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
     zeros = dict.fromkeys(training.STEP_METRICS, np.float32(0.0))
     try:
         model = nnx.eval_shape(build, seed)
-        policy = make_policy(config, total_steps)
+        policy = methods.make_policy(config, total_steps, epoch_steps)
         report = policy and cdb_jax.channel_report(nnx.state(model, nnx.Param), policy)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    tx = make_optimizer(config, policy, total_steps)
+    tx = methods.make_optimizer(config, policy, total_steps, epoch_steps)
     train_step, eval_step = make_steps(config, model, tx, policy, dataset.recipe.max_value)
 
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}

@@ -54,6 +54,12 @@ def data_mesh(batch_size: int) -> jax.sharding.Mesh:
     return jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
+def streams(seed: jax.Array, *names: str) -> dict[str, jax.Array]:
+    """A key of its own for each name."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), len(names))
+    return dict(zip(names, keys, strict=True))
+
+
 def on_all_devices(mesh: jax.sharding.Mesh, f: Callable[..., Any], *args: Any) -> Any:
     """The result of `f(*args)`, computed and kept on every device."""
     return jax.jit(f, out_shardings=NamedSharding(mesh, PartitionSpec()))(*args)

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from models import NAMES, create
+from models.branches import Branch
 from models.resnet import BasicBlock
 
 apply = nnx.jit(lambda model, images: model(images))
@@ -153,7 +154,7 @@ def test_a_gradient_reaches_every_parameter(model):
 
 
 def test_new_blocks_of_a_resnet_pass_their_input_on():
-    block = BasicBlock(4, 4, 1, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    block = BasicBlock(4, 4, 1, drop_path=Branch(), dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jnp.abs(jax.random.normal(jax.random.key(1), (2, 3, 3, 4)))
     np.testing.assert_array_equal(block(x), x)
 

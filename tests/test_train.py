@@ -18,6 +18,7 @@ from flax import nnx
 
 import data
 import demo
+import methods
 import models.resnet
 import models.vit
 import train
@@ -26,7 +27,8 @@ import training
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 SCRIPT = Path(train.__file__)
-METHODS = ("none", "dropout", "cdb", "cdb_after", "released", "algorithm_1")
+METHODS = tuple(methods.METHODS)
+WITHOUT_POLICY = ("none", "dropout", "backdrop", "stochastic_depth")
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +115,13 @@ def test_every_method_learns(config, method, capsys):
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] < 2.4
     assert rows[-1]["test_accuracy"] > 0.2
     dropped = [row["dropped_fraction"] for row in rows]
-    if method in ("none", "dropout"):
+    if method in WITHOUT_POLICY:
         assert dropped == [0.0] * 3
         assert "channel axis" not in capsys.readouterr().out
     else:
-        assert 0 < max(dropped) < 0.4
+        assert 0 < max(dropped) < 0.7
+        if method == "layer_drop_back":
+            assert dropped[0] == dropped[2] == 0.0
         assert "channel axis" in capsys.readouterr().out
 
 
@@ -127,8 +131,10 @@ def test_every_method_learns(config, method, capsys):
         {"rate": 0.5, "channel_choice": "window", "model": "resnet_nano"},
         {"rate": 1.0, "layer_rate": 0.5, "optimizer": "sgd", "learning_rate": 1e-2},
         {"rate": 0.5, "channel_choice": "exact", "method": "algorithm_1"},
+        {"rate": 0.5, "channel_choice": "window", "method": "cdb_frozen"},
+        {"method": "layer_drop_back"},
     ],
-    ids=["window", "layers", "algorithm_1"],
+    ids=["window", "layers", "algorithm_1", "frozen", "layer_drop_back"],
 )
 def test_skipping_trains_as_masking_does(config, tmp_path, changes):
     runs = [
@@ -136,9 +142,34 @@ def test_skipping_trains_as_masking_does(config, tmp_path, changes):
         for skip in (False, True)
     ]
     for masked, skipped in zip(*runs, strict=True):
-        assert skipped["dropped_fraction"] == masked["dropped_fraction"] > 0
+        assert skipped["dropped_fraction"] == masked["dropped_fraction"]
         for name in ("train_loss", "test_loss"):
             np.testing.assert_allclose(skipped[name], masked[name], rtol=0.01)
+
+
+def test_dropped_blocks_are_not_computed(config, tmp_path):
+    runs = [
+        train.train(
+            config(method="stochastic_depth", skip_dropped=skip, run_dir=tmp_path / str(skip)),
+            brief=True,
+        )
+        for skip in (False, True)
+    ]
+    for masked, skipped in zip(*runs, strict=True):
+        np.testing.assert_allclose(skipped["train_loss"], masked["train_loss"], rtol=0.01)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "layer_drop_back"])
+@pytest.mark.parametrize("model", ["vit_nano/4", "resnet_nano"])
+def test_rate_zero_trains_bit_for_bit_as_none_does(config, tmp_path, method, model):
+    settings = dict(model=model, epochs=1, rate=0.0)
+    train.train(config(method="none", run_dir=tmp_path / "none", **settings), brief=True)
+    train.train(config(method=method, run_dir=tmp_path / method, **settings), brief=True)
+    (_, none), (_, zero) = (final_state(tmp_path / name) for name in ("none", method))
+    params = [path for path in none if path.startswith(("['params']", ".params", "[0]"))]
+    assert params and len(params) < len(none)
+    for path in params:
+        assert bits(none[path]) == bits(zero[path]), path
 
 
 @pytest.mark.parametrize(
@@ -269,7 +300,7 @@ MISTAKES = [
     (["--rate", "1.5"], "--rate 1.5 must be a probability between 0 and 1"),
     (["--rate", "nan"], "--rate nan must be a probability"),
     (["--skip-dropped"], "--skip-dropped needs --channel-choice window or exact"),
-    (["--method", "cdb_after", "--skip-dropped"], "--skip-dropped goes with --method cdb"),
+    (["--method", "cdb_after", "--skip-dropped"], "--method cdb_after cannot save work; these"),
     (["--layer-rate", "-0.1"], "layer_rate must be a drop probability"),
     (["--method", "dropout", "--rate", "2"], "--rate 2.0 must be a probability"),
     (["--exempt", "hed"], "exempt: the pattern 'hed' matches none of the paths"),

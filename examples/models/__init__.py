@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.branches import NO_BRANCH_DROPPED, Branches as Branches
 from models.resnet import RESNETS, ResNet
 from models.vit import VITS, ViT
 
@@ -27,6 +28,8 @@ def create(
     image_shape: tuple[int, int, int],
     dtype: DTypeLike = jnp.float32,
     dropout_rate: float = 0.0,
+    backdrop_rate: float = 0.0,
+    branches: Branches = NO_BRANCH_DROPPED,
     rngs: nnx.Rngs,
 ) -> ResNet | ViT:
     """Builds a model that maps images (batch, height, width, channels) to logits (batch, classes).
@@ -38,7 +41,9 @@ def create(
       image_shape: (height, width, channels) of one image.
       dtype: of the computation. Parameters, batch statistics and logits are float32 always.
       dropout_rate: probability that dropout zeroes a value in training.
-      rngs: source of the initial parameters and of the dropout masks.
+      backdrop_rate: probability that Backdrop drops an entry of the gradient.
+      branches: stochastic depth of the residual blocks.
+      rngs: source of the initial parameters and of all masks.
 
     Returns:
       The model in training mode; `model.eval()` switches dropout and batch statistics over.
@@ -47,15 +52,15 @@ def create(
       ValueError: if the name is unknown or the patch size does not divide the image.
     """
     family, _, patch = name.partition("/")
+    settings = dict(dtype=dtype, dropout_rate=dropout_rate, rngs=rngs)
+    settings |= dict(backdrop_rate=backdrop_rate, branches=branches)
     if family in RESNETS and not patch:
         return ResNet(
             *RESNETS[family],
             num_classes=num_classes,
             in_channels=image_shape[-1],
             stem="imagenet" if min(image_shape[:2]) > 64 else "cifar",
-            dtype=dtype,
-            dropout_rate=dropout_rate,
-            rngs=rngs,
+            **settings,
         )
     if family in VITS and patch.isdecimal() and int(patch) > 0:
         return ViT(
@@ -63,11 +68,15 @@ def create(
             num_classes=num_classes,
             image_shape=image_shape,
             patch_size=int(patch),
-            dtype=dtype,
-            dropout_rate=dropout_rate,
-            rngs=rngs,
+            **settings,
         )
     raise ValueError(
         f"unknown model {name!r}; choose one of {', '.join(NAMES)} (any patch size may follow "
         "the slash)."
     )
+
+
+def depth(name: str) -> int:
+    """The number of residual blocks of a model; 0 if the name is unknown."""
+    family = name.partition("/")[0]
+    return sum(RESNETS[family][1]) if family in RESNETS else VITS.get(family, (0, 0))[1]

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.branches import NO_BRANCH_DROPPED, Branch, Branches, make_backdrop
+
 he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 ones, zeros = nnx.initializers.ones, nnx.initializers.zeros
 
@@ -44,13 +46,31 @@ class ConvNorm(nnx.Module):
         return self.norm(self.conv(x))
 
 
-class BasicBlock(nnx.Module):
+class Residual(nnx.Module):
+    """A shortcut, and a branch that is added to it: what the blocks of all ResNets share.
+
+    A subclass sets `shortcut`, a layer or None, and `drop_path`, a `Branch`.
+    """
+
+    def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+        y = self.drop_path(type(self).branch, self, x, gate=gate)
+        return nnx.relu(y + (self.shortcut(x) if self.shortcut else x))
+
+
+class BasicBlock(Residual):
     """Two 3x3 convolutions around a shortcut: the block of ResNet-18 and ResNet-34."""
 
     expansion = 1
 
     def __init__(
-        self, in_features: int, width: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        width: int,
+        stride: int,
+        *,
+        drop_path: Branch,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         layer = partial(ConvNorm, dtype=dtype, rngs=rngs)
         self.conv1 = layer(in_features, width, 3, stride)
@@ -58,14 +78,13 @@ class BasicBlock(nnx.Module):
         self.conv2 = layer(width, width, 3, scale_init=zeros)
         projects = stride > 1 or in_features != width
         self.shortcut = layer(in_features, width, 1, stride) if projects else None
+        self.drop_path = drop_path
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = nnx.relu(self.conv1(x))
-        y = self.conv2(y)
-        return nnx.relu(y + (self.shortcut(x) if self.shortcut else x))
+    def branch(self, x: jax.Array) -> jax.Array:
+        return self.conv2(nnx.relu(self.conv1(x)))
 
 
-class Bottleneck(nnx.Module):
+class Bottleneck(Residual):
     """1x1, 3x3 and 1x1 convolutions around a shortcut: the block of ResNet-50.
 
     The 3x3 convolution carries the stride, as in the variant known as v1.5.
@@ -74,7 +93,14 @@ class Bottleneck(nnx.Module):
     expansion = 4
 
     def __init__(
-        self, in_features: int, width: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        in_features: int,
+        width: int,
+        stride: int,
+        *,
+        drop_path: Branch,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         features = self.expansion * width
         layer = partial(ConvNorm, dtype=dtype, rngs=rngs)
@@ -83,12 +109,11 @@ class Bottleneck(nnx.Module):
         self.conv3 = layer(width, features, 1, scale_init=zeros)  # As in BasicBlock.
         projects = stride > 1 or in_features != features
         self.shortcut = layer(in_features, features, 1, stride) if projects else None
+        self.drop_path = drop_path
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def branch(self, x: jax.Array) -> jax.Array:
         y = nnx.relu(self.conv1(x))
-        y = nnx.relu(self.conv2(y))
-        y = self.conv3(y)
-        return nnx.relu(y + (self.shortcut(x) if self.shortcut else x))
+        return self.conv3(nnx.relu(self.conv2(y)))
 
 
 class ResNet(nnx.Module):
@@ -104,7 +129,9 @@ class ResNet(nnx.Module):
         "cifar" (3x3 convolution at full size, for small images).
       dtype: of the computation; parameters and batch statistics are float32.
       dropout_rate: dropout before the head.
-      rngs: streams "params" and "dropout".
+      backdrop_rate: Backdrop over the positions of the last feature map, before it is averaged.
+      branches: stochastic depth of the blocks.
+      rngs: streams "params", "dropout", "backdrop" and "drop_path".
     """
 
     def __init__(
@@ -118,6 +145,8 @@ class ResNet(nnx.Module):
         stem: str = "imagenet",
         dtype: DTypeLike = jnp.float32,
         dropout_rate: float = 0.0,
+        backdrop_rate: float = 0.0,
+        branches: Branches = NO_BRANCH_DROPPED,
         rngs: nnx.Rngs,
     ):
         if stem not in ("imagenet", "cifar"):
@@ -131,10 +160,16 @@ class ResNet(nnx.Module):
             stage_width = width * 2**stage
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(block(features, stage_width, stride, dtype=dtype, rngs=rngs))
+                drop_path = branches.make(len(blocks), sum(depths), rngs)
+                blocks.append(
+                    block(
+                        features, stage_width, stride, drop_path=drop_path, dtype=dtype, rngs=rngs
+                    )
+                )
                 features = stage_width * block.expansion
         self.blocks = nnx.List(blocks)
 
+        self.backdrop = make_backdrop(backdrop_rate, (1, 2), rngs)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
         self.head = nnx.Linear(
             features,
@@ -144,13 +179,14 @@ class ResNet(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, gates: jax.Array | None = None) -> jax.Array:
+        """Maps images to logits; `gates`, shape (blocks,), multiply the branches."""
         x = nnx.relu(self.stem(images))
         if self.pools_stem:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for block in self.blocks:
-            x = block(x)
-        x = jnp.mean(x, axis=(1, 2))
+        for i, block in enumerate(self.blocks):
+            x = block(x) if gates is None else block(x, gates[i])
+        x = jnp.mean(self.backdrop(x) if self.backdrop else x, axis=(1, 2))
         return self.head(self.dropout(x))
 
 

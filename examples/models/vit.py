@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.branches import NO_BRANCH_DROPPED, Branch, Branches, make_backdrop
+
 xavier = nnx.initializers.xavier_uniform()
 
 
@@ -25,7 +27,14 @@ class Block(nnx.Module):
     """Attention, then an MLP, each on the normalised input and added to the residual stream."""
 
     def __init__(
-        self, width: int, num_heads: int, *, dtype: DTypeLike, dropout_rate: float, rngs: nnx.Rngs
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        dtype: DTypeLike,
+        dropout_rate: float,
+        drop_path: Branch,
+        rngs: nnx.Rngs,
     ):
         self.norm1 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(
@@ -34,10 +43,17 @@ class Block(nnx.Module):
         self.norm2 = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.mlp = MLP(width, dtype=dtype, dropout_rate=dropout_rate, rngs=rngs)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
+        self.drop_path = drop_path
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.dropout(self.attention(self.norm1(x)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+    def attend(self, x: jax.Array) -> jax.Array:
+        return self.dropout(self.attention(self.norm1(x)))
+
+    def feed_forward(self, x: jax.Array) -> jax.Array:
+        return self.dropout(self.mlp(self.norm2(x)))
+
+    def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+        x = x + self.drop_path(Block.attend, self, x, gate=gate)
+        return x + self.drop_path(Block.feed_forward, self, x, gate=gate)
 
 
 class ViT(nnx.Module):
@@ -52,7 +68,9 @@ class ViT(nnx.Module):
       patch_size: side of the square patches.
       dtype: of the computation; parameters are float32.
       dropout_rate: dropout on the embedded tokens, inside each MLP and after every branch.
-      rngs: streams "params" and "dropout".
+      backdrop_rate: Backdrop over the tokens, before the last block.
+      branches: stochastic depth of the blocks, whose two branches are each dropped on their own.
+      rngs: streams "params", "dropout", "backdrop" and "drop_path".
     """
 
     def __init__(
@@ -66,6 +84,8 @@ class ViT(nnx.Module):
         patch_size: int,
         dtype: DTypeLike = jnp.float32,
         dropout_rate: float = 0.0,
+        backdrop_rate: float = 0.0,
+        branches: Branches = NO_BRANCH_DROPPED,
         rngs: nnx.Rngs,
     ):
         image_height, image_width, in_channels = image_shape
@@ -89,10 +109,18 @@ class ViT(nnx.Module):
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
         self.blocks = nnx.List(
             [
-                Block(width, num_heads, dtype=dtype, dropout_rate=dropout_rate, rngs=rngs)
-                for _ in range(depth)
+                Block(
+                    width,
+                    num_heads,
+                    dtype=dtype,
+                    dropout_rate=dropout_rate,
+                    drop_path=branches.make(i, depth, rngs),
+                    rngs=rngs,
+                )
+                for i in range(depth)
             ]
         )
+        self.backdrop = make_backdrop(backdrop_rate, 1, rngs)
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(
             width,
@@ -102,15 +130,18 @@ class ViT(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, gates: jax.Array | None = None) -> jax.Array:
+        """Maps images to logits; `gates`, shape (blocks,), multiply the branches."""
         patches = self.patch_embed(images)
         batch, _, _, width = patches.shape
         patches = patches.reshape(batch, -1, width)
         cls = jnp.broadcast_to(self.cls_token.astype(patches.dtype), (batch, 1, width))
         x = jnp.concatenate([cls, patches], axis=1)
         x = self.dropout(x + self.pos_embed.astype(x.dtype))
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            if self.backdrop and i == len(self.blocks) - 1:
+                x = self.backdrop(x)
+            x = block(x) if gates is None else block(x, gates[i])
         return self.head(self.norm(x[:, 0]))
 
 

@@ -1,0 +1,155 @@
+"""`backdrop`: the identity whose backward pass drops a random part of the gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cdb_jax.policy import check_rate
+
+
+def backdrop(
+    x: jax.Array,
+    rate: float | jax.typing.ArrayLike,
+    *,
+    axes: int | Sequence[int],
+    key: jax.Array | None = None,
+    sample_axes: int | Sequence[int] = (),
+    mask: jax.typing.ArrayLike | None = None,
+) -> jax.Array:
+    r"""Returns `x`, and multiplies the gradient that comes back by a random mask.
+
+    The mask m varies along `axes` and is the same along all others. Each of its n entries is
+    dropped with probability `rate`, and it is divided by its mean, so that the size of the gradient
+    stays the same:
+
+    .. math:: y = x, \qquad \bar x = \frac{m}{\frac1n \sum_i m_i} \odot \bar y.
+
+    If every entry would be dropped, one picked at random is kept. The mask is drawn in the backward
+    pass: between the passes only the key is stored.
+
+    Args:
+      x: float array of any shape.
+      rate: probability that an entry of the mask is dropped, in [0, 1]; may be traced. With 0
+        nothing happens at all, and with 1 a single entry is kept.
+      axes: the axis or axes along which the mask varies: the spatial axes of an image to regularise
+        the scale that this layer sees; the batch axis of a loss that does not decompose over it.
+      key: a JAX key, for this call alone. Not needed with `mask`.
+      sample_axes: axes along which masks are independent, each divided by a mean of its own; the
+        batch axis for a mask for each image.
+      mask: for diagnosis, a mask to use in place of a random one: numbers >= 0, not all zero, of a
+        shape that broadcasts to `x`. It is divided by its mean along `axes`.
+
+    Returns:
+      `x` itself in value, bit for bit.
+
+    Raises:
+      TypeError, ValueError: for a bad rate, axes that `x` does not have or that repeat, a missing
+        key, or a mask that does not fit.
+
+    Examples:
+      >>> import cdb_jax, jax, jax.numpy as jnp
+      >>> loss = lambda x: jnp.sum(cdb_jax.backdrop(x, 0.5, axes=1, key=jax.random.key(0)))
+      >>> jax.grad(loss)(jnp.ones((2, 4)))
+      Array([[2., 2., 0., 0.],
+             [2., 2., 0., 0.]], dtype=float32)
+
+    References:
+      Backdrop, `arXiv 1806.01337 <https://arxiv.org/abs/1806.01337>`_.
+    """
+    rate = check_rate("rate", rate, schedule=False)
+    axes, samples = _axes("axes", axes, x.ndim), _axes("sample_axes", sample_axes, x.ndim)
+    if not axes:
+        raise ValueError("axes is empty; name the axis or axes along which the mask varies.")
+    if set(axes) & set(samples):
+        raise ValueError(f"axes={axes} and sample_axes={samples} share an axis; name each once.")
+    if mask is not None:
+        mask = _checked_mask(mask, x, axes)
+        return _scale_gradient(x, mask, lambda mask: _normalised(mask, axes))
+    if isinstance(rate, float) and rate == 0.0:
+        return x
+    if key is None:
+        raise TypeError("key is missing: give a JAX key for this call, such as rngs.backdrop().")
+    shape = [size if axis in (*axes, *samples) else 1 for axis, size in enumerate(x.shape)]
+
+    def factors(drawn: tuple[jax.Array, Any]) -> jax.Array:
+        return _normalised(_draw(*drawn, shape, axes, samples), axes)
+
+    return _scale_gradient(x, (key, rate), factors)
+
+
+def _scale_gradient(x: jax.Array, made_from: Any, factors: Any) -> jax.Array:
+    """`x`, with a gradient that is multiplied by `factors(made_from)`; 0 selects zero."""
+
+    @jax.custom_vjp
+    def identity(x: jax.Array, made_from: Any) -> jax.Array:
+        return x
+
+    def forward(x: jax.Array, made_from: Any) -> tuple[jax.Array, Any]:
+        return x, made_from
+
+    def backward(made_from: Any, dy: jax.Array) -> tuple[jax.Array, None]:
+        scale = factors(made_from)
+        wide = jnp.promote_types(dy.dtype, jnp.float32)
+        scaled = (dy.astype(wide) * scale.astype(wide)).astype(dy.dtype)
+        return jnp.where(scale == 0, jnp.zeros((), dy.dtype), scaled), None
+
+    identity.defvjp(forward, backward)
+    return identity(x, made_from)
+
+
+def _draw(
+    key: jax.Array,
+    rate: Any,
+    shape: Sequence[int],
+    axes: tuple[int, ...],
+    samples: tuple[int, ...],
+) -> jax.Array:
+    """A mask of 0 and 1 with at least one 1 for each sample."""
+    entries, lead = [shape[axis] for axis in axes], [shape[axis] for axis in samples]
+    uniform = jax.random.uniform(key, (math.prod(lead), math.prod(entries)), jnp.float32)
+    keep = uniform >= jnp.asarray(rate, jnp.float32)
+    # Where all are dropped, every entry is as likely as any other to have the largest number.
+    best = jnp.argmax(uniform, axis=1)[:, None] == jnp.arange(uniform.shape[1])[None]
+    keep |= best & ~jnp.any(keep, axis=1, keepdims=True)
+    order = np.argsort(samples + axes).tolist()
+    return jnp.transpose(keep.reshape(lead + entries), order).reshape(shape).astype(jnp.float32)
+
+
+def _normalised(mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return mask / jnp.mean(mask, axis=axes, keepdims=True)
+
+
+def _checked_mask(mask: Any, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    mask = jnp.asarray(mask)
+    fits = mask.ndim == x.ndim and all(
+        size in (1, of_x) for size, of_x in zip(mask.shape, x.shape, strict=True)
+    )
+    if not fits or not (jnp.issubdtype(mask.dtype, jnp.number) or mask.dtype == bool):
+        raise ValueError(
+            f"mask has shape {mask.shape} and dtype {mask.dtype}, and x has shape {x.shape}; give "
+            "numbers with as many axes as x, each of the same size or 1."
+        )
+    mask = mask.astype(jnp.float32)
+    if not isinstance(mask, jax.core.Tracer):
+        if jnp.any(mask < 0) or jnp.any(jnp.sum(mask, axis=axes) == 0):
+            raise ValueError(
+                "mask has an entry below 0 or no other than 0; keep at least one entry."
+            )
+    return mask
+
+
+def _axes(name: str, axes: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    given = (axes,) if isinstance(axes, int) else tuple(axes)
+    for axis in given:
+        if isinstance(axis, bool) or not isinstance(axis, int) or not -rank <= axis < rank:
+            raise ValueError(f"{name}={axes!r}: x has {rank} axes, and {axis!r} is none of them.")
+    positive = tuple(sorted(axis % rank for axis in given))
+    if len(set(positive)) < len(positive):
+        raise ValueError(f"{name}={axes!r} names an axis twice; name each once.")
+    return positive

@@ -1,0 +1,267 @@
+"""`freeze_dropped`: a dropped channel keeps its weights and its entries of the optimizer state."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cdb_jax import channels, selection
+from cdb_jax.policy import Policy, Rate, as_policy
+
+SlotAxes = Callable[[str, tuple[int, ...], tuple[int, ...]], tuple[int, ...] | None]
+
+
+class FreezeDroppedState(NamedTuple):
+    """State of `freeze_dropped`: that of the optimizer, and what `ChannelDropBackState` holds."""
+
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32: steps taken, the count of the next selection.
+    dropped_fraction: jax.Array  # shape=(), dtype=jnp.float32: of the last step, by parameters.
+    inner_state: Any
+
+
+def freeze_dropped(
+    inner: optax.GradientTransformation,
+    policy: Policy | Rate,
+    *,
+    slot_axes: Mapping[type, SlotAxes] | None = None,
+    **settings: Any,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Wraps an optimizer so that only the channels that learn in a step change at all.
+
+    A zero gradient does not freeze a weight: momentum and weight decay still move it. Here a
+    channel that is dropped in a step keeps its weights *and* its entries of the optimizer state,
+    bit for bit: the literal reading of "applies weight updates only to them". With parameters
+    :math:`\theta`, optimizer state :math:`s` and kept channels K, one step is
+
+    .. math:: (u, s') = \mathrm{inner}(1_K\, g,\; s,\; \theta), \qquad
+       \theta \leftarrow \theta + 1_K\, u, \qquad
+       s \leftarrow 1_K\, s' + (1 - 1_K)\, s.
+
+    What belongs to no channel advances in every step: counts, schedules, keys, norms over the whole
+    tree. An entry that several channels share (a row of Adafactor's second moments, say) stands
+    still if all of them are dropped, and advances otherwise. It makes no difference whether the
+    gradient comes from `jax.value_and_grad` or, masked already, from `cdb_jax.value_and_grad` with
+    the same policy. Nothing may move parameters after it: weight decay belongs into `inner`.
+
+    Args:
+      inner: the optimizer, chains included. `optax.MultiSteps` goes around `freeze_dropped`, not
+        inside.
+      policy: a `Policy`, or its `rate`, followed by its other arguments by name. Its `rescale`
+        must be "none", as gradients that come masked are rescaled already.
+      slot_axes: for states whose entries do not have the shape of their parameter: a dict from
+        the class of the state (a NamedTuple) to a function of the field's name, the parameter's
+        shape and the entry's shape. It returns for every axis of the entry the axis of the
+        parameter that it is, or None for an entry that belongs to no channel. That of
+        `optax.FactoredState` (Adafactor) is supplied.
+      **settings: the arguments of `Policy` by name, if `policy` is a rate.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with state `FreezeDroppedState`.
+
+    Raises:
+      TypeError, ValueError: for a bad policy, or one that rescales; when updates are first seen,
+        for a tree that does not fit the policy, and for a state with entries that nothing assigns
+        to channels, such as the memory of L-BFGS.
+
+    Examples:
+      >>> import cdb_jax, jax, jax.numpy as jnp, optax
+      >>> params = {"dense": {"kernel": jnp.zeros((2, 4))}}
+      >>> optimizer = optax.sgd(1.0, momentum=0.9)
+      >>> tx = cdb_jax.freeze_dropped(optimizer, 0.5, key=0, channel_choice="window")
+      >>> state = tx.init(params)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> params["dense"]["kernel"][0]  # Only the third channel was kept twice.
+      Array([ 0. , -1. , -2.9, -1. ], dtype=float32)
+      >>> state.inner_state[0].trace["dense"]["kernel"][0]
+      Array([0. , 1. , 1.9, 1. ], dtype=float32)
+
+    References:
+      ChannelDropBack, `arXiv 2411.10891 <https://arxiv.org/abs/2411.10891>`_.
+    """
+    policy = as_policy(policy, settings)
+    if policy.rescale != "none":
+        raise ValueError(
+            f"rescale={policy.rescale!r}: freeze_dropped does not rescale, as a gradient from "
+            "cdb_jax.value_and_grad is rescaled already. Let that or channel_drop_back(policy), "
+            "chained before it, rescale, and give freeze_dropped(inner, "
+            'dataclasses.replace(policy, rescale="none")), which drops the same channels.'
+        )
+    inner = optax.with_extra_args_support(inner)
+    rules = {optax.FactoredState: _factored_axes} | dict(slot_axes or {})
+
+    def init_fn(params: Any) -> FreezeDroppedState:
+        zeros = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        return FreezeDroppedState(*zeros, inner.init(params))
+
+    def update_fn(
+        updates: Any, state: FreezeDroppedState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, FreezeDroppedState]:
+        layout = policy.layout(updates)
+        groups = selection.draw(policy, layout, state.count)
+        kept = {} if policy.drops_nothing else selection.kept(groups, state.count)
+        # For each leaf where it learns, of its rank; None where nothing is ever dropped.
+        learns = [
+            selection.broadcastable(kept[path], leaf)
+            if (path := leaf.layer or leaf.path) in kept
+            else None
+            for leaf in layout.leaves
+        ]
+        masked = _where(learns, updates, 0.0)
+        proposed, inner_state = inner.update(masked, state.inner_state, params, **extra_args)
+        # Adding minus zero leaves every number as it is, minus zero included.
+        steps = _where(learns, proposed, -0.0)
+        slots = _slots(state.inner_state, layout, policy.root, rules)
+        inner_state = _hold(learns, slots, inner_state, state.inner_state)
+        fraction = selection.fraction_of(groups, layout)
+        count = optax.safe_increment(state.count)
+        return steps, FreezeDroppedState(count, fraction, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _where(learns: Sequence[jax.Array | None], tree: Any, otherwise: float) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    chosen = [
+        x if where is None else jnp.where(where, x, jnp.asarray(otherwise, x.dtype))
+        for where, x in zip(learns, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, chosen)
+
+
+class Slot(NamedTuple):
+    """An entry of an optimizer state that belongs to a parameter.
+
+    `parameter` is its position among the leaves of the updates, and `axes` are for each axis of the
+    entry the axis of the parameter that it is.
+    """
+
+    parameter: int
+    axes: tuple[int, ...]
+
+
+def _hold(
+    learns: Sequence[jax.Array | None], slots: Sequence[Slot | None], new: Any, old: Any
+) -> Any:
+    """The new state, with the old values where no channel learns that an entry belongs to."""
+    new_leaves, treedef = jax.tree.flatten(new)
+    held = []
+    for slot, x, before in zip(slots, new_leaves, jax.tree.leaves(old), strict=True):
+        where = learns[slot.parameter] if slot else None
+        if slot is not None and where is not None:
+            shared = tuple(axis for axis in range(where.ndim) if axis not in slot.axes)
+            where = jnp.any(where, axis=shared)
+            where = jnp.transpose(where, [sorted(slot.axes).index(axis) for axis in slot.axes])
+            x = jnp.where(where, x, before)
+        held.append(x)
+    return jax.tree.unflatten(treedef, held)
+
+
+# Which entry belongs to which parameter.
+
+
+def _slots(
+    state: Any, layout: channels.Layout, root: str, rules: Mapping[type, SlotAxes]
+) -> list[Slot | None]:
+    """For each leaf of a state the parameter that it belongs to; None where it belongs to none.
+
+    Optimizers keep trees that are built like the parameters, so an entry's path ends with that of
+    its parameter.
+    """
+    shorten = len(root) + 1 if root else 0
+    index = {leaf.path[shorten:]: i for i, leaf in enumerate(layout.leaves)}
+    entries = list(_entries(state, rules))
+    tops = collections.Counter(top for entry in entries for top, _ in _ends(entry.path, index))
+    slots = []
+    for entry in entries:
+        # Names may repeat along a path: that end is meant above which most parameters lie.
+        ends = sorted(_ends(entry.path, index), key=lambda end: (tops[end[0]], len(end[1])))
+        slots.append(_slot(entry, index[ends[-1][1]] if ends else None, layout, rules))
+    return slots
+
+
+class _Entry(NamedTuple):
+    path: str
+    array: Any
+    owner: type | None  # The innermost class with a rule around it,
+    field: str  # and the entry's field of that.
+
+
+def _entries(state: Any, rules: Mapping[type, SlotAxes]) -> list[_Entry]:
+    found = []
+    stops = lambda x: type(x) in rules or isinstance(x, optax.MultiStepsState)
+    for keys, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=stops):
+        if isinstance(node, optax.MultiStepsState):
+            raise ValueError(
+                "freeze_dropped: the optimizer inside accumulates gradients over several steps, "
+                "each with channels of its own; put it outside: "
+                "optax.MultiSteps(cdb_jax.freeze_dropped(inner, policy), every_k_schedule=k)."
+            )
+        owner = type(node) if type(node) in rules else None
+        if owner is None:
+            found.append(_Entry(channels.canonical_path(keys), node, None, ""))
+            continue
+        for below, x in jax.tree_util.tree_leaves_with_path(node):
+            path = channels.canonical_path((*keys, *below))
+            field = jax.tree_util.keystr(below[:1], simple=True)
+            found.append(_Entry(path, x, owner, field))
+    return found
+
+
+def _ends(path: str, index: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The ways to split a path in two of which the second is that of a parameter."""
+    parts = path.split("/")
+    splits = [("/".join(parts[:i]), "/".join(parts[i:])) for i in range(len(parts) + 1)]
+    return [(top, end) for top, end in splits if end in index]
+
+
+def _slot(
+    entry: _Entry, parameter: int | None, layout: channels.Layout, rules: Mapping[type, SlotAxes]
+) -> Slot | None:
+    shape = tuple(entry.array.shape)
+    leaf = None if parameter is None else layout.leaves[parameter]
+    if leaf is not None and parameter is not None and leaf.path:
+        if shape == leaf.shape:
+            return Slot(parameter, tuple(range(len(shape))))
+        if shape == ():
+            return Slot(parameter, ())
+        if leaf.layer is None:
+            return None
+        if entry.owner is not None:
+            axes = rules[entry.owner](entry.field, leaf.shape, shape)
+            if axes is not None and shape != tuple(leaf.shape[axis] for axis in axes):
+                raise ValueError(
+                    f"slot_axes of {entry.owner.__name__} says that the axes of {entry.path!r}, "
+                    f"shape {shape}, are {axes} of {leaf.path!r}, shape {leaf.shape}; the sizes "
+                    "differ."
+                )
+            return None if axes is None else Slot(parameter, tuple(axes))
+    elif leaf is not None and parameter is not None and shape == leaf.shape and shape:
+        return Slot(parameter, tuple(range(len(shape))))  # The tree is one array.
+    if shape == () or not jnp.issubdtype(entry.array.dtype, jnp.inexact):
+        return None  # Counts, keys, what a whole tree shares.
+    belongs = f"belongs to {leaf.path!r} of shape {leaf.shape}" if leaf else "belongs to no leaf"
+    raise ValueError(
+        f"freeze_dropped: the optimizer's state has an entry {entry.path!r} of shape {shape}, "
+        f"which {belongs}, and nothing says which of its axes are channels, so a dropped channel "
+        "could not stand still. Give slot_axes={StateClass: lambda field, shape, entry_shape: axes}"
+        ", or mask alone with channel_drop_back."
+    )
+
+
+def _factored_axes(
+    field: str, shape: tuple[int, ...], entry: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Adafactor's second moments: averages over one of the two largest axes of a parameter."""
+    if entry == (1,):
+        return None  # Not used for this parameter.
+    second, largest = np.argsort(shape)[-2:]
+    averaged = {"v_row": largest, "v_col": second}[field]
+    return tuple(axis for axis in range(len(shape)) if axis != averaged)

@@ -1,0 +1,155 @@
+"""What `train.py --method` offers: each method's defaults, policy, optimizer and model settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import jax
+import optax
+
+import cdb_jax
+import models
+from data import UserError
+
+if TYPE_CHECKING:
+    from train import Config
+
+Name = Literal[
+    "none",
+    "dropout",
+    "cdb",
+    "cdb_after",
+    "cdb_frozen",
+    "released",
+    "algorithm_1",
+    "layer_drop_back",
+    "skip_update",
+    "backdrop",
+    "stochastic_depth",
+]
+
+
+class Method(NamedTuple):
+    """A line of help, the paper's rate, and whether --skip-dropped can save its work."""
+
+    help: str
+    rate: float
+    skips: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "none": Method("the optimizer alone", 0.0),
+    "dropout": Method("zeroes units in the forward pass", 0.3),
+    "cdb": Method("masks channels of the gradient, before the optimizer", 0.3, True),
+    "cdb_after": Method("masks channels of the update, after the optimizer", 0.3),
+    "cdb_frozen": Method("dropped channels keep weights and optimizer state", 0.3, True),
+    "released": Method("rules and schedule of the ChannelDropBack authors' code", 0.3),
+    "algorithm_1": Method("of one layer a step, masks channels (arXiv 2411.10891)", 0.3, True),
+    "layer_drop_back": Method(
+        "tensors stand still on every second epoch, at twice the learning rate (arXiv 2412.18027)",
+        0.5,
+        True,
+    ),
+    "skip_update": Method("masks the update and makes up for it (arXiv 2602.15322)", 0.5),
+    "backdrop": Method("masks positions of the gradient of features (arXiv 1806.01337)", 0.3),
+    "stochastic_depth": Method(
+        "drops residual branches; rate is that of the last (arXiv 1603.09382)", 0.5, True
+    ),
+}
+assert tuple(METHODS) == get_args(Name)
+
+HELP = "; ".join(f"{name}: {method.help}" for name, method in METHODS.items()) + "."
+RATE_HELP = "Probability of dropping; None: the method's own, " + ", ".join(
+    f"{method.rate} ({name})" for name, method in METHODS.items() if name != "none"
+)
+
+
+def check(config: Config) -> None:
+    """Raises a UserError for settings that do not go together."""
+    if not config.skip_dropped:
+        return
+    if not METHODS[config.method].skips:
+        able = ", ".join(name for name, method in METHODS.items() if method.skips)
+        raise UserError(
+            f"--skip-dropped: --method {config.method} cannot save work; these can: {able}."
+        )
+    by_channel = config.method in ("cdb", "cdb_frozen", "algorithm_1")
+    if by_channel and config.channel_choice == "bernoulli" and 0.0 < config.rate < 1.0:
+        raise UserError("--skip-dropped needs --channel-choice window or exact.")
+
+
+def make_policy(config: Config, total_steps: int, epoch_steps: int) -> cdb_jax.Policy | None:
+    """What the method drops of gradients or updates; None if it leaves them alone."""
+    key, exempt = config.seed, config.exempt
+    match config.method:
+        case "cdb" | "cdb_after" | "cdb_frozen":
+            return cdb_jax.Policy(
+                config.rate,
+                key=key,
+                layer_rate=config.layer_rate,
+                channel_choice=config.channel_choice,
+                exempt=exempt,
+            )
+        case "released":
+            first = "stem" if config.model.startswith("resnet") else "patch_embed"
+            schedule = cdb_jax.released_layer_rate(total_steps)
+            return cdb_jax.released_code(
+                key=key, exempt=(first,), rate=config.rate, layer_rate=schedule
+            )
+        case "algorithm_1":
+            return cdb_jax.algorithm_1(
+                config.rate, key=key, exempt=exempt, channel_choice=config.channel_choice
+            )
+        case "layer_drop_back":
+            return cdb_jax.layer_drop_back(
+                key=key, exempt=exempt, steps_per_epoch=epoch_steps, layer_rate=config.rate
+            )
+        case "skip_update":
+            return cdb_jax.skip_update(config.rate, key=key, exempt=exempt)
+    return None
+
+
+def make_optimizer(
+    config: Config, policy: cdb_jax.Policy | None, total_steps: int, epoch_steps: int
+) -> optax.GradientTransformation:
+    """The optimizer, and what the method puts around it."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, max(1, total_steps // 20), total_steps
+    )
+    if config.method == "layer_drop_back":
+        doubled = lambda count: 2 * base(count)
+        base, schedule = (
+            schedule,
+            cdb_jax.every_nth_epoch(doubled, schedule, steps_per_epoch=epoch_steps),
+        )
+    is_kernel = lambda path, _: "kernel" in jax.tree_util.keystr(path)
+    kernels = lambda params: jax.tree_util.tree_map_with_path(is_kernel, params)
+    if config.optimizer == "adamw":
+        optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=kernels)
+    else:
+        decay = optax.add_decayed_weights(config.weight_decay, mask=kernels)
+        optimizer = optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
+    if policy is None:
+        return optimizer
+    if config.method == "cdb_frozen":
+        return cdb_jax.freeze_dropped(optimizer, policy)
+    if config.skip_dropped:  # Then the gradient comes masked.
+        return optimizer
+    if config.method in ("cdb_after", "skip_update"):
+        return optax.chain(optimizer, cdb_jax.channel_drop_back(policy))
+    return optax.chain(cdb_jax.channel_drop_back(policy), optimizer)
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    """What the method asks of the model."""
+    match config.method:
+        case "dropout":
+            return {"dropout_rate": config.rate}
+        case "backdrop":
+            return {"backdrop_rate": config.rate}
+        case "stochastic_depth":
+            depth = models.depth(config.model)
+            budget = depth - config.rate * (depth + 1) / 2  # The last survives with 1 - rate.
+            survival = cdb_jax.survival_rates(max(depth, 1), budget, mode="linear")
+            return {"branches": models.Branches(tuple(survival.tolist()), config.skip_dropped)}
+    return {}

@@ -1,0 +1,66 @@
+"""Residual branches that may be dropped, and Backdrop: what the models share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+import cdb_jax.nnx
+
+
+class Branch(nnx.Module):
+    """Computes a residual branch, drops it at random, and multiplies it by a gate.
+
+    Args:
+      drop_path: what drops it; None for never.
+      skips: whether a branch that is dropped is not computed either.
+    """
+
+    def __init__(self, drop_path: cdb_jax.nnx.DropPath | None = None, skips: bool = False):
+        self.drop_path = drop_path
+        self.skips = skips
+
+    def __call__(
+        self, branch: Callable[..., jax.Array], *args: Any, gate: jax.Array | None = None
+    ) -> jax.Array:
+        if self.drop_path is None:
+            y = branch(*args)
+        elif self.skips:
+            y = self.drop_path.branch(branch, *args)
+        else:
+            y = self.drop_path(branch(*args))
+        return y if gate is None else gate.astype(y.dtype) * y
+
+
+class Branches(NamedTuple):
+    """Stochastic depth for the blocks of a model.
+
+    `survival` has one probability for each block, or is empty for none; each is drawn for the whole
+    batch and makes up for it at test time, as in arXiv 1603.09382. With `skips`, what is dropped is
+    not computed.
+    """
+
+    survival: tuple[float, ...] = ()
+    skips: bool = False
+
+    def make(self, block: int, depth: int, rngs: nnx.Rngs) -> Branch:
+        if not self.survival:
+            return Branch()
+        if len(self.survival) != depth:
+            raise ValueError(
+                f"survival has {len(self.survival)} probabilities, and the model {depth} blocks."
+            )
+        rate = 1.0 - self.survival[block]
+        drop_path = cdb_jax.nnx.DropPath(rate, sample_axis=None, rescale="test", rngs=rngs)
+        return Branch(drop_path, self.skips)
+
+
+NO_BRANCH_DROPPED = Branches()
+
+
+def make_backdrop(
+    rate: float, axes: int | tuple[int, ...], rngs: nnx.Rngs
+) -> cdb_jax.nnx.Backdrop | None:
+    """A layer, or None for rate 0, so that such a model has no state for it."""
+    return cdb_jax.nnx.Backdrop(rate, axes, rngs=rngs) if rate else None

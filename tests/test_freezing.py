@@ -1,0 +1,345 @@
+"""`freeze_dropped`: what is dropped keeps its bits, and nothing else does."""
+
+import functools
+from typing import NamedTuple
+
+import chex
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+import cdb_jax
+from cdb_jax import Policy, freeze_dropped
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # For optax's own optimizers.
+
+KERNEL = jax.random.normal(jax.random.key(0), (6, 8))
+PARAMS = {
+    "a": {"kernel": KERNEL, "bias": jnp.ones(8)},
+    "b": {"kernel": jax.random.normal(jax.random.key(1), (8, 8))},
+}
+POLICY = Policy(0.5, key=0, channel_choice="window")
+
+
+def gradients(count):
+    keys = iter(jax.random.split(jax.random.key(count), 3))
+    return jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape, x.dtype), PARAMS)
+
+
+def bits(x):
+    x = np.asarray(x)
+    return x.view(np.uint8).reshape(*x.shape, -1) if x.dtype.itemsize > 1 else x
+
+
+def run(tx, steps=4, grads=gradients, params=PARAMS):
+    """The parameters and states after each step, the first ones included."""
+    update = jax.jit(tx.update)
+    state = tx.init(params)
+    history = [(params, state)]
+    for count in range(steps):
+        updates, state = update(grads(count), state, params)
+        params = optax.apply_updates(params, updates)
+        history.append((params, state))
+    return history
+
+
+def by_path(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": optax.adam(0.1),
+    "adamw": optax.adamw(0.1, weight_decay=0.1),
+    "lion": optax.lion(0.1),
+    "rmsprop": optax.rmsprop(0.1, centered=True, momentum=0.9),
+    "adadelta": optax.adadelta(1.0),
+    "radam": optax.radam(0.1),
+    "lamb": optax.lamb(0.1),
+    "novograd": optax.novograd(0.1),
+    "adafactor": optax.adafactor(0.1, min_dim_size_to_factor=128),
+    "schedule-free": optax.contrib.schedule_free_adamw(0.1),
+    "chain": optax.chain(
+        optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.add_noise(0.1, 0.5, key=0)
+    ),
+    "injected": optax.inject_hyperparams(optax.adamw)(learning_rate=lambda count: 0.1),
+    "ema": optax.chain(optax.ema(0.9), optax.sgd(0.1)),
+    "partition": optax.partition(
+        {"one": optax.adam(0.1), "two": optax.sgd(0.1, momentum=0.9)},
+        {"a": {"kernel": "one", "bias": "two"}, "b": {"kernel": "two"}},
+    ),
+    "finite": optax.apply_if_finite(optax.adam(0.1), 3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_dropped_channels_keep_their_bits_and_the_others_learn(name):
+    history = run(freeze_dropped(OPTIMIZERS[name], POLICY))
+    for count, ((before, old), (after, new)) in enumerate(zip(history, history[1:], strict=False)):
+        selection = cdb_jax.sample_selection(POLICY, PARAMS, count)
+        for path in selection:
+            dropped = np.asarray(selection[path]) == 0
+            assert 0 < dropped.sum() < dropped.size
+            trees = [(before, after), (old.inner_state, new.inner_state)]
+            for was, now in ((by_path(x), by_path(y)) for x, y in trees):
+                found = [key for key in was if key.endswith(path) and was[key].ndim == 2]
+                for key in found:
+                    same = (bits(was[key]) == bits(now[key])).all(axis=(0, 2))
+                    assert same[dropped].all(), (key, count)
+                    assert not same[~dropped].any(), (key, count)
+        assert (by_path(before)["a/bias"] != by_path(after)["a/bias"]).all()
+        counts = [x for key, x in by_path(new).items() if key.endswith("/count") or key == "count"]
+        assert counts and all(x == count + 1 for x in counts)
+
+
+def test_rate_zero_is_the_optimizer_and_one_is_nothing():
+    inner = optax.adamw(0.1)
+    plain, state = run(inner)[-1]
+    none, none_state = run(freeze_dropped(inner, 0.0, key=0))[-1]
+    chex.assert_trees_all_equal((none, none_state.inner_state), (plain, state))
+    still, still_state = run(freeze_dropped(inner, 1.0, key=0))[-1]
+    chex.assert_trees_all_equal([still["a"]["kernel"], still["b"]], [KERNEL, PARAMS["b"]])
+    assert still_state.inner_state[0].count == 4
+    assert not jnp.any(still_state.inner_state[0].mu["b"]["kernel"])
+
+
+def test_minus_zero_keeps_its_sign():
+    params = {"kernel": jnp.array([[-0.0, 0.0, -0.0, 0.0]])}
+    tx = freeze_dropped(optax.sgd(0.1), POLICY)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    dropped = cdb_jax.sample_selection(POLICY, params, 0)["kernel"] == 0
+    moved = optax.apply_updates(params, updates)["kernel"][0]
+    signs = np.signbit(np.asarray(params["kernel"][0]))
+    np.testing.assert_array_equal(np.signbit(moved)[dropped], signs[dropped])
+
+
+def reference(count, params, mu, nu, gradient, keep, *, rate=0.1, b1=0.9, b2=0.999, decay=0.01):
+    """A step of AdamW in NumPy, in which the columns that are not kept stand still."""
+    new_mu, new_nu = b1 * mu + (1 - b1) * gradient, b2 * nu + (1 - b2) * gradient**2
+    mean, square = new_mu / (1 - b1**count), new_nu / (1 - b2**count)
+    moved = params - rate * (mean / (np.sqrt(square) + 1e-8) + decay * params)
+    return (np.where(keep, new, old) for new, old in [(moved, params), (new_mu, mu), (new_nu, nu)])
+
+
+def test_adamw_against_numpy():
+    params = {"kernel": KERNEL}
+    tx = freeze_dropped(optax.adamw(0.1, weight_decay=0.01), POLICY)
+    given = [jax.random.normal(jax.random.key(i), KERNEL.shape) for i in range(6)]
+    history = run(tx, 6, lambda i: {"kernel": given[i]}, params)
+    weights = np.asarray(KERNEL, np.float64)
+    mu = nu = np.zeros_like(weights)
+    for i in range(6):
+        keep = np.asarray(cdb_jax.sample_selection(POLICY, params, i)["kernel"])[None] > 0
+        gradient = np.asarray(given[i], np.float64)
+        weights, mu, nu = reference(i + 1, weights, mu, nu, gradient, keep)
+        np.testing.assert_allclose(history[i + 1][0]["kernel"], weights, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (128, 256), (256, 128), (2, 128, 160)])
+@pytest.mark.parametrize("axes", [cdb_jax.output_channels, cdb_jax.input_channels])
+def test_the_factors_of_adafactor(shape, axes):
+    """Rows and columns of a square kernel have one shape; each is frozen along its own axis."""
+    stack = (0,) if len(shape) == 3 else ()
+    policy = Policy(
+        0.5, key=0, channel_choice="window", channel_axes=cdb_jax.Axes(axes, stack=stack)
+    )
+    params = {"kernel": jax.random.normal(jax.random.key(0), shape)}
+    tx = freeze_dropped(optax.adafactor(0.1), policy)
+    grads = lambda i: {"kernel": jax.random.normal(jax.random.key(i), shape)}
+    history = run(tx, 3, grads, params)
+    out = axes is cdb_jax.output_channels
+    for count, ((_, old), (_, new)) in enumerate(zip(history, history[1:], strict=False)):
+        keep = np.asarray(cdb_jax.sample_selection(policy, params, count)["kernel"]) > 0
+        # The averages over the axis without channels are those of one channel each.
+        sizes = np.argsort(shape)[-2:]
+        channel = len(shape) - 1 if out else len(shape) - 2
+        own = {sizes[1]: "v_col", sizes[0]: "v_row"}[channel]
+        for field in ("v_row", "v_col"):
+            was, now = (getattr(x.inner_state[0], field)["kernel"] for x in (old, new))
+            changed = np.asarray(was != now)
+            np.testing.assert_array_equal(changed, keep if field == own else changed | True)
+
+
+class Rows(NamedTuple):
+    rows: dict
+
+
+def by_rows():
+    """An optimizer that keeps one number for each row of a kernel."""
+
+    def update(updates, state, params=None):
+        rows = jax.tree.map(lambda r, g: r + jnp.sum(g**2, axis=-1), state.rows, updates)
+        return jax.tree.map(lambda g, r: -g / (1 + r[..., None]), updates, rows), Rows(rows)
+
+    init = lambda params: Rows(jax.tree.map(lambda p: jnp.zeros(p.shape[:-1]), params))
+    return optax.GradientTransformation(init, update)
+
+
+def test_rules_for_other_states():
+    params, policy = {"kernel": KERNEL}, Policy(0.5, key=0, channel_choice="exact")
+    grads = lambda i: {"kernel": KERNEL + i}
+    rule = {Rows: lambda field, shape, entry: tuple(range(len(shape) - 1))}
+    with pytest.raises(ValueError, match=r"'rows/kernel' of shape \(6,\).*'kernel' of shape"):
+        run(freeze_dropped(by_rows(), policy), 1, grads, params)
+    (_, old), (_, new) = run(freeze_dropped(by_rows(), policy, slot_axes=rule), 1, grads, params)
+    assert (old.inner_state.rows["kernel"] != new.inner_state.rows["kernel"]).all()  # Shared.
+    rows = Policy(0.5, key=0, channel_choice="exact", channel_axes=cdb_jax.input_channels)
+    (_, old), (_, new) = run(freeze_dropped(by_rows(), rows, slot_axes=rule), 1, grads, params)
+    keep = np.asarray(cdb_jax.sample_selection(rows, params, 0)["kernel"]) > 0
+    np.testing.assert_array_equal(
+        np.asarray(old.inner_state.rows["kernel"] != new.inner_state.rows["kernel"]), keep
+    )
+    wrong = {Rows: lambda field, shape, entry: (1,)}
+    with pytest.raises(ValueError, match="slot_axes of Rows says .* the sizes differ"):
+        run(freeze_dropped(by_rows(), policy, slot_axes=wrong), 1, grads, params)
+    none = {Rows: lambda field, shape, entry: None}
+    run(freeze_dropped(by_rows(), policy, slot_axes=none), 1, grads, params)
+
+
+def test_names_that_repeat_along_a_path():
+    """A parameter called like a field of the state, inside of trees called like parameters."""
+    params = {"kernel": KERNEL, "mu": {"kernel": KERNEL + 1}, "nu": {"mu": {"kernel": KERNEL}}}
+    policy = Policy(0.5, key=0, channel_choice="exact")
+    tx = freeze_dropped(optax.adam(0.1), policy)
+    history = run(tx, 2, lambda i: params, params)
+    for count, ((_, old), (_, new)) in enumerate(zip(history, history[1:], strict=False)):
+        selection = cdb_jax.sample_selection(policy, params, count)
+        moments = [by_path(x.inner_state[0].mu) for x in (old, new)]
+        for path, factors in selection.items():
+            changed = np.asarray(moments[0][path] != moments[1][path]).all(axis=0)
+            np.testing.assert_array_equal(changed, np.asarray(factors) > 0, path)
+
+
+def test_multi_steps_goes_around():
+    tx = optax.MultiSteps(freeze_dropped(optax.adam(0.1), POLICY), 2).gradient_transformation()
+    history = run(tx, 4)
+    first, last = history[2][0]["b"]["kernel"], history[4][0]["b"]["kernel"]
+    dropped = cdb_jax.sample_selection(POLICY, PARAMS, 1)["b/kernel"] == 0
+    np.testing.assert_array_equal((first == last).all(axis=0), dropped)
+    inside = freeze_dropped(optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(), POLICY)
+    with pytest.raises(ValueError, match=r"optax.MultiSteps\(cdb_jax.freeze_dropped"):
+        run(inside, 1)
+
+
+def test_inside_a_partition():
+    labels = {"a": "frozen", "b": "plain"}
+    tx = optax.partition(
+        {"frozen": freeze_dropped(optax.adam(0.1), POLICY), "plain": optax.adam(0.1)}, labels
+    )
+    (before, _), (after, _) = run(tx, 1)
+    keep = np.asarray(cdb_jax.sample_selection(POLICY, PARAMS, 0)["a/kernel"]) > 0
+    same = np.asarray(before["a"]["kernel"] == after["a"]["kernel"]).all(axis=0)
+    np.testing.assert_array_equal(same, ~keep)
+    assert (before["b"]["kernel"] != after["b"]["kernel"]).all()
+
+
+def test_one_layer_learns_and_all_else_keeps_its_bits():
+    policy = cdb_jax.algorithm_1(0.5, key=0, other_layers="still", channel_choice="exact")
+    history = run(freeze_dropped(optax.adamw(0.1), policy), 6)
+    for count, ((before, _), (after, _)) in enumerate(zip(history, history[1:], strict=False)):
+        selection = cdb_jax.sample_selection(policy, PARAMS, count)
+        for path, was in by_path(before).items():
+            learns = np.asarray(selection[path]) > 0
+            changed = np.asarray(was != by_path(after)[path])
+            np.testing.assert_array_equal(changed, np.broadcast_to(learns, changed.shape))
+
+
+@pytest.mark.parametrize("choice", ["window", "exact"])
+def test_skipping_and_freezing_see_the_same_selection(choice):
+    """The step with `value_and_grad` is that with the full gradient, up to rounding."""
+    policy = Policy(0.5, key=0, channel_choice=choice, layer_rate=0.7)
+    x = jax.random.normal(jax.random.key(2), (16, 6))
+
+    def loss(params, x):
+        hidden = jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"][None])
+        return jnp.mean((hidden @ params["b"]["kernel"]) ** 2)
+
+    def train(value_and_grad):
+        tx = freeze_dropped(optax.sgd(0.1, momentum=0.9), policy)
+
+        @jax.jit
+        def step(params, state):
+            _, grads = value_and_grad(params, x, count=cdb_jax.selection_count(state))
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params, state = PARAMS, tx.init(PARAMS)
+        for _ in range(5):
+            params, state = step(params, state)
+        return params, state
+
+    full = lambda params, x, count: jax.value_and_grad(loss)(params, x)
+    skip = train(cdb_jax.value_and_grad(loss, policy))
+    chex.assert_trees_all_close(skip, train(full), rtol=1e-4, atol=1e-6)
+    assert cdb_jax.selection_count(skip[1]) == 5
+
+
+def test_eight_devices_freeze_what_one_does():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = freeze_dropped(optax.adamw(0.1), POLICY)
+    place = lambda tree: jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, P(*[None] * (x.ndim - 1), "data"))), tree
+    )
+    sharded = run(tx, 3, lambda i: place(gradients(i)), place(PARAMS))[-1]
+    chex.assert_trees_all_equal(sharded, run(tx, 3)[-1])
+    assert sharded[1].inner_state[0].mu["b"]["kernel"].sharding.spec == P(None, "data")
+
+
+def test_nnx_linen_and_saving():
+    model = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, freeze_dropped(optax.adam(0.1), POLICY), wrt=nnx.Param)
+    before = model.kernel[...]
+    optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(KERNEL.T) ** 2))(model))
+    dropped = cdb_jax.sample_selection(POLICY, nnx.state(model, nnx.Param), 0)["kernel"] == 0
+    np.testing.assert_array_equal((model.kernel[...] == before).all(axis=0), dropped)
+
+    tx = freeze_dropped(optax.adam(0.1), POLICY)
+    (_, start), *_, (_, state) = run(tx)
+    saved = flax.serialization.to_bytes(state)
+    chex.assert_trees_all_equal(flax.serialization.from_bytes(start, saved), state)
+
+
+def test_vmap_over_seeds_and_donation():
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    tx = freeze_dropped(optax.adam(0.1), POLICY)
+    stack = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x + 1]), tree)
+    states = jax.vmap(tx.init)(stack(PARAMS))
+    together = jax.jit(jax.vmap(step), donate_argnums=(0, 1))(
+        stack(PARAMS), states, stack(gradients(0))
+    )
+    alone = jax.jit(step)(PARAMS, tx.init(PARAMS), gradients(0))
+    first = jax.tree.map(lambda x: x[0], together)
+    chex.assert_trees_all_close(first, alone, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            functools.partial(freeze_dropped, optax.sgd(0.1), 0.5, key=0, rescale="expected"),
+            ValueError,
+            "rescale='expected': freeze_dropped does not rescale",
+        ),
+        (functools.partial(freeze_dropped, optax.sgd(0.1), 0.5), TypeError, "key is missing"),
+        (
+            lambda: run(freeze_dropped(optax.scale_by_lbfgs(), POLICY), 1),
+            ValueError,
+            "entry 'diff_params_memory/.* nothing says which of its axes are channels",
+        ),
+    ],
+    ids=["rescale", "key", "lbfgs"],
+)
+def test_mistakes(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
