@@ -52,6 +52,8 @@ class Branches(NamedTuple):
                 f"survival has {len(self.survival)} probabilities, and the model {depth} blocks."
             )
         rate = 1.0 - self.survival[block]
+        if rate == 0.0:
+            return Branch()
         drop_path = cdb_jax.nnx.DropPath(rate, sample_axis=None, rescale="test", rngs=rngs)
         return Branch(drop_path, self.skips)
 
