@@ -225,16 +225,16 @@ def _ends(path: str, index: Mapping[str, int]) -> list[tuple[str, str]]:
 def _slot(
     entry: _Entry, parameter: int | None, layout: channels.Layout, rules: Mapping[type, SlotAxes]
 ) -> Slot | None:
-    shape = tuple(entry.array.shape)
+    shape, is_float = tuple(entry.array.shape), jnp.issubdtype(entry.array.dtype, jnp.inexact)
     leaf = None if parameter is None else layout.leaves[parameter]
-    if leaf is not None and parameter is not None and leaf.path:
+    if leaf is not None and parameter is not None:
         if shape == leaf.shape:
             return Slot(parameter, tuple(range(len(shape))))
-        if shape == ():
-            return Slot(parameter, ())
+        if shape == () and is_float and leaf.path:
+            return Slot(parameter, ())  # A number for each parameter.
         if leaf.layer is None:
             return None
-        if entry.owner is not None:
+        if shape and entry.owner is not None:
             axes = rules[entry.owner](entry.field, leaf.shape, shape)
             if axes is not None and shape != tuple(leaf.shape[axis] for axis in axes):
                 raise ValueError(
@@ -243,9 +243,7 @@ def _slot(
                     "differ."
                 )
             return None if axes is None else Slot(parameter, tuple(axes))
-    elif leaf is not None and parameter is not None and shape == leaf.shape and shape:
-        return Slot(parameter, tuple(range(len(shape))))  # The tree is one array.
-    if shape == () or not jnp.issubdtype(entry.array.dtype, jnp.inexact):
+    if shape == () or not is_float:
         return None  # Counts, keys, what a whole tree shares.
     belongs = f"belongs to {leaf.path!r} of shape {leaf.shape}" if leaf else "belongs to no leaf"
     raise ValueError(

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import tyro
 from matplotlib import pyplot
-from scipy import stats
 
 import train
 import training
@@ -40,19 +39,6 @@ class Demo:
     """Where the data set is kept; None: in the run folder."""
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float]:
-    """The mean and the half width of its 95 % t interval; infinite for a single value."""
-    if len(values) < 2:
-        return float(values.mean()), float("inf")
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return float(values.mean()), float(half)
-
-
-def percent(values: np.ndarray, sign: str = "") -> str:
-    mean, half = mean_interval(100 * values)
-    return f"{mean:{sign}.2f}" + (f" ± {half:.2f}" if len(values) > 1 else "")
-
-
 def compare(histories: dict[str, dict[str, list[list[training.Row]]]]) -> list[list[str]]:
     """One line for each model and method: last epoch's accuracy, and its difference to none."""
     lines = []
@@ -64,10 +50,15 @@ def compare(histories: dict[str, dict[str, list[list[training.Row]]]]) -> list[l
         }
         for method, rows in last.items():
             same = method == "none"
-            difference = "" if same else percent(accuracy[method] - accuracy["none"], "+")
+            difference = "" if same else training.percent(accuracy[method] - accuracy["none"], "+")
             loss = np.mean([row["train_loss"] for row in rows])
             lines.append(
-                [f"{model}, {method}", percent(accuracy[method]), difference, f"{loss:.4f}"]
+                [
+                    f"{model}, {method}",
+                    training.percent(accuracy[method]),
+                    difference,
+                    f"{loss:.4f}",
+                ]
             )
     return lines
 
@@ -80,7 +71,7 @@ def plot_comparison(histories: dict[str, dict[str, list[list[training.Row]]]], f
     for panel, (model, methods) in zip(axes[0], histories.items(), strict=True):
         for position, runs in enumerate(methods.values()):
             values = np.array([100 * rows[-1]["test_accuracy"] for rows in runs])
-            mean, half = mean_interval(values)
+            mean, half = training.mean_interval(values)
             panel.plot([position] * len(values), values, "o", color="0.6")
             bar = half if np.isfinite(half) else None
             panel.errorbar(position + 0.15, mean, yerr=bar, fmt="s", color="C0", capsize=4)

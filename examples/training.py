@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from rich import progress, table
 from rich.console import Console
+from scipy import stats
 
 from data import DataSet, UserError, first_line, test_batches
 
@@ -293,6 +294,20 @@ def show_results(folder: Path, title: str, rows: Sequence[Row]) -> None:
     console().print(results_table(title, columns, lines))
     plot_curves({title: [rows]}, folder / "curves.png", title)
     console().print(f"metrics, curves and checkpoints are in {folder}", soft_wrap=True)
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """The mean and the half width of its 95 % t interval; infinite for a single value."""
+    if len(values) < 2:
+        return float(values.mean()), float("inf")
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return float(values.mean()), float(half)
+
+
+def percent(values: np.ndarray, sign: str = "") -> str:
+    """The mean and its interval as text, in percent or percentage points."""
+    mean, half = mean_interval(100 * values)
+    return f"{mean:{sign}.2f}" + (f" ± {half:.2f}" if len(values) > 1 else "")
 
 
 def results_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Any:

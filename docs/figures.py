@@ -1,0 +1,147 @@
+"""Draws the pictures of methods.md, each from the library itself.
+
+python docs/figures.py
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+
+import cdb_jax
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+HERE = Path(__file__).parent
+KEYS = (0, 0, 1)  # With the last of them one image is dropped.
+
+
+def save(figure: pyplot.Figure, name: str) -> None:
+    figure.savefig(HERE / f"{name}.png", dpi=110)
+    pyplot.close(figure)
+
+
+def freezing() -> None:
+    """One weight under Adam, whose channel is dropped in the shaded steps."""
+    policy = cdb_jax.Policy(0.5, key=5, channel_choice="exact")
+    params, steps = {"kernel": jnp.zeros((1, 2))}, 24
+    drop, adam = cdb_jax.channel_drop_back(policy), optax.adam(0.1)
+    kinds = {
+        "before the optimizer": optax.chain(drop, adam),
+        "after the optimizer": optax.chain(adam, drop),
+        "freeze_dropped": cdb_jax.freeze_dropped(adam, policy),
+    }
+    gradient = {"kernel": jnp.full((1, 2), -1.0)}
+    figure, (weight, moment) = pyplot.subplots(1, 2, figsize=(10, 3), layout="constrained")
+    for title, tx in kinds.items():
+        now, state = params, tx.init(params)
+        weights, moments = [0.0], [0.0]
+        for _ in range(steps):
+            updates, state = tx.update(gradient, state, now)
+            now = optax.apply_updates(now, updates)
+            weights.append(float(now["kernel"][0, 0]))
+            moments.append(float(optax.tree.get(state, "mu")["kernel"][0, 0]))
+        weight.plot(weights, ".-", label=title, linewidth=1)
+        moment.plot(moments, ".-", label=title, linewidth=1)
+    for step in range(steps):
+        if cdb_jax.sample_selection(policy, params, step)["kernel"][0] == 0:
+            weight.axvspan(step, step + 1, color="0.9")
+            moment.axvspan(step, step + 1, color="0.9")
+    weight.set(xlabel="step", ylabel="weight", title="a weight (shaded: its channel is dropped)")
+    moment.set(xlabel="step", ylabel="first moment", title="its first moment in Adam")
+    weight.legend()
+    save(figure, "freezing")
+
+
+def backdrop() -> None:
+    """What the gradient of two images is multiplied by."""
+    kinds = {
+        "axes=(1, 2)": dict(axes=(1, 2)),
+        "axes=(1, 2), sample_axes=0": dict(axes=(1, 2), sample_axes=0),
+        "axes=0": dict(axes=0),
+    }
+    figure, panels = pyplot.subplots(2, 3, figsize=(8, 5), layout="constrained")
+    for column, (title, settings) in enumerate(kinds.items()):
+        x, key = jnp.ones((2, 12, 12, 1)), jax.random.key(KEYS[column])
+        settings = settings | {"key": key}
+        mask = jax.grad(lambda x, given=settings: cdb_jax.backdrop(x, 0.5, **given).sum())(x)
+        for row in range(2):
+            shown = panels[row, column].imshow(mask[row, ..., 0], cmap="Blues", vmin=0, vmax=2.2)
+            panels[row, column].set(xticks=[], yticks=[])
+        panels[0, column].set_title(title, family="monospace", fontsize=9)
+    panels[0, 0].set_ylabel("image 0")
+    panels[1, 0].set_ylabel("image 1")
+    figure.colorbar(shown, ax=panels, shrink=0.8, label="factor on the gradient")
+    save(figure, "backdrop")
+
+
+def stochastic_depth() -> None:
+    """Survival rates of twelve branches under two budgets."""
+    sensitivities = 1.0 / np.arange(1, 13) + np.where(np.arange(12) == 8, 0.4, 0.0)
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 3), sharey=True, layout="constrained")
+    for panel, budget in zip(panels, (4.0, 9.0), strict=True):
+        for mode, marker in (("uniform", "s"), ("linear", "o"), ("sense", "^")):
+            given = {"sensitivities": sensitivities} if mode == "sense" else {}
+            rates = cdb_jax.survival_rates(12, budget, mode=mode, minimum=0.05, **given)
+            panel.plot(range(1, 13), rates, marker + "-", label=mode, linewidth=1)
+        panel.set(xlabel="branch", title=f"expected depth {budget:g} of 12", ylim=(0, 1.05))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("survival probability")
+    panels[1].legend()
+    save(figure, "stochastic_depth")
+
+
+def layer_drop_back() -> None:
+    """Which tensors learn, and the learning rate, over four epochs."""
+    names = [f"block{i}/{leaf}" for i in range(4) for leaf in ("kernel", "bias")]
+    tree = {f"block{i}": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)} for i in range(4)} | {
+        "head": {"kernel": jnp.zeros((2, 2))}
+    }
+    policy = cdb_jax.layer_drop_back(key=0, exempt=("head",), steps_per_epoch=10)
+    steps = range(40)
+    selections = [cdb_jax.sample_selection(policy, tree, step) for step in steps]
+    learns = [[float(x[name][0]) for x in selections] for name in names]
+    learns.append([1.0] * len(steps))
+    cosine = optax.cosine_decay_schedule(0.01, len(steps))
+    doubled = lambda count: 2 * cosine(count)
+    rate = cdb_jax.every_nth_epoch(doubled, cosine, steps_per_epoch=10)
+    figure, (top, bottom) = pyplot.subplots(
+        2, 1, figsize=(10, 4.2), sharex=True, layout="constrained", height_ratios=(3, 1)
+    )
+    top.pcolormesh(learns, cmap="Blues", vmin=-0.15, vmax=1.4, edgecolors="w", linewidth=0.5)
+    top.set_yticks(np.arange(len(names) + 1) + 0.5, [*names, "head/kernel"])
+    top.set_title(
+        "dark tensors learn; on every second epoch each stands still with probability 0.5"
+    )
+    bottom.step(steps, [float(rate(step)) for step in steps], where="post")
+    bottom.set(xlabel="step (an epoch has 10)", ylabel="learning rate", ylim=(0, None))
+    save(figure, "layer_drop_back")
+
+
+def skip_update() -> None:
+    """The factors of one layer's updates, and their mean over steps."""
+    policy = cdb_jax.skip_update(0.5, key=0)
+    tree, steps = {"kernel": jnp.zeros((8, 24))}, 200
+    factors = np.array(
+        jax.vmap(lambda step: cdb_jax.sample_selection(policy, tree, step)["kernel"])(
+            jnp.arange(steps)
+        )
+    )
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3), layout="constrained")
+    shown = left.pcolormesh(factors[:48].T, cmap="Blues", edgecolors="w", linewidth=0.5)
+    figure.colorbar(shown, ax=left, label="factor on the update")
+    left.set(xlabel="step", ylabel="output channel")
+    means = np.cumsum(factors, axis=0) / np.arange(1, steps + 1)[:, None]
+    right.plot(means, color="C0", alpha=0.3, linewidth=0.7)
+    right.axhline(1.0, color="k", linewidth=0.8)
+    right.set(xlabel="step", ylabel="mean factor so far", ylim=(0, 2.1))
+    save(figure, "skip_update")
+
+
+if __name__ == "__main__":
+    for draw in (freezing, backdrop, stochastic_depth, layer_drop_back, skip_update):
+        draw()

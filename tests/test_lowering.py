@@ -1,0 +1,82 @@
+"""Every public function lowers for TPU and CUDA, on a machine that has neither."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import cdb_jax
+
+PARAMS = {
+    "dense": {"kernel": jnp.ones((16, 32)), "bias": jnp.ones(32)},
+    "conv": {"kernel": jnp.ones((3, 3, 4, 8))},
+}
+X, IMAGES, KEY, COUNT = jnp.ones((8, 16)), jnp.ones((2, 6, 6, 4)), jax.random.key(0), jnp.int32(0)
+
+
+def loss(params, x, images):
+    y = jax.lax.conv_general_dilated(
+        images, params["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    z = x @ params["dense"]["kernel"] + params["dense"]["bias"][None]
+    return jnp.mean(jnp.sin(y)) + jnp.mean(jnp.sin(z))
+
+
+POLICIES = {
+    "bernoulli": cdb_jax.Policy(0.5, key=0),
+    "exact": cdb_jax.Policy(0.5, key=0, channel_choice="exact", rescale="expected"),
+    "window": cdb_jax.Policy(0.5, key=0, channel_choice="window", layer_rate=0.5),
+    "input": cdb_jax.Policy(
+        0.5, key=0, channel_choice="window", channel_axes=cdb_jax.input_channels
+    ),
+    "layers": cdb_jax.Policy(1.0, key=0, layer_rate=0.5),
+    "one": cdb_jax.algorithm_1(0.5, key=0, other_layers="still", channel_choice="window"),
+    "layer_drop_back": cdb_jax.layer_drop_back(key=0, exempt=("dense/bias",), steps_per_epoch=1),
+}
+
+
+def update(tx):
+    def step(params, grads):
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    return step, (PARAMS, PARAMS)
+
+
+PROGRAMS = {
+    "backdrop": (
+        jax.grad(lambda x: jnp.sum(cdb_jax.backdrop(x, 0.5, axes=0, key=KEY) ** 2)),
+        (X,),
+    ),
+    "drop_path": (lambda x: cdb_jax.drop_path(x, 0.5, key=KEY), (X,)),
+    "drop_branch": (
+        jax.grad(lambda x: jnp.sum(cdb_jax.drop_branch(jnp.sin, x, rate=0.5, key=KEY))),
+        (X,),
+    ),
+    "dropped_fraction": (
+        lambda params, count: cdb_jax.dropped_fraction(POLICIES["exact"], params, count),
+        (PARAMS, COUNT),
+    ),
+}
+for _name, _policy in POLICIES.items():
+    PROGRAMS[f"channel_drop_back, {_name}"] = update(cdb_jax.channel_drop_back(_policy))
+    if _policy.rescale == "none":
+        frozen = cdb_jax.freeze_dropped(optax.sgd(0.1, momentum=0.9), _policy)
+        PROGRAMS[f"freeze_dropped, {_name}"] = update(frozen)
+    if _name != "bernoulli":
+        _skip = cdb_jax.value_and_grad(loss, _policy)
+        PROGRAMS[f"value_and_grad, {_name}"] = (
+            lambda params, x, images, count, skip=_skip: skip(params, x, images, count=count),
+            (PARAMS, X, IMAGES, COUNT),
+        )
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_lowers(name, platform):
+    f, args = PROGRAMS[name]
+    exported = jax.export.export(jax.jit(f), platforms=[platform])(*args)
+    assert exported.platforms == (platform,)
+    assert [x.shape for x in exported.out_avals] == [
+        x.shape for x in jax.tree.leaves(jax.eval_shape(f, *args))
+    ]
