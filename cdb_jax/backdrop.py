@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cdb_jax.policy import check_rate
+from cdb_jax.policy import check_call_key, check_rate
+from cdb_jax.scaling import scale
 
 
 def backdrop(
@@ -31,7 +33,8 @@ def backdrop(
     .. math:: y = x, \qquad \bar x = \frac{m}{\frac1n \sum_i m_i} \odot \bar y.
 
     If every entry would be dropped, one picked at random is kept. The mask is drawn in the backward
-    pass: between the passes only the key is stored.
+    pass: between the passes only the key is stored. Inside a `shard_map` over one of the axes fold
+    `jax.lax.axis_index` into the key, or every device draws the same mask for its part.
 
     Args:
       x: float array of any shape.
@@ -63,18 +66,16 @@ def backdrop(
       Backdrop, `arXiv 1806.01337 <https://arxiv.org/abs/1806.01337>`_.
     """
     rate = check_rate("rate", rate, schedule=False)
-    axes, samples = _axes("axes", axes, x.ndim), _axes("sample_axes", sample_axes, x.ndim)
-    if not axes:
-        raise ValueError("axes is empty; name the axis or axes along which the mask varies.")
+    axes = _positive("axes", check_axes("axes", axes), x.ndim)
+    samples = _positive("sample_axes", check_axes("sample_axes", sample_axes, some=False), x.ndim)
     if set(axes) & set(samples):
         raise ValueError(f"axes={axes} and sample_axes={samples} share an axis; name each once.")
     if mask is not None:
         mask = _checked_mask(mask, x, axes)
         return _scale_gradient(x, mask, lambda mask: _normalised(mask, axes))
-    if isinstance(rate, float) and rate == 0.0:
+    if (isinstance(rate, float) and rate == 0.0) or not x.size:
         return x
-    if key is None:
-        raise TypeError("key is missing: give a JAX key for this call, such as rngs.backdrop().")
+    key = check_call_key(key, "rngs.backdrop()")
     shape = [size if axis in (*axes, *samples) else 1 for axis, size in enumerate(x.shape)]
 
     def factors(drawn: tuple[jax.Array, Any]) -> jax.Array:
@@ -94,10 +95,8 @@ def _scale_gradient(x: jax.Array, made_from: Any, factors: Any) -> jax.Array:
         return x, made_from
 
     def backward(made_from: Any, dy: jax.Array) -> tuple[jax.Array, None]:
-        scale = factors(made_from)
-        wide = jnp.promote_types(dy.dtype, jnp.float32)
-        scaled = (dy.astype(wide) * scale.astype(wide)).astype(dy.dtype)
-        return jnp.where(scale == 0, jnp.zeros((), dy.dtype), scaled), None
+        by = factors(made_from)
+        return jnp.where(by == 0, jnp.zeros((), dy.dtype), scale(dy, by)), None
 
     identity.defvjp(forward, backward)
     return identity(x, made_from)
@@ -122,34 +121,53 @@ def _draw(
 
 
 def _normalised(mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    return mask / jnp.mean(mask, axis=axes, keepdims=True)
+    mean = jnp.mean(mask, axis=axes, keepdims=True)
+    return mask / jnp.where(mean > 0, mean, 1.0)
 
 
 def _checked_mask(mask: Any, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    mask = jnp.asarray(mask)
-    fits = mask.ndim == x.ndim and all(
-        size in (1, of_x) for size, of_x in zip(mask.shape, x.shape, strict=True)
+    shape, dtype = jnp.shape(mask), jnp.result_type(mask)
+    fits = len(shape) == x.ndim and all(
+        size in (1, of_x) for size, of_x in zip(shape, x.shape, strict=True)
     )
-    if not fits or not (jnp.issubdtype(mask.dtype, jnp.number) or mask.dtype == bool):
+    real = (
+        jnp.issubdtype(dtype, jnp.bool_)
+        or jnp.issubdtype(dtype, jnp.integer)
+        or jnp.issubdtype(dtype, jnp.floating)
+    )
+    if not fits or not real:
         raise ValueError(
-            f"mask has shape {mask.shape} and dtype {mask.dtype}, and x has shape {x.shape}; give "
+            f"mask has shape {shape} and dtype {dtype}, and x has shape {x.shape}; give real "
             "numbers with as many axes as x, each of the same size or 1."
         )
-    mask = mask.astype(jnp.float32)
     if not isinstance(mask, jax.core.Tracer):
-        if jnp.any(mask < 0) or jnp.any(jnp.sum(mask, axis=axes) == 0):
-            raise ValueError(
-                "mask has an entry below 0 or no other than 0; keep at least one entry."
-            )
-    return mask
+        values = np.asarray(mask).astype(np.float32)
+        if not np.all(values >= 0) or not np.all(np.isfinite(np.sum(values, axis=axes))):
+            raise ValueError("mask has entries that are negative or not finite; give numbers >= 0.")
+        if not np.all(np.any(values > 0, axis=axes)):
+            raise ValueError("mask is 0 all along axes; keep at least one entry.")
+    return jnp.asarray(mask).astype(jnp.float32)
 
 
-def _axes(name: str, axes: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    given = (axes,) if isinstance(axes, int) else tuple(axes)
-    for axis in given:
-        if isinstance(axis, bool) or not isinstance(axis, int) or not -rank <= axis < rank:
+def check_axes(name: str, axes: Any, *, some: bool = True) -> tuple[int, ...]:
+    """One axis or several as a tuple of ints."""
+    several = axes if isinstance(axes, Sequence) else (axes,)
+    try:
+        found = tuple(operator.index(axis) for axis in several if not isinstance(axis, bool))
+    except TypeError:
+        found = ()
+    if len(found) < len(several):
+        raise ValueError(f"{name}={axes!r} must be an int or a tuple of ints.")
+    if some and not found:
+        raise ValueError(f"{name} is empty; name the axis or axes along which the mask varies.")
+    return found
+
+
+def _positive(name: str, axes: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    for axis in axes:
+        if not -rank <= axis < rank:
             raise ValueError(f"{name}={axes!r}: x has {rank} axes, and {axis!r} is none of them.")
-    positive = tuple(sorted(axis % rank for axis in given))
+    positive = tuple(sorted(axis % rank for axis in axes))
     if len(set(positive)) < len(positive):
         raise ValueError(f"{name}={axes!r} names an axis twice; name each once.")
     return positive

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cdb_jax import skipping
-from cdb_jax.backdrop import backdrop
+from cdb_jax.backdrop import backdrop, check_axes
 from cdb_jax.policy import Policy, Rate, as_policy, check_rate
 from cdb_jax.stochastic_depth import at_test, check_rescale, drop_path, rescaled, survives
 
@@ -70,7 +70,7 @@ def value_and_grad(
         numbered, _ = jax.tree.unflatten(treedef, range(len(leaves)))
         for state in wanted:
             _check_models(state.argnum, args)
-        filters = [nnx.All(x.filter, _within(jax.tree.leaves(numbered[x.argnum]))) for x in wanted]
+        filters = [_within(jax.tree.leaves(numbered[x.argnum]), x.filter) for x in wanted]
         graph, *split, rest = nnx.split(models, *filters, ...)  # type: ignore[misc]
         for state, found in zip(wanted, split, strict=True):
             if not found:
@@ -138,8 +138,10 @@ def _check_models(argnum: int, args: tuple[Any, ...]) -> None:
         )
 
 
-def _within(models: Sequence[int]) -> Callable[[Any, Any], bool]:
-    return lambda path, _: path[0] in models
+def _within(models: Sequence[int], of_model: Any) -> Callable[[Any, Any], bool]:
+    """A filter of the variables of some models, by their paths there."""
+    chosen = nnx.filterlib.to_predicate(of_model)
+    return lambda path, x: path[0] in models and chosen(path[1:], x)
 
 
 # Layers.
@@ -159,7 +161,11 @@ class _RandomLayer(nnx.Module):
         self.rate = check_rate("rate", rate, schedule=False)
         self.deterministic = deterministic
         self.rng_collection = rng_collection
-        if isinstance(rngs, nnx.Rngs):
+        if rngs is not None and not isinstance(rngs, (nnx.Rngs, nnx.RngStream)):
+            raise TypeError(f"rngs must be nnx.Rngs, got {rngs!r}; use nnx.Rngs(0).")
+        if isinstance(self.rate, float) and self.rate == 0.0:
+            rngs = None  # So that a rate of 0 does not change what other layers draw.
+        elif isinstance(rngs, nnx.Rngs):
             rngs = rngs[rng_collection]
         self.rngs = nnx.data(None) if rngs is None else rngs.fork()
 
@@ -220,8 +226,8 @@ class Backdrop(_RandomLayer):
         rngs: Rngs | None = None,
     ) -> None:
         super().__init__(rate, deterministic, rng_collection, rngs)
-        self.axes = axes if isinstance(axes, int) else tuple(axes)
-        self.sample_axes = sample_axes if isinstance(sample_axes, int) else tuple(sample_axes)
+        self.axes = check_axes("axes", axes)
+        self.sample_axes = check_axes("sample_axes", sample_axes, some=False)
 
     def __call__(
         self,
@@ -309,6 +315,9 @@ class DropPath(_RandomLayer):
         rngs: Rngs | jax.Array | None = None,
     ) -> jax.Array:
         """`self(branch(*args))` that does not compute a branch that is dropped.
+
+        What a branch would change in its models (batch statistics, random counts) is not changed
+        either when it is dropped.
 
         Args:
           branch: a function that returns one array. Models that it calls must be among `args`.

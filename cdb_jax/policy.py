@@ -134,6 +134,8 @@ def as_policy(rate: Rate | Policy, settings: Mapping[str, Any]) -> Policy:
         return Policy(rate, **settings)
     defaults = {field.name: field.default for field in dataclasses.fields(Policy)}
     for name, value in settings.items():
+        if name not in defaults:
+            raise TypeError(f"{name}={value!r}: Policy has no argument called {name}.")
         default = defaults[name]
         if type(value) is not type(default) or value != default:
             raise TypeError(
@@ -166,6 +168,18 @@ def check_rate(name: str, rate: Any, *, schedule: bool = True) -> Any:
     if not 0.0 <= float(rate) <= 1.0:  # False for NaN too.
         raise ValueError(f"{name} must be a drop probability between 0 and 1, got {rate!r}.")
     return float(rate)
+
+
+def check_call_key(key: Any, source: str) -> jax.Array:
+    """The key of a function that draws once; `source` is where users get one."""
+    if key is None:
+        raise TypeError(f"key is missing: give a JAX key for this call, such as {source}.")
+    is_key = isinstance(key, (jax.Array, np.ndarray)) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+    )
+    if not is_key:
+        raise TypeError(f"key must be a JAX key, got {key!r}; use jax.random.key(0).")
+    return key
 
 
 def _check_key(key: Any) -> tuple[int, int] | jax.Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from cdb_jax import channels
-from cdb_jax.policy import Policy, Rate
+from cdb_jax.policy import Policy, Rate, check_rate
 
-Value = float | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
+Value = float | jax.typing.ArrayLike | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 
 
 def released_code(
@@ -100,7 +99,7 @@ def layer_drop_back(
     key: Any,
     exempt: tuple[str, ...],
     steps_per_epoch: int,
-    layer_rate: float = 0.5,
+    layer_rate: Rate = 0.5,
     every: int = 2,
     stack: Mapping[str, int | tuple[int, ...]] | None = None,
 ) -> Policy:
@@ -108,9 +107,11 @@ def layer_drop_back(
 
     On every `every`-th epoch each tensor, biases and normalisation included, gets no gradient with
     probability `layer_rate`; on the other epochs all learn. The paper doubles the learning rate on
-    the epochs with dropping (`every_nth_epoch`), and never drops the last two tensors. Under
-    `cdb_jax.value_and_grad` the weight gradients of tensors that stand still are not computed,
-    which is where the paper's savings come from.
+    the epochs with dropping (`every_nth_epoch`), and never drops the last two tensors. There a
+    tensor has no gradient at all, and the optimizer passes over it: `freeze_dropped` does that,
+    while `channel_drop_back` gives it a gradient of zero. Under `cdb_jax.value_and_grad` the weight
+    gradients of tensors that stand still are not computed, which is where the paper's savings come
+    from.
 
     Args:
       key: as in `channel_drop_back`.
@@ -131,20 +132,22 @@ def layer_drop_back(
       ValueError: if `steps_per_epoch` or `every` is not a positive int.
 
     Examples:
-      >>> import cdb_jax
+      >>> import cdb_jax, optax
       >>> policy = cdb_jax.layer_drop_back(key=0, exempt=("head",), steps_per_epoch=100)
       >>> policy.rate, [float(policy.layer_rate(step)) for step in (0, 99, 100, 199, 200)]
       (1.0, [0.0, 0.0, 0.5, 0.5, 0.0])
       >>> learning_rate = cdb_jax.every_nth_epoch(0.02, 0.01, steps_per_epoch=100)
+      >>> tx = cdb_jax.freeze_dropped(optax.sgd(learning_rate, momentum=0.9), policy)
 
     References:
       LayerDropBack, `arXiv 2412.18027 <https://arxiv.org/abs/2412.18027>`_.
     """
     _check_positive("every", every)
-    if not isinstance(layer_rate, numbers.Real) or not 0.0 <= layer_rate <= 1.0:
-        raise ValueError(f"layer_rate must be a probability between 0 and 1, got {layer_rate!r}.")
+    layer_rate = check_rate("layer_rate", layer_rate)
+    if stack is not None and not isinstance(stack, Mapping):
+        raise TypeError(f"stack must be a dict from path to axes, got {stack!r}.")
 
-    schedule = every_nth_epoch(float(layer_rate), 0.0, steps_per_epoch=steps_per_epoch, n=every)
+    schedule = every_nth_epoch(layer_rate, 0.0, steps_per_epoch=steps_per_epoch, n=every)
     whole = channels.Axes(())
     stacked = {path: channels.Axes((), axes) for path, axes in (stack or {}).items()}
     return Policy(

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cdb_jax import channels
+from cdb_jax import channels, scaling
 from cdb_jax.policy import Policy
 
 Selection = dict[str, jax.Array]
@@ -199,7 +199,7 @@ def _mask(
         if path in factors:
             scale = broadcastable(factors[path], leaf)
             # Even a product with 1 can flush a subnormal number to zero.
-            x = jnp.where(scale == 1, x, _scale(x, scale))
+            x = jnp.where(scale == 1, x, scaling.scale(x, scale))
         if (
             path in keep and leaf.path not in done
         ):  # Selected, not multiplied by zero: NaN times zero is NaN.
@@ -214,14 +214,6 @@ def broadcastable(vector: jax.Array, leaf: channels.Leaf) -> jax.Array:
         sizes = [leaf.shape[axis] for axis in leaf.axes]
         vector = vector.reshape(sizes).transpose(np.argsort(leaf.axes))
     return jnp.expand_dims(vector, [i for i in range(len(leaf.shape)) if i not in leaf.axes])
-
-
-def _scale(x: jax.Array, factors: jax.Array) -> jax.Array:
-    """Multiplies in float32 or better and returns to the dtype of `x`."""
-    if jnp.iscomplexobj(x):
-        return jax.lax.complex(_scale(x.real, factors), _scale(x.imag, factors))
-    wide = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
-    return (x.astype(wide) * factors.astype(wide)).astype(x.dtype)
 
 
 class Group(NamedTuple):

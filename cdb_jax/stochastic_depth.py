@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cdb_jax.policy import check_rate
+from cdb_jax.policy import check_call_key, check_rate
+from cdb_jax.scaling import scale
 
 MODES = ("uniform", "linear", "sense")
 RESCALES = ("train", "test")
@@ -31,6 +32,8 @@ def drop_path(
     .. math:: y = \frac{b}{p}\, x, \qquad \text{or } y = b\, x \text{ without rescaling.}
 
     To be applied to the branch before it is added: `x + drop_path(branch(x), rate, key=key)`.
+    Inside a `shard_map` over the batch fold `jax.lax.axis_index` into the key, or every device
+    draws the same for its samples.
 
     Args:
       x: float array, the output of a branch.
@@ -59,10 +62,12 @@ def drop_path(
       Stochastic depth, `arXiv 1603.09382 <https://arxiv.org/abs/1603.09382>`_.
     """
     rate = check_rate("rate", rate, schedule=False)
-    if sample_axis is not None and not -x.ndim <= sample_axis < x.ndim:
+    _check_float(x)
+    is_int = isinstance(sample_axis, (int, np.integer)) and not isinstance(sample_axis, bool)
+    if sample_axis is not None and not (is_int and -x.ndim <= sample_axis < x.ndim):
         raise ValueError(
-            f"sample_axis={sample_axis} is out of range for x of shape {x.shape}; give the axis of "
-            "the batch, or None for one draw for all."
+            f"sample_axis={sample_axis!r} is no axis of x, whose shape is {x.shape}; give the axis "
+            "of the batch, or None for one draw for all."
         )
     if isinstance(rate, float) and rate in (0.0, 1.0):
         return x if rate == 0.0 else jnp.zeros_like(x)
@@ -84,11 +89,12 @@ def drop_branch(
 
     A conditional at run time leaves out the branch, forward and backward, where it is dropped for
     the whole batch. XLA's CPU compiler runs convolutions inside of a conditional far slower, so
-    use `drop_path` for those there.
+    use `drop_path` for those there. What a branch would change beside its output (random counts,
+    batch statistics) is not changed when it is dropped.
 
     Args:
-      branch: a function of arrays that returns one array.
-      *args: its arguments.
+      branch: a function of arrays that returns an array.
+      *args: its arguments, arrays or trees of arrays.
       rate: probability that the branch is dropped, in [0, 1]; may be traced.
       key: a JAX key, for this call alone. Not needed for rate 0 or 1.
       rescale: as in `drop_path`.
@@ -118,24 +124,30 @@ def drop_branch(
 
 def survives(rate: Any, key: jax.Array | None, shape: Sequence[int] = ()) -> jax.Array:
     """Whether a branch survives, drawn for each entry of a shape: bool."""
-    if key is None:
-        raise TypeError("key is missing: give a JAX key for this call, such as rngs.drop_path().")
+    key = check_call_key(key, "rngs.drop_path()")
     return jax.random.uniform(key, shape, jnp.float32) >= jnp.asarray(rate, jnp.float32)
+
+
+def _check_float(x: jax.Array) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(f"x must be an array of floats, got dtype {x.dtype}.")
 
 
 def rescaled(x: jax.Array, rate: Any) -> jax.Array:
     """What survives, divided by the probability that it does."""
+    _check_float(x)
+    if isinstance(rate, float):
+        return scale(x, 1.0 / (1.0 - rate))
     survival = 1.0 - jnp.asarray(rate, jnp.float32)
     # With rate 1 nothing survives, and nothing may become a NaN.
-    return (x / jnp.where(survival > 0, survival, 1.0).astype(x.dtype)).astype(x.dtype)
+    return scale(x, 1.0 / jnp.where(survival > 0, survival, 1.0))
 
 
 def at_test(x: jax.Array, rate: Any, rescale: str) -> jax.Array:
     """What a layer makes of a branch at test time."""
-    if rescale == "train":
+    if rescale == "train" or (isinstance(rate, float) and rate == 0.0):
         return x
-    survival = 1.0 - jnp.asarray(rate, jnp.float32)
-    return (x * survival.astype(x.dtype)).astype(x.dtype)
+    return scale(x, 1.0 - rate if isinstance(rate, float) else 1.0 - jnp.asarray(rate, jnp.float32))
 
 
 def check_rescale(rescale: Any) -> str:
@@ -194,11 +206,12 @@ def survival_rates(
       `arXiv 1603.09382 <https://arxiv.org/abs/1603.09382>`_ (linear);
       `arXiv 2106.03091 <https://arxiv.org/abs/2106.03091>`_ (budget, uniform, sense).
     """
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+    if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)) or depth < 1:
         raise ValueError(f"depth must be an int >= 1, got {depth!r}.")
     if not 0.0 <= minimum <= 1.0:
         raise ValueError(f"minimum must be a probability between 0 and 1, got {minimum!r}.")
-    if not minimum * depth <= budget <= depth:
+    slack = 1e-9 * depth  # For sums of rounded numbers.
+    if not minimum * depth - slack <= budget <= depth + slack:
         raise ValueError(
             f"budget={budget!r} is the expected number of {depth} branches that survive; with "
             f"minimum={minimum} it lies between {minimum * depth:g} and {depth}."
@@ -211,41 +224,44 @@ def survival_rates(
             'mode="sense", and with no other; branch_sensitivities measures them.'
         )
     if mode == "uniform":
-        return np.full(depth, budget / depth)
+        return np.full(depth, min(1.0, budget / depth))
     if mode == "linear":
-        weights = np.arange(1.0, depth + 1)
-        return _meet(lambda c: np.clip(1.0 - c * weights, minimum, 1.0), 0.0, 1.0, budget)
+        places = np.arange(1.0, depth + 1)
+        return _meet(lambda c: np.clip(1.0 - c * places, minimum, 1.0), 1.0, 0.0, budget)
     weights = np.asarray(sensitivities, np.float64)
     if weights.shape != (depth,) or not np.all(np.isfinite(weights)) or np.any(weights < 0):
         raise ValueError(
             f"sensitivities must be {depth} finite numbers >= 0, got {sensitivities!r}."
         )
     reachable = np.where(weights > 0, 1.0, minimum).sum()
-    if budget > reachable:
+    if budget > reachable + slack:
         raise ValueError(
             f"budget={budget!r} cannot be met: {np.sum(weights == 0)} of the sensitivities are 0, "
             f"and their branches survive with probability minimum={minimum}; the budget may be "
             f"{reachable:g} at most."
         )
-    largest = 1.0 / weights[weights > 0].min() if np.any(weights) else 1.0
-    return _meet(lambda c: np.clip(c * weights, minimum, 1.0), 0.0, largest, budget)
+    # Sensitivities may differ by hundreds of orders of magnitude, so the constant is sought by its
+    # logarithm; that of a sensitivity of 0 stays below all.
+    logs = np.log2(weights, out=np.full(depth, -np.inf), where=weights > 0)
+    rates = lambda x: np.clip(np.exp2(np.minimum(x + logs, 0.0)), minimum, 1.0)
+    return _meet(rates, -1100.0, 1100.0, budget)
 
 
 def _meet(
     rates: Callable[[float], np.ndarray], low: float, high: float, budget: float
 ) -> np.ndarray:
-    """The rates of a constant between `low` and `high` whose sum is the budget.
-
-    The sum is monotone, and linear between the points where one more rate is clipped.
-    """
-    rising = rates(high).sum() > rates(low).sum()
-    for _ in range(200):  # To the last bit.
+    """The rates whose sum is the budget; it is below at `low`, above at `high`, and monotone."""
+    middle = (low + high) / 2
+    while middle not in (low, high):
+        low, high = (middle, high) if rates(middle).sum() < budget else (low, middle)
         middle = (low + high) / 2
-        if (rates(middle).sum() < budget) == rising:
-            low = middle
-        else:
-            high = middle
-    return rates(high)
+    found = rates(high)
+    # What rounding leaves over goes to the branches that are not clipped.
+    free = (found > found.min()) & (found < 1.0)
+    free = free if free.any() else (found > 0.0) & (found < 1.0)
+    if free.any():
+        found[free] += (budget - found.sum()) / free.sum()
+    return np.clip(found, 0.0, 1.0)
 
 
 def branch_sensitivities(
@@ -255,7 +271,8 @@ def branch_sensitivities(
 
     With a gate :math:`g_l` that multiplies branch l, the sensitivity is
     :math:`s_l = |\partial \mathcal L / \partial g_l|` at :math:`g = 1`. Average it over some
-    batches, and again later in training.
+    batches, and again later in training. An NNX model that the loss calls must be in evaluation
+    mode (`model.eval()`), so that it has no state to change.
 
     Args:
       loss: a function `loss(gates, *args, **kwargs)` that returns a scalar, where `gates` has shape

@@ -45,8 +45,10 @@ class Config:
             raise UserError(f"--rates {self.rates} must be probabilities between 0 and 1.")
         if not 50 <= self.train_size <= 1500:
             raise UserError(f"--train-size {self.train_size} must be from 50 to 1500 of 1797.")
-        if self.seeds < 1 or self.steps < 1:
-            raise UserError("--seeds and --steps must be positive.")
+        if len(set(self.rates)) < len(self.rates):
+            raise UserError(f"--rates {self.rates} repeats a rate; name each once.")
+        if min(self.seeds, self.steps, self.learning_rate) <= 0:
+            raise UserError("--seeds, --steps and --learning-rate must be positive.")
 
 
 class Ranker(nnx.Module):

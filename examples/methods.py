@@ -131,7 +131,7 @@ def make_optimizer(
         optimizer = optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
     if policy is None:
         return optimizer
-    if config.method == "cdb_frozen":
+    if config.method in ("cdb_frozen", "layer_drop_back"):
         return cdb_jax.freeze_dropped(optimizer, policy)
     if config.skip_dropped:  # Then the gradient comes masked.
         return optimizer
@@ -148,8 +148,8 @@ def model_settings(config: Config) -> dict[str, Any]:
         case "backdrop":
             return {"backdrop_rate": config.rate}
         case "stochastic_depth":
-            depth = models.depth(config.model)
+            depth = models.depth(config.model) or 1  # Unknown names are told later.
             budget = depth - config.rate * (depth + 1) / 2  # The last survives with 1 - rate.
-            survival = cdb_jax.survival_rates(max(depth, 1), budget, mode="linear")
+            survival = cdb_jax.survival_rates(depth, budget, mode="linear")
             return {"branches": models.Branches(tuple(survival.tolist()), config.skip_dropped)}
     return {}

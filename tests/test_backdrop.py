@@ -117,6 +117,33 @@ def test_a_mask_for_diagnosis():
     np.testing.assert_allclose(jax.grad(f)(X), G * mask * 30, rtol=1e-6)
 
 
+def test_masks_are_checked_under_jit_too_and_traced_ones_give_no_nan():
+    zeros = np.zeros((1, 5, 6, 1), np.float32)
+    f = lambda x, mask: jnp.sum(cdb_jax.backdrop(x, 0.5, axes=(1, 2), mask=mask))
+    with pytest.raises(ValueError, match="mask is 0"):
+        jax.jit(lambda x: f(x, zeros))(X)
+    assert not jax.jit(jax.grad(f))(X, zeros).any()
+
+
+def test_numpy_axes_and_empty_batches():
+    np.testing.assert_array_equal(factors(0.5, axes=np.int64(1)), factors(0.5, axes=1))
+    empty = jnp.ones((0, 3))
+    assert cdb_jax.backdrop(empty, 0.5, axes=0, key=jax.random.key(0)) is empty
+
+
+def test_a_layer_with_rate_zero_draws_nothing_from_anyone():
+    def kernel(rate):
+        rngs = nnx.Rngs(0)
+        cdb_jax.nnx.Backdrop(rate, axes=0, rngs=rngs)
+        return nnx.Linear(2, 2, rngs=rngs).kernel[...]
+
+    np.testing.assert_array_equal(kernel(0.0), nnx.Linear(2, 2, rngs=nnx.Rngs(0)).kernel[...])
+    with pytest.raises(TypeError, match="rngs must be nnx.Rngs"):
+        cdb_jax.nnx.Backdrop(0.5, axes=0, rngs=jax.random.key(0))
+    with pytest.raises(ValueError, match="axes is empty"):
+        cdb_jax.nnx.Backdrop(0.5, axes=())
+
+
 def test_only_the_key_is_stored():
     key = jax.random.key(0)
     _, pull = jax.vjp(lambda x: cdb_jax.backdrop(x, 0.5, axes=(0, 1, 2, 3), key=key), X)
@@ -211,7 +238,9 @@ def test_linen_layer():
     [
         (dict(rate=1.5), ValueError, "rate must be a drop probability.*1.5"),
         (dict(rate=lambda step: 0.5), TypeError, "rate must be a drop probability: a number, or"),
-        (dict(axes=4), ValueError, "axes=4: x has 4 axes, and 4 is none of them"),
+        (dict(axes=4), ValueError, r"axes=\(4,\): x has 4 axes, and 4 is none of them"),
+        (dict(axes="x"), ValueError, "axes='x' must be an int or a tuple of ints"),
+        (dict(axes=(1, True)), ValueError, "must be an int or a tuple of ints"),
         (dict(axes=(1, -3)), ValueError, r"axes=\(1, -3\) names an axis twice"),
         (dict(axes=()), ValueError, "axes is empty"),
         (dict(axes=True), ValueError, "axes=True"),
@@ -219,8 +248,11 @@ def test_linen_layer():
         (dict(key=None), TypeError, "key is missing"),
         (dict(mask=jnp.ones((5, 6))), ValueError, r"mask has shape \(5, 6\)"),
         (dict(mask=jnp.ones((1, 5, 6, 2))), ValueError, r"mask has shape \(1, 5, 6, 2\)"),
-        (dict(mask=jnp.zeros((1, 5, 6, 1))), ValueError, "mask has an entry below 0 or no other"),
-        (dict(mask=-jnp.ones((1, 5, 6, 1))), ValueError, "mask has an entry below 0 or no other"),
+        (dict(mask=jnp.ones((1, 5, 6, 1), complex)), ValueError, "dtype complex64.*give real"),
+        (dict(mask=jnp.zeros((1, 5, 6, 1))), ValueError, "mask is 0 all along axes"),
+        (dict(mask=-jnp.ones((1, 5, 6, 1))), ValueError, "mask has entries that are negative"),
+        (dict(mask=jnp.full((1, 5, 6, 1), jnp.nan)), ValueError, "negative or not finite"),
+        (dict(key=3), TypeError, "key must be a JAX key, got 3"),
     ],
 )
 def test_mistakes(settings, error, message):

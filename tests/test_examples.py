@@ -39,7 +39,7 @@ def test_classes_differ_in_the_scales_they_name():
     np.testing.assert_array_equal(labels, [0, 1, 2, 3] * 2)
     (fine, less_fine), (coarse, less_coarse) = gp_textures.length_scales(config)
     assert fine < less_fine < coarse < less_coarse
-    full = gp_textures.Config(size=1024, fine_ratio=10 / 9.5)
+    full = gp_textures.Config(size=1024)
     np.testing.assert_allclose(gp_textures.length_scales(full), [(9.5, 10), (80, 140)])
 
 
@@ -59,7 +59,10 @@ def test_the_texture_example(monkeypatch, tmp_path, capsys):
         (["--images", "10"], "--images 10 must be a multiple of 4"),
         (["--batch-size", "7"], "--batch-size 7 must divide --images 40"),
         (["--fine-rate", "1.5"], "--fine-rate 1.5 must be a probability"),
-        (["--seeds", "0"], "--seeds and --epochs must be positive"),
+        (["--seeds", "0"], "--seeds 0 must be positive"),
+        (["--batch-size", "0"], "--batch-size 0 must be positive"),
+        (["--learning-rate", "-1"], "--learning-rate -1.0 must be positive"),
+        (["--fine-ratio", "0"], "--fine-ratio 0.0 must be more than 1"),
     ],
 )
 def test_mistakes_with_textures(monkeypatch, arguments, message):
@@ -85,5 +88,10 @@ def test_the_ranking_example(monkeypatch, capsys):
     run(auc, monkeypatch, "--seeds", 2, "--steps", 20, "--rates", 0.0, 0.5)
     shown = capsys.readouterr().out
     assert "without" in shown and "backdrop 0.5" in shown
-    with pytest.raises(SystemExit, match=r"^error: --rates \(2.0,\) must be probabilities"):
-        run(auc, monkeypatch, "--rates", 2)
+    for arguments, message in (
+        (("--rates", 2), r"--rates \(2.0,\) must be probabilities"),
+        (("--rates", 0.5, 0.5), "repeats a rate"),
+        (("--learning-rate", -1), "--seeds, --steps and --learning-rate must be positive"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            run(auc, monkeypatch, *arguments)

@@ -197,9 +197,10 @@ def test_rules_for_other_states():
     np.testing.assert_array_equal(
         np.asarray(old.inner_state.rows["kernel"] != new.inner_state.rows["kernel"]), keep
     )
-    wrong = {Rows: lambda field, shape, entry: (1,)}
-    with pytest.raises(ValueError, match="slot_axes of Rows says .* the sizes differ"):
-        run(freeze_dropped(by_rows(), policy, slot_axes=wrong), 1, grads, params)
+    for axes in [(1,), (0, 1), (7,), (0, 0), "rows"]:
+        wrong = {Rows: lambda field, shape, entry, axes=axes: axes}
+        with pytest.raises(ValueError, match=r"slot_axes of Rows returns .* for 'rows/kernel'"):
+            run(freeze_dropped(by_rows(), policy, slot_axes=wrong), 1, grads, params)
     none = {Rows: lambda field, shape, entry: None}
     run(freeze_dropped(by_rows(), policy, slot_axes=none), 1, grads, params)
 
@@ -218,6 +219,73 @@ def test_names_that_repeat_along_a_path():
             np.testing.assert_array_equal(changed, np.asarray(factors) > 0, path)
 
 
+def test_fields_called_like_parameters():
+    """Neither a scalar of the whole optimizer nor a tree of a part is taken for a parameter's."""
+    params = {"kernel": KERNEL, "scale": jnp.ones(8)}
+    plateau = optax.contrib.reduce_on_plateau(patience=0, cooldown=0, factor=0.5)
+    policy = cdb_jax.layer_drop_back(key=0, exempt=("kernel",), steps_per_epoch=1, every=1)
+    tx = freeze_dropped(optax.chain(optax.sgd(0.1), plateau), policy)
+    state = tx.init(params)
+    for _ in range(6):
+        _, state = tx.update(params, state, params, value=jnp.float32(1.0))
+    assert state.inner_state[1].scale < 1
+
+    params = {"mu": {"kernel": KERNEL}, "kernel": KERNEL}
+    labels = {"mu": {"kernel": "rest"}, "kernel": "one"}
+    inner = optax.partition({"one": optax.adam(0.1), "rest": optax.sgd(0.1)}, labels)
+    history = run(freeze_dropped(inner, POLICY), 3, lambda i: params, params)
+    for count, ((_, old), (_, new)) in enumerate(zip(history, history[1:], strict=False)):
+        keep = np.asarray(cdb_jax.sample_selection(POLICY, params, count)["kernel"]) > 0
+        for field in ("mu", "nu"):
+            was, now = (
+                getattr(x.inner_state.inner_states["one"].inner_state[0], field)["kernel"]
+                for x in (old, new)
+            )
+            np.testing.assert_array_equal(np.asarray(was != now).all(axis=0), keep, field)
+
+
+def test_other_optimizers_through_rules():
+    """Muon is supplied; SM3 and L-BFGS become possible with a rule each."""
+    whole = lambda shape: tuple(range(len(shape)))
+    by_axis = lambda field, shape, entry: (
+        whole(shape) if entry == shape else (shape.index(entry[0]),)
+    )
+    memory = lambda field, shape, entry: shape and (None,) * (entry != shape) + whole(shape)
+    sm3 = type(optax.sm3(0.1).init(PARAMS)[0])
+    lbfgs = type(optax.scale_by_lbfgs().init(PARAMS))
+    rules = {sm3: by_axis}, {lbfgs: memory}
+    for inner, given in (
+        (optax.contrib.muon(0.1), {}),
+        (optax.sm3(0.1), rules[0]),
+        (optax.chain(optax.scale_by_lbfgs(memory_size=2), optax.scale(-0.1)), rules[1]),
+    ):
+        history = run(freeze_dropped(inner, POLICY, slot_axes=given), 3)
+        for count, ((_, old), (_, new)) in enumerate(zip(history, history[1:], strict=False)):
+            keep = np.asarray(cdb_jax.sample_selection(POLICY, PARAMS, count)["a/kernel"]) > 0
+            pairs = by_path(old.inner_state), by_path(new.inner_state)
+            own = [k for k in pairs[0] if "a/kernel" in k and pairs[0][k].shape[-1:] == (8,)]
+            assert own
+            for key in own:
+                changed = np.asarray(pairs[0][key] != pairs[1][key])
+                assert not changed[..., ~keep].any(), key
+
+
+def test_small_factors_of_adafactor_stand_still():
+    params = {"kernel": jnp.ones((5, 1))}
+    tx = freeze_dropped(optax.adafactor(0.1, min_dim_size_to_factor=1), 1.0, key=0)
+    (_, old), (_, new) = run(tx, 1, lambda i: params, params)
+    chex.assert_trees_all_equal(old.inner_state[0].v_row, new.inner_state[0].v_row)
+    chex.assert_trees_all_equal(old.inner_state[0].v_col, new.inner_state[0].v_col)
+
+
+def test_minus_zero_of_complex_parameters():
+    params = {"kernel": jnp.full((2, 4), complex(-0.0, -0.0), jnp.complex64)}
+    tx = freeze_dropped(optax.sgd(0.1), 1.0, key=0)
+    updates, _ = tx.update(params, tx.init(params), params)
+    moved = optax.apply_updates(params, updates)["kernel"]
+    np.testing.assert_array_equal(bits(moved), bits(params["kernel"]))
+
+
 def test_multi_steps_goes_around():
     tx = optax.MultiSteps(freeze_dropped(optax.adam(0.1), POLICY), 2).gradient_transformation()
     history = run(tx, 4)
@@ -225,8 +293,10 @@ def test_multi_steps_goes_around():
     dropped = cdb_jax.sample_selection(POLICY, PARAMS, 1)["b/kernel"] == 0
     np.testing.assert_array_equal((first == last).all(axis=0), dropped)
     inside = freeze_dropped(optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(), POLICY)
-    with pytest.raises(ValueError, match=r"optax.MultiSteps\(cdb_jax.freeze_dropped"):
-        run(inside, 1)
+    every = freeze_dropped(optax.chain(optax.apply_every(2), optax.sgd(0.1)), POLICY)
+    for tx in (inside, every):
+        with pytest.raises(ValueError, match=r"optax.MultiSteps\(cdb_jax.freeze_dropped"):
+            run(tx, 1)
 
 
 def test_inside_a_partition():
@@ -332,13 +402,25 @@ def test_vmap_over_seeds_and_donation():
             "rescale='expected': freeze_dropped does not rescale",
         ),
         (functools.partial(freeze_dropped, optax.sgd(0.1), 0.5), TypeError, "key is missing"),
+        (lambda: freeze_dropped(optax.sgd, POLICY), TypeError, "inner must be an optimizer"),
+        (lambda: freeze_dropped(POLICY, optax.sgd(0.1)), TypeError, "inner must be an optimizer"),
+        (
+            lambda: freeze_dropped(optax.sgd(0.1), POLICY, foo=1),
+            TypeError,
+            "no argument called foo",
+        ),
+        (
+            lambda: freeze_dropped(optax.sgd(0.1), POLICY, slot_axes={"Rows": 1}),
+            TypeError,
+            "slot_axes must map classes",
+        ),
         (
             lambda: run(freeze_dropped(optax.scale_by_lbfgs(), POLICY), 1),
             ValueError,
             "entry 'diff_params_memory/.* nothing says which of its axes are channels",
         ),
     ],
-    ids=["rescale", "key", "lbfgs"],
+    ids=["rescale", "key", "class", "swapped", "unknown", "rules", "lbfgs"],
 )
 def test_mistakes(make, error, message):
     with pytest.raises(error, match=message):

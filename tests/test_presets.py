@@ -43,6 +43,12 @@ def test_layer_drop_back_takes_every_tensor_whole():
     assert len({tuple(x) for x in learns}) > 5
 
 
+def test_layer_rates_of_other_kinds():
+    for rate in (jnp.float32(0.25), lambda count: jnp.float32(0.25), 0.25):
+        policy = layer_drop_back(layer_rate=rate)
+        assert [float(policy.layer_rate(step)) for step in (0, 10)] == [0.0, 0.25]
+
+
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_layer_drop_back_alternates(every):
     policy = layer_drop_back(every=every, layer_rate=np.float32(0.25))
@@ -84,12 +90,14 @@ def test_layer_drop_back_skips_whole_layers():
     ("settings", "message"),
     [
         (dict(every=0), "every must be an int >= 1, got 0"),
-        (dict(layer_rate=1.5), "layer_rate must be a probability.*1.5"),
-        (dict(layer_rate="often"), "layer_rate must be a probability.*often"),
+        (dict(layer_rate=1.5), "layer_rate must be a drop probability.*1.5"),
+        (dict(layer_rate="often"), "layer_rate must be a drop probability.*often"),
+        (dict(layer_rate=True), "layer_rate must be a drop probability.*True"),
+        (dict(stack=0), "stack must be a dict from path to axes, got 0"),
     ],
 )
 def test_mistakes(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         layer_drop_back(**settings)
 
 

@@ -1,10 +1,7 @@
 """Size and numerics: what large trees cost to trace, and settings that large trainings use."""
 
-import time
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 

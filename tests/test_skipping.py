@@ -617,6 +617,8 @@ def test_nnx_filters_and_mistakes(standard_promotion):
     kernels = nnx.DiffState(1, nnx.All(nnx.Param, nnx.PathContains("kernel")))
     gradient = cdb_jax.nnx.grad(loss, policy, argnums=kernels)(2.0, model, x, count=0)
     assert set(gradient) == {"conv", "head"} and set(gradient["conv"]) == {"kernel"}
+    by_path = nnx.DiffState(1, lambda path, x: path[0] == "conv" and isinstance(x, nnx.Param))
+    assert set(cdb_jax.nnx.grad(loss, policy, argnums=by_path)(2.0, model, x, count=0)) == {"conv"}
     (several,) = cdb_jax.nnx.grad(loss, policy, argnums=(1,))(2.0, model, x, count=0)
     assert set(several) == {"conv", "head", "norm"}
 

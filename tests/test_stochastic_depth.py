@@ -189,6 +189,37 @@ def test_the_budget_is_met_exactly(depth, share, minimum, mode, seed):
             np.testing.assert_allclose(ratios, ratios[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("weights", "budget"),
+    [
+        ([1, 1, 1e-100], 1.0),
+        ([1, 1, 1e-310], 2.5),
+        ([1e15, 2e15, 1e-44], 1.2),
+        ([1, 0, 1e300], 1.5),
+    ],
+)
+def test_the_budget_is_met_over_any_range_of_sensitivities(weights, budget):
+    rates = cdb_jax.survival_rates(3, budget, mode="sense", sensitivities=weights)
+    np.testing.assert_allclose(rates.sum(), budget, rtol=1e-12)
+    assert (np.argsort(rates, kind="stable") == np.argsort(weights, kind="stable")).all() or (
+        rates == 1
+    ).sum() > 1
+
+
+def test_rounded_budgets():
+    rates = cdb_jax.survival_rates(np.int64(3), 0.3, minimum=0.1)
+    np.testing.assert_allclose(rates, 0.1)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.15, 0.3])
+def test_bfloat16_is_scaled_in_float32(rate):
+    x = jnp.linspace(1, 2, 256, dtype=jnp.float32).astype(jnp.bfloat16)[:, None]
+    y = cdb_jax.drop_path(x, rate, key=KEY)
+    kept = np.asarray(y != 0)
+    expected = (np.asarray(x, np.float32) / (1 - rate)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(y)[kept], expected[kept])
+
+
 def test_linear_is_that_of_the_paper():
     depth, last = 54, 0.5
     budget = depth - (1 - last) * (depth + 1) / 2
@@ -261,8 +292,14 @@ def test_models_drop_blocks(name, skips, standard_promotion):
         (lambda: cdb_jax.drop_path(X, 0.5), "key is missing"),
         (
             lambda: cdb_jax.drop_path(X, 0.5, key=KEY, sample_axis=3),
-            "sample_axis=3 is out of range",
+            "sample_axis=3 is no axis of x",
         ),
+        (lambda: cdb_jax.drop_path(X, 0.5, key=KEY, sample_axis="a"), "sample_axis='a' is no axis"),
+        (
+            lambda: cdb_jax.drop_path(jnp.arange(3), 0.5, key=KEY),
+            "array of floats, got dtype int32",
+        ),
+        (lambda: cdb_jax.drop_path(X, 0.5, key=3), "key must be a JAX key, got 3"),
         (lambda: cdb_jax.drop_branch(jnp.sin, X, rate=0.5), "key is missing"),
         (lambda: cdb_jax.nnx.DropPath(0.5, rescale="both"), "rescale must be 'train' or 'test'"),
         (lambda: cdb_jax.nnx.DropPath(0.5).branch(jnp.sin, X), "sample_axis=0: the branch"),

@@ -300,6 +300,7 @@ def test_the_command_leaves_table_plot_metrics_and_settings(
 
 MISTAKES = [
     (["--model", "vgg"], "unknown model 'vgg'; choose one of resnet_small"),
+    (["--model", "foo", "--method", "stochastic_depth"], "unknown model 'foo'; choose one of"),
     (["--model", "vit_nano/3"], "patch_size=3 does not divide images of 8x8"),
     (["--rate", "1.5"], "--rate 1.5 must be a probability between 0 and 1"),
     (["--rate", "nan"], "--rate nan must be a probability"),
