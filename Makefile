@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint wheel clean
+.PHONY: demo test test-all soak lint wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -15,10 +15,13 @@ demo: $(VENV)/.installed  ## ResNet and ViT on real images, with ChannelDropBack
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed  ## What every change must pass.
-	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 -m "not slow"
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 -m "not slow and not soak"
 
 test-all: $(VENV)/.installed  ## The slow tests too.
-	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 -m "not soak"
+
+soak: $(VENV)/.installed  ## Twenty kills and twenty thousand steps: many minutes.
+	JAX_PLATFORMS=cpu $(BIN)/pytest tests/test_soak.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

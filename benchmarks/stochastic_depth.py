@@ -5,7 +5,7 @@ blocks, of blocks whose output is dropped (`mask`), and of blocks that are not c
 are dropped (`skip`). All are timed in turns in one process, each step with other draws; ratios are
 to the full step of the same round, shown is their mean with a bootstrap 95 % interval over rounds.
 
-    python benchmarks/stochastic_depth.py                     # a quarter of an hour on two cores
+    python benchmarks/stochastic_depth.py                     # some minutes on two cores
     python benchmarks/stochastic_depth.py --steps vit_b/16:224:64 --dtype bfloat16
 
 Prints a Markdown table and writes `results/stochastic-depth-<device>.json`. Needs jax, flax, optax,
@@ -29,7 +29,7 @@ from skipping import mean_interval
 import cdb_jax
 import models
 
-STEPS = ("vit_s/16:64:64", "resnet18:64:8")
+STEPS = ("vit_s/16:64:64", "resnet18:64:2")
 
 
 def compiled_step(name: str, size: int, batch: int, dtype: str, branches: models.Branches) -> Any:

@@ -148,6 +148,12 @@ def model_settings(config: Config) -> dict[str, Any]:
         case "backdrop":
             return {"backdrop_rate": config.rate}
         case "stochastic_depth":
+            convolves = config.model.startswith("resnet")
+            if config.skip_dropped and convolves and jax.default_backend() == "cpu":
+                raise UserError(
+                    "--skip-dropped: convolutions that may be left out run twenty times slower on "
+                    "CPU; leave the flag out, or choose a ViT."
+                )
             depth = models.depth(config.model) or 1  # Unknown names are told later.
             budget = depth - config.rate * (depth + 1) / 2  # The last survives with 1 - rate.
             survival = cdb_jax.survival_rates(depth, budget, mode="linear")

@@ -74,6 +74,9 @@ class Config:
     """Where TensorFlow Datasets keeps its sets."""
     workers: int = 0
     """Processes that read and augment images; 0 uses threads."""
+    mesh: str = ""
+    """Axes of devices, such as data=4,fsdp=2: batches are split over both, parameters and optimizer
+    state over fsdp. Empty: all devices in data."""
     distributed: bool = False
     """Join other processes: JAX finds them on TPU pods and under Slurm; else give all three:"""
     coordinator: str | None = None
@@ -98,7 +101,7 @@ class Config:
 
 
 # What may differ between a run and its continuation.
-NOT_SETTINGS = {"run_dir", "resume", "data_dir", "workers"}
+NOT_SETTINGS = {"run_dir", "resume", "data_dir", "workers", "mesh"}
 NOT_SETTINGS |= {"distributed", "coordinator", "process_count", "process_id"}
 
 
@@ -117,8 +120,9 @@ def make_steps(
     tx: optax.GradientTransformation,
     policy: cdb_jax.Policy | None,
     max_value: int,
+    layout: Any,
 ) -> tuple[Callable, Callable]:
-    """The compiled training step and evaluation step."""
+    """The compiled training step and evaluation step; `layout` holds the state's shardings."""
     model.train()
     train_graph = nnx.graphdef(model)
     model.eval()
@@ -155,7 +159,9 @@ def make_steps(
         weight = batch["weight"]
         return jnp.stack([jnp.sum(losses * weight), jnp.sum(correct * weight), jnp.sum(weight)])
 
-    return jax.jit(train_step, donate_argnums=0), jax.jit(eval_step)
+    # The state stays where it is put, whatever the compiler would like better.
+    compiled = jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))
+    return compiled, jax.jit(eval_step)
 
 
 def train(config: Config, *, brief: bool = False) -> list[training.Row]:
@@ -169,7 +175,7 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
     dataset = data.load(config.dataset, config.data_dir)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     size, seed = config.batch_size, np.uint32(config.seed)
-    mesh = training.data_mesh(size)
+    mesh = training.make_mesh(config.mesh, size)
     epoch_steps = data.steps_per_epoch(dataset, size)
     total_steps = config.epochs * epoch_steps
 
@@ -196,13 +202,14 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     tx = methods.make_optimizer(config, policy, total_steps, epoch_steps)
-    train_step, eval_step = make_steps(config, model, tx, policy, dataset.recipe.max_value)
+    layout = training.shardings(mesh, jax.eval_shape(initial_state, seed))
+    train_step, eval_step = make_steps(config, model, tx, policy, dataset.recipe.max_value, layout)
 
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
     run = training.Run(config.run_dir, settings, resume=config.resume)
     if report and not brief:
         out.print(str(report), soft_wrap=True)
-    step, state = run.restore(training.on_all_devices(mesh, initial_state, seed))
+    step, state = run.restore(training.on_mesh(mesh, initial_state, seed))
     batches = data.train_batches(
         dataset, size, seed=config.seed, start_step=step, workers=config.workers, **share
     )
@@ -229,7 +236,7 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
                 "images_per_second": (step - first) * size / seconds,
             }
             run.log(row)
-            state = state._replace(sums=training.on_all_devices(mesh, lambda: dict(zeros)))
+            state = state._replace(sums=training.on_mesh(mesh, lambda: dict(zeros)))
             run.save(step, state)
             if not brief:
                 out.print(training.summary(row, config.epochs), soft_wrap=True)

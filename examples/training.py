@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ matplotlib.use("Agg")  # Draws to files; no display is needed.
 from matplotlib import pyplot  # noqa: E402
 
 Row = dict[str, Any]
+SMALLEST_SHARDED = 1024  # Entries; below, sending the shards takes longer than it saves.
 STEP_METRICS = ("train_loss", "train_accuracy", "dropped_fraction")
 
 
@@ -45,14 +47,56 @@ def console() -> Console:
     return Console(quiet=jax.process_index() > 0, highlight=False)
 
 
-def data_mesh(batch_size: int) -> jax.sharding.Mesh:
-    """All devices of all processes in one axis, "data"."""
+def make_mesh(axes: str, batch_size: int) -> jax.sharding.Mesh:
+    """All devices of all processes, in the axes that `--mesh` names.
+
+    Args:
+      axes: such as "data=4,fsdp=2"; empty for all devices in one axis, "data". Batches are split
+        over both axes, parameters and optimizer state over "fsdp".
+      batch_size: examples in a batch.
+
+    Raises:
+      UserError: if the axes do not hold all devices, or the batch cannot be divided among these.
+    """
     devices = jax.device_count()
+    try:
+        pairs = [axis.split("=") for axis in axes.split(",")] if axes else [("data", devices)]
+        sizes = {name: int(size) for name, size in pairs}
+        known = len(sizes) == len(pairs) and sizes.keys() <= {"data", "fsdp"}
+    except ValueError:
+        known = False
+    if not known or min(sizes.values()) < 1:
+        raise UserError(f"--mesh {axes} must name the axes data and fsdp, as in data=4,fsdp=2.")
+    if math.prod(sizes.values()) != devices:
+        raise UserError(
+            f"--mesh {axes} has room for {math.prod(sizes.values())} devices, and there are "
+            f"{devices}; the product of the axes must be that."
+        )
     if batch_size % devices:
         raise UserError(
             f"--batch-size {batch_size} cannot be divided among {devices} devices; use a multiple."
         )
-    return jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+
+
+def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """How arrays lie on a mesh: in shards along "fsdp" if they are large, else whole everywhere.
+
+    An array is split along its largest axis that can be; the last, which holds the channels of most
+    weights, only if there is no other, so that a run of channels lies on one device.
+    """
+    shards = mesh.shape.get("fsdp", 1)
+
+    def sharding(x: Any) -> NamedSharding:
+        spec = [None] * x.ndim
+        able = [axis for axis, size in enumerate(x.shape) if size % shards == 0]
+        if shards > 1 and able and x.size >= SMALLEST_SHARDED:
+            best = max(able, key=lambda axis: (axis < x.ndim - 1, x.shape[axis]))
+            spec[best] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(sharding, tree)
 
 
 def streams(seed: jax.Array, *names: str) -> dict[str, jax.Array]:
@@ -61,14 +105,14 @@ def streams(seed: jax.Array, *names: str) -> dict[str, jax.Array]:
     return dict(zip(names, keys, strict=True))
 
 
-def on_all_devices(mesh: jax.sharding.Mesh, f: Callable[..., Any], *args: Any) -> Any:
-    """The result of `f(*args)`, computed and kept on every device."""
-    return jax.jit(f, out_shardings=NamedSharding(mesh, PartitionSpec()))(*args)
+def on_mesh(mesh: jax.sharding.Mesh, f: Callable[..., Any], *args: Any) -> Any:
+    """The result of `f(*args)`, computed and kept where `shardings` says."""
+    return jax.jit(f, out_shardings=shardings(mesh, jax.eval_shape(f, *args)))(*args)
 
 
 def distribute(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """Joins the shares of all processes into arrays split along their first axis."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     return {
         name: jax.make_array_from_process_local_data(sharding, share)
         for name, share in batch.items()

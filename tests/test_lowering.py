@@ -1,4 +1,4 @@
-"""Every public function lowers for TPU and CUDA, on a machine that has neither."""
+"""Every public function runs under strict checks, and lowers for TPU and CUDA without either."""
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,14 @@ for _name, _policy in POLICIES.items():
             lambda params, x, images, count, skip=_skip: skip(params, x, images, count=count),
             (PARAMS, X, IMAGES, COUNT),
         )
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_nans_inside_and_no_leaks(name):
+    f, args = PROGRAMS[name]
+    with jax.debug_nans(True), jax.checking_leaks():
+        results = jax.jit(f)(*args)
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(results))
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.extend import core
 
 import cdb_jax
 
@@ -37,7 +38,7 @@ def operations(params, policy=POLICY):
         nonlocal count
         for eqn in jaxpr.eqns:
             count += 1
-            for inner in jax.core.jaxprs_in_params(eqn.params):
+            for inner in core.jaxprs_in_params(eqn.params):
                 walk(inner)
 
     walk(jax.make_jaxpr(step(tx))(params, params, state).jaxpr)

@@ -248,6 +248,48 @@ def test_one_device_and_eight_learn_the_same(config, tmp_path, monkeypatch):
         assert abs(eight[-1][name] - one[-1][name]) < 1e-3
 
 
+@pytest.mark.parametrize("model", ["vit_nano/4", "resnet_nano"])
+@pytest.mark.parametrize("method", ["cdb", "cdb_frozen"])
+def test_sharded_parameters_learn_the_same(config, tmp_path, model, method):
+    runs = {}
+    for mesh in ("", "data=4,fsdp=2", "fsdp=8"):
+        folder = tmp_path / f"mesh {mesh}"
+        settings = dict(model=model, method=method, mesh=mesh, run_dir=folder)
+        skips = dict(skip_dropped=True, channel_choice="window")
+        runs[mesh] = train.train(config(**settings, **skips), brief=True)
+    for rows in runs.values():
+        for row, expected in zip(rows, runs[""], strict=True):
+            for name in ("train_loss", "test_loss"):
+                np.testing.assert_allclose(row[name], expected[name], rtol=0.02)
+            assert row["dropped_fraction"] == expected["dropped_fraction"]
+
+
+def test_a_run_goes_on_on_another_mesh(config, tmp_path, monkeypatch):
+    alone, moved = tmp_path / "alone", tmp_path / "moved"
+    rows = train.train(config(run_dir=alone), brief=True)
+    interrupt(monkeypatch, 11)
+    with pytest.raises(training.StoppedError):
+        train.train(config(run_dir=moved, mesh="data=2,fsdp=4"), brief=True)
+    monkeypatch.undo()
+    monkeypatch.setitem(models.vit.VITS, "vit_nano", (16, 1, 2))
+    again = train.train(config(run_dir=moved, resume=True, mesh="fsdp=8"), brief=True)
+    for row, expected in zip(again, rows, strict=True):
+        np.testing.assert_allclose(row["test_loss"], expected["test_loss"], rtol=0.02)
+
+
+def test_large_arrays_are_split_and_small_ones_are_not():
+    mesh = training.make_mesh("data=4,fsdp=2", 8)
+    shapes = {"bias": (64,), "kernel": (32, 64), "odd": (3, 1024), "conv": (3, 3, 64, 64)}
+    tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    specs = {name: tuple(x.spec) for name, x in training.shardings(mesh, tree).items()}
+    assert specs == {
+        "bias": (None,),
+        "kernel": ("fsdp", None),
+        "odd": (None, "fsdp"),
+        "conv": (None, None, "fsdp", None),
+    }
+
+
 def test_evaluation_is_the_mean_over_the_test_set(config, data_dir):
     dataset = data.load("digits", data_dir)
     model = models.create("vit_nano/4", num_classes=10, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
@@ -300,6 +342,10 @@ def test_the_command_leaves_table_plot_metrics_and_settings(
 
 MISTAKES = [
     (["--model", "vgg"], "unknown model 'vgg'; choose one of resnet_small"),
+    (
+        ["--model", "resnet_nano", "--method", "stochastic_depth", "--skip-dropped"],
+        "--skip-dropped: convolutions that may be left out run twenty times slower on CPU",
+    ),
     (["--model", "foo", "--method", "stochastic_depth"], "unknown model 'foo'; choose one of"),
     (["--model", "vit_nano/3"], "patch_size=3 does not divide images of 8x8"),
     (["--rate", "1.5"], "--rate 1.5 must be a probability between 0 and 1"),
@@ -312,6 +358,10 @@ MISTAKES = [
     (["--batch-size", "4096"], "--batch-size 4096 is more than the 1297 training images"),
     (["--batch-size", "12"], "--batch-size 12 cannot be divided among 8 devices"),
     (["--batch-size", "0"], "--batch-size 0 must be positive"),
+    (["--mesh", "data=3"], "--mesh data=3 has room for 3 devices, and there are 8"),
+    (["--mesh", "model=8"], "--mesh model=8 must name the axes data and fsdp"),
+    (["--mesh", "data"], "--mesh data must name the axes"),
+    (["--mesh", "data=8,fsdp=0"], "--mesh data=8,fsdp=0 must name the axes"),
     (["--epochs", "-1"], "--epochs -1 must be positive"),
     (["--learning-rate", "0"], "--learning-rate 0.0 must be positive"),
     (["--seed", "-1"], "--seed -1 must be at least 0"),

@@ -1,0 +1,138 @@
+"""The long ones: `make soak`. Twenty kills, and twenty thousand steps."""
+
+import logging
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import cdb_jax
+import data
+import train
+
+pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("standard_promotion")]
+KILLS, STEPS = 20, 20_000
+
+
+def final_state(folder):
+    with ocp.CheckpointManager(folder / "checkpoints") as checkpoints:
+        step = checkpoints.latest_step()
+        state = checkpoints.restore(step, args=ocp.args.StandardRestore())
+    return step, jax.tree.map(np.asarray, jax.tree.map(_words, state))
+
+
+def _words(x):
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(x) if is_key else x
+
+
+def test_twenty_kills(tmp_path):
+    """A run that is killed again and again, while it saves included, ends as one left alone."""
+    folder = tmp_path / "data"
+    data.load("digits", folder)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def start(name):
+        arguments = ["--model", "vit_mini/4", "--method", "cdb_frozen", "--epochs", "150"]
+        arguments += ["--run-dir", tmp_path / name, "--data-dir", folder, "--resume"]
+        return subprocess.Popen(
+            [sys.executable, Path(train.__file__), *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    alone = start("alone")
+    assert alone.wait(timeout=900) == 0, alone.communicate()
+    rng, kills, killed_at = random.Random(0), 0, []
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    while kills < KILLS:
+        process = start("killed")
+        before = len(killed_at)
+        # Wait for a few epochs of this process, then strike at any moment of the next.
+        newest = max(
+            (int(x.name) for x in checkpoints.glob("[0-9]*") if x.name.isdigit()), default=0
+        )
+        goal = newest + 20 * rng.randint(1, 3)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            found = [int(x.name) for x in checkpoints.glob("[0-9]*") if x.name.isdigit()]
+            if found and max(found) >= goal:
+                break
+            time.sleep(0.01)
+        assert process.poll() is None, process.communicate()
+        time.sleep(rng.uniform(0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        killed_at.append(goal)
+        assert len(killed_at) == before + 1
+    last = start("killed")
+    assert last.wait(timeout=900) == 0, last.communicate()
+    (step, expected), (other_step, found) = (final_state(tmp_path / x) for x in ("alone", "killed"))
+    assert step == other_step == 150 * 20
+    leaves, others = (dict(jax.tree.leaves_with_path(x)) for x in (expected, found))
+    assert leaves.keys() == others.keys() and leaves
+    for path, leaf in leaves.items():
+        assert leaf.tobytes() == others[path].tobytes(), path
+
+
+def test_twenty_thousand_steps(caplog):
+    """Flat memory, flat step time, one compilation, and the statistics of the selection."""
+    policy = cdb_jax.Policy(0.3, key=0, layer_rate=0.7)
+    tx = optax.chain(cdb_jax.channel_drop_back(policy), optax.adamw(1e-3))
+    params = {
+        f"dense{i}": {"kernel": jax.random.normal(key, (32, 32)) / 6}
+        for i, key in enumerate(jax.random.split(jax.random.key(0), 3))
+    }
+    x = jax.random.normal(jax.random.key(1), (16, 32))
+
+    def loss(params):
+        y = x
+        for layer in params.values():
+            y = jnp.tanh(y @ layer["kernel"])
+        return jnp.mean((y - x) ** 2)
+
+    @jax.jit
+    def step(params, state, total):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state, total + state[0].dropped_fraction
+
+    state, total = tx.init(params), jnp.zeros(())
+    seconds, memory = [], []
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for block in range(20):
+            start = time.perf_counter()
+            for _ in range(STEPS // 20):
+                params, state, total = step(params, state, total)
+            jax.block_until_ready(total)
+            seconds.append(time.perf_counter() - start)
+            memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+            if block == 0:
+                caplog.clear()
+    assert not [r for r in caplog.records if "Compiling" in r.message]
+    assert memory[-1] - memory[4] < 20_000  # Kilobytes, over 15,000 steps.
+    assert np.median(seconds[-5:]) < 1.5 * np.median(seconds[1:6])
+    assert state[0].count == STEPS
+    # A layer's share has variance E[share^2] - mean^2, with 32 channels and 3 layers a step.
+    mean = 0.7 * 0.3
+    square = 0.7 * (0.3 * 0.7 / 32 + 0.3**2)
+    error = np.sqrt((square - mean**2) / (3 * STEPS))
+    assert abs(float(total) / STEPS - mean) < 4 * error
