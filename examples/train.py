@@ -120,7 +120,7 @@ def make_steps(
     tx: optax.GradientTransformation,
     policy: cdb_jax.Policy | None,
     max_value: int,
-    layout: Any,
+    layout: Any = None,
 ) -> tuple[Callable, Callable]:
     """The compiled training step and evaluation step; `layout` holds the state's shardings."""
     model.train()
