@@ -46,21 +46,21 @@ METHODS: dict[str, Method] = {
     "released": Method("rules and schedule of the ChannelDropBack authors' code", 0.3),
     "algorithm_1": Method("of one layer a step, masks channels (arXiv 2411.10891)", 0.3, True),
     "layer_drop_back": Method(
-        "tensors stand still on every second epoch, at twice the learning rate (arXiv 2412.18027)",
+        "tensors stand still on every second epoch (arXiv 2412.18027)",
         0.5,
         True,
     ),
     "skip_update": Method("masks the update and makes up for it (arXiv 2602.15322)", 0.5),
-    "backdrop": Method("masks positions of the gradient of features (arXiv 1806.01337)", 0.3),
+    "backdrop": Method("masks positions of a feature map's gradient (arXiv 1806.01337)", 0.3),
     "stochastic_depth": Method(
-        "drops residual branches; rate is that of the last (arXiv 1603.09382)", 0.5, True
+        "drops residual branches, the last at this rate (arXiv 1603.09382)", 0.5, True
     ),
 }
 assert tuple(METHODS) == get_args(Name)
 
-HELP = "; ".join(f"{name}: {method.help}" for name, method in METHODS.items()) + "."
-RATE_HELP = "Probability of dropping; None: the method's own, " + ", ".join(
-    f"{method.rate} ({name})" for name, method in METHODS.items() if name != "none"
+HELP = "\n".join(
+    f"{name}: {method.help}" + f"; {method.rate}" * (name != "none")
+    for name, method in METHODS.items()
 )
 
 

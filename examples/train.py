@@ -38,12 +38,13 @@ class Config:
     """Train an image classifier with a stochastic backward pass, or without."""
 
     model: str = "resnet_small"
-    """resnet_small, resnet18, resnet34, resnet50, or vit_mini, vit_ti, vit_s, vit_b, vit_l with a
-    patch size, such as vit_mini/2."""
+    """resnet_small, resnet18, resnet34, resnet50;
+    vit_mini, vit_ti, vit_s, vit_b, vit_l with a patch size, as in vit_mini/2."""
     dataset: Literal["digits", "cifar10", "cifar100", "svhn_cropped", "imagenet2012"] = "digits"
     """digits comes with scikit-learn; the others are prepared once with examples/data.py."""
     method: Annotated[methods.Name, tyro.conf.arg(help=methods.HELP)] = "cdb"
-    rate: Annotated[float | None, tyro.conf.arg(help=methods.RATE_HELP)] = None
+    rate: float | None = None
+    """Probability of dropping; None: that of the method, named above."""
     layer_rate: float = 1.0
     """Probability that a layer is masked in a step (cdb, cdb_after, cdb_frozen)."""
     channel_choice: Literal["bernoulli", "exact", "window"] = "bernoulli"

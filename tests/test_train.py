@@ -317,7 +317,7 @@ def test_evaluation_is_the_mean_over_the_test_set(config, data_dir):
         config(), model, optax.identity(), None, dataset.recipe.max_value
     )
     state = train.State(params, rest, opt_state=None, sums={})
-    mesh = training.data_mesh(96)  # Not a divisor of 500.
+    mesh = training.make_mesh("", 96)  # Not a divisor of 500.
     found = training.evaluate(eval_step, state, dataset, 96, mesh, {})
 
     images = np.stack([record["image"] for record in dataset.test]).astype(np.float32)
