@@ -1,5 +1,8 @@
 """cdb_jax: stochastic regularisation of the backward pass for JAX."""
 
+import importlib
+from typing import Any
+
 from cdb_jax.backdrop import backdrop as backdrop
 from cdb_jax.channels import (
     Axes as Axes,
@@ -38,3 +41,10 @@ from cdb_jax.transform import (
     selection_count as selection_count,
 )
 from cdb_jax.version import __version__ as __version__
+
+
+def __getattr__(name: str) -> Any:
+    """`cdb_jax.nnx` and `cdb_jax.linen`, which need Flax, are imported when they are used."""
+    if name in ("nnx", "linen"):
+        return importlib.import_module(f"cdb_jax.{name}")
+    raise AttributeError(f"module 'cdb_jax' has no attribute {name!r}")

@@ -89,6 +89,8 @@ def freeze_dropped(
     References:
       ChannelDropBack, `arXiv 2411.10891 <https://arxiv.org/abs/2411.10891>`_.
     """
+    if isinstance(inner, optax.MultiSteps):
+        raise TypeError(_ACCUMULATES.format("MultiSteps"))
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
             f"inner must be an optimizer such as optax.adamw(1e-3), got {inner!r}; the policy is "
@@ -226,11 +228,7 @@ def _entries(state: Any, rules: Mapping[type, SlotAxes]) -> Iterator[_Entry]:
     stops = lambda x: type(x) in rules or isinstance(x, (*_ACCUMULATORS, optax.MaskedNode))
     for keys, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=stops):
         if isinstance(node, _ACCUMULATORS):
-            raise ValueError(
-                f"freeze_dropped: the optimizer inside accumulates over several steps "
-                f"({type(node).__name__}), each with channels of its own; put that outside: "
-                "optax.MultiSteps(cdb_jax.freeze_dropped(inner, policy), every_k_schedule=k)."
-            )
+            raise ValueError(_ACCUMULATES.format(type(node).__name__))
         owner = type(node) if type(node) in rules else None
         inside = jax.tree_util.tree_leaves_with_path(node, is_leaf=is_masked) if owner else []
         for below, x in inside or [((), node)] * (owner is None):
@@ -239,6 +237,11 @@ def _entries(state: Any, rules: Mapping[type, SlotAxes]) -> Iterator[_Entry]:
 
 
 _ACCUMULATORS = (optax.MultiStepsState, optax.ApplyEvery)
+_ACCUMULATES = (
+    "freeze_dropped: the optimizer inside accumulates over several steps ({}), each with channels "
+    "of its own; put that outside: optax.MultiSteps(cdb_jax.freeze_dropped(inner, policy), "
+    "every_k_schedule=k)."
+)
 
 
 def _splits(path: str, index: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""For Flax NNX: `value_and_grad` and `grad`, and the layers `Backdrop` and `DropPath`."""
+"""For Flax NNX: `value_and_grad`, `grad`, `channel_report`, layers `Backdrop` and `DropPath`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cdb_jax import skipping
+from cdb_jax import report, skipping
 from cdb_jax.backdrop import backdrop, check_axes
 from cdb_jax.policy import Policy, Rate, as_policy, check_rate
 from cdb_jax.stochastic_depth import at_test, check_rescale, drop_path, rescaled, survives
@@ -122,6 +122,45 @@ def grad(
     """Like `value_and_grad`, but returns the gradient alone, or with `has_aux` it and the data."""
     both = value_and_grad(f, policy, argnums, has_aux, **settings)
     return skipping.without_value(both, has_aux)
+
+
+def channel_report(
+    model: nnx.Module,
+    policy: Policy,
+    f: Callable[..., Any] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> report.ChannelReport:
+    """`cdb_jax.channel_report` of a model's parameters.
+
+    Args:
+      model: the model.
+      policy: the policy to explain.
+      f: a loss function `f(model, *args, **kwargs)`, which may return a pair with auxiliary data.
+        It is traced, not run.
+      *args: its other arguments; `jax.ShapeDtypeStruct` will do for arrays.
+      **kwargs: its other arguments by name.
+
+    Returns:
+      A report with one row for each parameter; print it to see the table.
+
+    Examples:
+      >>> import cdb_jax.nnx, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> policy = cdb_jax.Policy(0.5, key=0, channel_choice="window")
+      >>> model = nnx.Linear(2, 4, rngs=nnx.Rngs(0))
+      >>> loss = lambda model, x: jnp.mean(model(x))
+      >>> report = cdb_jax.nnx.channel_report(model, policy, loss, jnp.ones((3, 2)))
+      >>> [(row.path, row.gradient) for row in report.rows]
+      [('bias', 'in full'), ('kernel', 'skipped')]
+    """
+    graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    if f is None:
+        return report.channel_report(params, policy)
+    fun = lambda params, *args, **kwargs: f(
+        nnx.merge(graph, params, rest, copy=True), *args, **kwargs
+    )
+    return report.channel_report(params, policy, fun, *args, **kwargs)
 
 
 def _is_model(x: Any) -> bool:

@@ -63,6 +63,7 @@ def drop_path(
     """
     rate = check_rate("rate", rate, schedule=False)
     _check_float(x)
+    _check_bool(rescale)
     is_int = isinstance(sample_axis, (int, np.integer)) and not isinstance(sample_axis, bool)
     if sample_axis is not None and not (is_int and -x.ndim <= sample_axis < x.ndim):
         raise ValueError(
@@ -109,6 +110,7 @@ def drop_branch(
       Array([1., 1., 1.], dtype=float32)
     """
     rate = check_rate("rate", rate, schedule=False)
+    _check_bool(rescale)
 
     def kept(*args: Any) -> jax.Array:
         y = branch(*args)
@@ -126,6 +128,13 @@ def survives(rate: Any, key: jax.Array | None, shape: Sequence[int] = ()) -> jax
     """Whether a branch survives, drawn for each entry of a shape: bool."""
     key = check_call_key(key, "rngs.drop_path()")
     return jax.random.uniform(key, shape, jnp.float32) >= jnp.asarray(rate, jnp.float32)
+
+
+def _check_bool(rescale: Any) -> None:
+    if not isinstance(rescale, bool):
+        raise TypeError(
+            f"rescale must be True or False, got {rescale!r}; layers take 'train' or 'test'."
+        )
 
 
 def _check_float(x: jax.Array) -> None:

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 HERE = Path(__file__).parent
-KEYS = (0, 0, 1)  # With the last of them one image is dropped.
+KEYS = (0, 3, 1)  # With the last of them one image is dropped.
 
 
 def save(figure: pyplot.Figure, name: str) -> None:
@@ -117,7 +117,11 @@ def layer_drop_back() -> None:
     top.set_title(
         "dark tensors learn; on every second epoch each stands still with probability 0.5"
     )
-    bottom.step(steps, [float(rate(step)) for step in steps], where="post")
+    bottom.step(steps, [float(rate(step)) for step in steps], where="post", label="doubled")
+    bottom.step(
+        steps, [float(cosine(step)) for step in steps], "--", where="post", label="schedule"
+    )
+    bottom.legend()
     bottom.set(xlabel="step (an epoch has 10)", ylabel="learning rate", ylim=(0, None))
     save(figure, "layer_drop_back")
 
@@ -133,7 +137,7 @@ def skip_update() -> None:
     )
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3), layout="constrained")
     shown = left.pcolormesh(factors[:48].T, cmap="Blues", edgecolors="w", linewidth=0.5)
-    figure.colorbar(shown, ax=left, label="factor on the update")
+    figure.colorbar(shown, ax=left, label="factor on the update", ticks=[0, 2])
     left.set(xlabel="step", ylabel="output channel")
     means = np.cumsum(factors, axis=0) / np.arange(1, steps + 1)[:, None]
     right.plot(means, color="C0", alpha=0.3, linewidth=0.7)

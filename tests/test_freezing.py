@@ -402,6 +402,11 @@ def test_vmap_over_seeds_and_donation():
             "rescale='expected': freeze_dropped does not rescale",
         ),
         (functools.partial(freeze_dropped, optax.sgd(0.1), 0.5), TypeError, "key is missing"),
+        (
+            lambda: freeze_dropped(optax.MultiSteps(optax.sgd(0.1), 2), POLICY),
+            TypeError,
+            r"MultiSteps.*optax.MultiSteps\(cdb_jax.freeze_dropped",
+        ),
         (lambda: freeze_dropped(optax.sgd, POLICY), TypeError, "inner must be an optimizer"),
         (lambda: freeze_dropped(POLICY, optax.sgd(0.1)), TypeError, "inner must be an optimizer"),
         (
@@ -420,7 +425,7 @@ def test_vmap_over_seeds_and_donation():
             "entry 'diff_params_memory/.* nothing says which of its axes are channels",
         ),
     ],
-    ids=["rescale", "key", "class", "swapped", "unknown", "rules", "lbfgs"],
+    ids=["rescale", "key", "accumulates", "class", "swapped", "unknown", "rules", "lbfgs"],
 )
 def test_mistakes(make, error, message):
     with pytest.raises(error, match=message):

@@ -299,6 +299,7 @@ def test_models_drop_blocks(name, skips, standard_promotion):
             lambda: cdb_jax.drop_path(jnp.arange(3), 0.5, key=KEY),
             "array of floats, got dtype int32",
         ),
+        (lambda: cdb_jax.drop_path(X, 0.5, key=KEY, rescale="test"), "rescale must be True or"),
         (lambda: cdb_jax.drop_path(X, 0.5, key=3), "key must be a JAX key, got 3"),
         (lambda: cdb_jax.drop_branch(jnp.sin, X, rate=0.5), "key is missing"),
         (lambda: cdb_jax.nnx.DropPath(0.5, rescale="both"), "rescale must be 'train' or 'test'"),

@@ -1,0 +1,133 @@
+"""What large trees cost: trace and compile time of the mask and an SGD update, on abstract values.
+
+Trees of 200 to 20,000 leaves, a billion parameters in 400 leaves, and the same billion in layers
+that are stacked in four leaves. Nothing is allocated; each program is compared with the same update
+without the mask. Temporary memory and bytes are those of the compiled program.
+
+    python benchmarks/size.py                       # some minutes
+    tpu/bin/python benchmarks/size.py --tpu         # the stacked tree for 256 chips of TPU v5e
+
+Prints a table and writes `results/size-<platform>.json`. Needs jax, optax, numpy.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+if "--tpu" in sys.argv:
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_ID": "0",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+
+import cdb_jax  # noqa: E402
+
+STACKED = {
+    "attention": (96, 2048, 2048),
+    "out": (96, 2048, 1024),
+    "up": (96, 1024, 2560),
+    "down": (96, 2560, 1024),
+}
+COMPILES_UP_TO = 2000  # Leaves; beyond, only tracing and lowering are timed.
+
+
+def trees() -> dict[str, dict[str, tuple[int, ...]]]:
+    square = lambda count, width: {f"layer{i}": (width, width) for i in range(count)}
+    return {
+        "200 leaves": square(200, 64),
+        "2,000 leaves": square(2000, 64),
+        "20,000 leaves": square(20_000, 64),
+        "a billion in 400 leaves": square(400, 1600),
+        "a billion in 4 stacked leaves": STACKED,
+    }
+
+
+def measure(name: str, shapes: dict[str, tuple[int, ...]], place: Any) -> dict[str, Any]:
+    stack = (0,) if shapes is STACKED else ()
+    policy = cdb_jax.Policy(
+        0.5,
+        key=0,
+        channel_choice="window",
+        channel_axes=cdb_jax.Axes(cdb_jax.output_channels, stack=stack),
+    )
+    params = {
+        layer: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
+        for layer, shape in shapes.items()
+    }
+    params, row = place(params), {"tree": name, "leaves": len(shapes)}
+    row["parameters"] = sum(x.size for x in jax.tree.leaves(params))
+    sgd = optax.sgd(0.1)
+    for kind, tx in (
+        ("plain", sgd),
+        ("mask", optax.chain(cdb_jax.channel_drop_back(policy), sgd)),
+    ):
+
+        def step(params: Any, state: Any, grads: Any, tx: Any = tx) -> Any:
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.eval_shape(tx.init, params)
+        start = time.perf_counter()
+        lowered = jax.jit(step, donate_argnums=0).lower(params, state, params)
+        row[f"{kind}_trace_s"] = time.perf_counter() - start
+        if len(shapes) <= COMPILES_UP_TO:
+            start = time.perf_counter()
+            compiled = lowered.compile()
+            row[f"{kind}_compile_s"] = time.perf_counter() - start
+            row[f"{kind}_temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+            row[f"{kind}_bytes_accessed"] = compiled.cost_analysis()["bytes accessed"]
+    return row
+
+
+def tpu_place(params: Any) -> Any:
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc("v5e:16x16", "tpu")
+    mesh = jax.sharding.Mesh(np.array(topology.devices).reshape(-1), ("fsdp",))
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec), params)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tpu", action="store_true", help="compile for 256 chips of TPU v5e")
+    args = parser.parse_args()
+    chosen = {k: v for k, v in trees().items() if not args.tpu or v is STACKED}
+    rows = []
+    for name, shapes in chosen.items():
+        rows.append(measure(name, shapes, tpu_place if args.tpu else lambda tree: tree))
+        print(rows[-1], flush=True)
+    platform = "tpu-v5e-16x16" if args.tpu else jax.default_backend()
+    report = {"platform": platform, "jax": jax.__version__, "optax": optax.__version__}
+    output = ROOT / "benchmarks" / "results" / f"size-{platform}.json"
+    output.write_text(json.dumps(report | {"rows": rows}, indent=2) + "\n")
+    print("| tree | parameters | trace, s | compile, s | temporary bytes |\n" + "| --- " * 5 + "|")
+    for row in rows:
+        pair = lambda key, row=row: " / ".join(
+            f"{row[f'{kind}_{key}']:.3g}" if f"{kind}_{key}" in row else "-"
+            for kind in ("plain", "mask")
+        )
+        print(
+            f"| {row['tree']} | {row['parameters']:,} | {pair('trace_s')} | {pair('compile_s')} | "
+            f"{pair('temporary_bytes')} |"
+        )
+    print(f"\nplain / with the mask; {report}\n{output}")
+
+
+if __name__ == "__main__":
+    main()
