@@ -109,7 +109,16 @@ def interrupt(monkeypatch, step, number=signal.SIGINT):
     monkeypatch.setattr(training, "distribute", distribute)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        # The slow ones differ from another one in a setting of the policy alone.
+        pytest.param(
+            name, marks=[pytest.mark.slow] * (name in ("cdb_after", "released", "dropout"))
+        )
+        for name in METHODS
+    ],
+)
 def test_every_method_learns(config, method, capsys):
     rows = train.train(config(method=method, epochs=3, learning_rate=1e-2))
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] < 2.4
