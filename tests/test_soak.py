@@ -51,21 +51,20 @@ def test_twenty_kills(tmp_path):
     def start(name):
         arguments = ["--model", "vit_mini/4", "--method", "cdb_frozen", "--epochs", "150"]
         arguments += ["--run-dir", tmp_path / name, "--data-dir", folder, "--resume"]
-        return subprocess.Popen(
-            [sys.executable, Path(train.__file__), *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with open(tmp_path / f"{name}.log", "a") as log:
+            return subprocess.Popen(
+                [sys.executable, Path(train.__file__), *arguments],
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
 
     alone = start("alone")
-    assert alone.wait(timeout=900) == 0, alone.communicate()
-    rng, kills, killed_at = random.Random(0), 0, []
+    assert alone.wait(timeout=900) == 0, (tmp_path / "alone.log").read_text()
+    rng, kills = random.Random(0), 0
     checkpoints = tmp_path / "killed" / "checkpoints"
     while kills < KILLS:
         process = start("killed")
-        before = len(killed_at)
         # Wait for a few epochs of this process, then strike at any moment of the next.
         newest = max(
             (int(x.name) for x in checkpoints.glob("[0-9]*") if x.name.isdigit()), default=0
@@ -77,15 +76,13 @@ def test_twenty_kills(tmp_path):
             if found and max(found) >= goal:
                 break
             time.sleep(0.01)
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, (tmp_path / "killed.log").read_text()
         time.sleep(rng.uniform(0, 0.6))
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
-        killed_at.append(goal)
-        assert len(killed_at) == before + 1
     last = start("killed")
-    assert last.wait(timeout=900) == 0, last.communicate()
+    assert last.wait(timeout=900) == 0, (tmp_path / "killed.log").read_text()
     (step, expected), (other_step, found) = (final_state(tmp_path / x) for x in ("alone", "killed"))
     assert step == other_step == 150 * 20
     leaves, others = (dict(jax.tree.leaves_with_path(x)) for x in (expected, found))
