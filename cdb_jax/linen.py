@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from cdb_jax.backdrop import backdrop
 from cdb_jax.policy import check_rate
-from cdb_jax.stochastic_depth import at_test, check_rescale, drop_path
+from cdb_jax.stochastic_depth import at_test, check_rescale, drop_path, is_certain
 
 
 class Backdrop(nn.Module):
@@ -96,7 +96,6 @@ class DropPath(nn.Module):
         check_rescale(self.rescale)
         if nn.merge_param("deterministic", self.deterministic, deterministic):
             return at_test(x, rate, self.rescale)
-        static = isinstance(rate, float) and rate in (0.0, 1.0)
-        key = None if static else self.make_rng(self.rng_collection)
+        key = None if is_certain(rate) else self.make_rng(self.rng_collection)
         rescale = self.rescale == "train"
         return drop_path(x, rate, key=key, sample_axis=self.sample_axis, rescale=rescale)

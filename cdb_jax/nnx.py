@@ -6,13 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from cdb_jax import report, skipping
 from cdb_jax.backdrop import backdrop, check_axes
 from cdb_jax.policy import Policy, Rate, as_policy, check_rate
-from cdb_jax.stochastic_depth import at_test, check_rescale, drop_path, rescaled, survives
+from cdb_jax.stochastic_depth import (
+    at_test,
+    check_rescale,
+    drop_path,
+    is_certain,
+    run_branch,
+)
 
 Argnum = int | nnx.DiffState
 
@@ -337,7 +342,7 @@ class DropPath(_RandomLayer):
         """Returns `x`, the output of a branch, or zeros where it is dropped."""
         if self._is_off(deterministic):
             return at_test(x, self.rate, self.rescale)
-        key = None if self._is_static() else self._key(rngs)
+        key = None if is_certain(self.rate) else self._key(rngs)
         return drop_path(
             x,
             self.rate,
@@ -372,18 +377,8 @@ class DropPath(_RandomLayer):
                 f"sample_axis={self.sample_axis}: the branch is computed for all samples or for "
                 "none; make the layer with sample_axis=None, or call it on the branch's output."
             )
-        if self._is_off(deterministic) or self._is_static():
-            return self(branch(*args), deterministic=deterministic)
-        rescales = self.rescale == "train"
-
-        def kept(*args: Any) -> jax.Array:
-            y = branch(*args)
-            return rescaled(y, self.rate) if rescales else y
-
-        def dropped(*args: Any) -> jax.Array:
-            return jnp.zeros_like(nnx.eval_shape(branch, *args))
-
-        return nnx.cond(survives(self.rate, self._key(rngs)), kept, dropped, *args)
-
-    def _is_static(self) -> bool:
-        return isinstance(self.rate, float) and self.rate in (0.0, 1.0)
+        if self._is_off(deterministic):
+            return at_test(branch(*args), self.rate, self.rescale)
+        key = None if is_certain(self.rate) else self._key(rngs)
+        rescale = self.rescale == "train"
+        return run_branch(branch, args, self.rate, key, rescale, nnx.cond, nnx.eval_shape)

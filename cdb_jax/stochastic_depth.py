@@ -70,7 +70,7 @@ def drop_path(
             f"sample_axis={sample_axis!r} is no axis of x, whose shape is {x.shape}; give the axis "
             "of the batch, or None for one draw for all."
         )
-    if isinstance(rate, float) and rate in (0.0, 1.0):
+    if is_certain(rate):
         return x if rate == 0.0 else jnp.zeros_like(x)
     shape = [1] * x.ndim
     if sample_axis is not None:
@@ -111,17 +111,35 @@ def drop_branch(
     """
     rate = check_rate("rate", rate, schedule=False)
     _check_bool(rescale)
+    return run_branch(branch, args, rate, key, rescale, jax.lax.cond, jax.eval_shape)
+
+
+def run_branch(
+    branch: Callable[..., jax.Array],
+    args: Sequence[Any],
+    rate: Any,
+    key: jax.Array | None,
+    rescale: bool,
+    cond: Callable[..., jax.Array],
+    eval_shape: Callable[..., Any],
+) -> jax.Array:
+    """`drop_branch`, with the conditional and the tracing of JAX or those of NNX."""
 
     def kept(*args: Any) -> jax.Array:
         y = branch(*args)
         return rescaled(y, rate) if rescale else y
 
     def dropped(*args: Any) -> jax.Array:
-        return jnp.zeros_like(jax.eval_shape(branch, *args))
+        return jnp.zeros_like(eval_shape(branch, *args))
 
-    if isinstance(rate, float) and rate in (0.0, 1.0):
+    if is_certain(rate):
         return kept(*args) if rate == 0.0 else dropped(*args)
-    return jax.lax.cond(survives(rate, key), kept, dropped, *args)
+    return cond(survives(rate, key), kept, dropped, *args)
+
+
+def is_certain(rate: Any) -> bool:
+    """Whether nothing is to be drawn."""
+    return isinstance(rate, float) and rate in (0.0, 1.0)
 
 
 def survives(rate: Any, key: jax.Array | None, shape: Sequence[int] = ()) -> jax.Array:
