@@ -6,43 +6,22 @@ ratios are to the step alone, temporary memory to the size of the parameters.
     python benchmarks/freezing.py                   # for this machine, some seconds
     tpu/bin/python benchmarks/freezing.py --tpu     # for TPU v5e without a TPU: see tpu_compile.py
 
-Prints a table and writes `results/freezing-<platform>.json`. Needs jax, optax, numpy.
+Prints a table and writes `results/freezing-<device>.json`. Needs jax, flax, optax,
+numpy.
 """
 
 import argparse
-import json
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import jax
+import jax.numpy as jnp
+import optax
+from overhead import publish, results_file  # Puts the library on the path.
 
-
-def describe_tpu() -> Any:
-    """A sharding on one chip of a TPU v5e that is not there."""
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_ID": "0",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    import jax
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc("v5e:2x4", "tpu")
-    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+import cdb_jax
 
 
 def measure(sharding: Any) -> list[dict[str, Any]]:
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    import cdb_jax
-
     policy, adam = cdb_jax.Policy(0.5, key=0, channel_choice="window"), optax.adam(1e-3)
     kinds = {
         "adam": adam,
@@ -79,21 +58,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tpu", action="store_true", help="compile for TPU v5e")
     args = parser.parse_args()
-    sharding = describe_tpu() if args.tpu else None
-    rows = measure(sharding)
-    import jax
-    import optax
+    sharding = None
+    if args.tpu:
+        import tpu
 
-    platform = "tpu-v5e" if args.tpu else jax.default_backend()
-    report = {"platform": platform, "jax": jax.__version__, "optax": optax.__version__}
-    output = ROOT / "benchmarks" / "results" / f"freezing-{platform}.json"
-    output.write_text(json.dumps(report | {"rows": rows}, indent=2) + "\n")
-    print("| optimizer | bytes accessed | temporary memory |\n| --- | --- | --- |")
-    for row in rows:
-        print(
-            f"| {row['optimizer']} | {row['bytes_accessed']:.3f} | {row['temporary_memory']:.3f} |"
-        )
-    print(f"\n{report}\n{output}")
+        sharding = jax.sharding.SingleDeviceSharding(tpu.chips("2x4")[0])
+    rows = measure(sharding)
+    lines = ["| optimizer | bytes accessed | temporary memory |", "| --- | --- | --- |"]
+    lines += [
+        f"| {row['optimizer']} | {row['bytes_accessed']:.3f} | {row['temporary_memory']:.3f} |"
+        for row in rows
+    ]
+    publish(results_file("freezing", "tpu-v5e" if args.tpu else ""), "\n".join(lines), rows)
 
 
 if __name__ == "__main__":

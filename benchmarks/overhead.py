@@ -257,12 +257,21 @@ def machine() -> dict[str, Any]:
     }
 
 
-def results_file(benchmark: str) -> Path:
-    """Where the results of a benchmark on this device belong."""
-    slug = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+def results_file(benchmark: str, device: str = "") -> Path:
+    """Where the results of a benchmark belong, on this device or one that is compiled for."""
+    device = device or jax.devices()[0].device_kind
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     return folder / f"{benchmark}-{slug}.json"
+
+
+def publish(output: Path, text: str, rows: list[dict[str, Any]], **settings: Any) -> None:
+    """Prints a table, and writes its rows with the machine and the versions."""
+    report = {"machine": machine(), "versions": versions()}
+    output.write_text(json.dumps(report | settings | {"rows": rows}, indent=2) + "\n")
+    print(text)
+    print(f"\n{report['machine']}\n{report['versions']}\nwritten to {output}")
 
 
 def versions() -> dict[str, str]:
@@ -331,17 +340,8 @@ def main() -> None:
     for work in works:
         rows += measure(work, args.repeats, args.compile_rounds, args.least)
 
-    report = {
-        "machine": machine(),
-        "versions": versions(),
-        "repeats": args.repeats,
-        "compile_rounds": args.compile_rounds,
-        "rows": rows,
-    }
-    output = args.output or results_file("overhead")
-    output.write_text(json.dumps(report, indent=2) + "\n")
-    print(table(rows))
-    print(f"\n{report['machine']}\n{report['versions']}\nwritten to {output}")
+    settings = {"repeats": args.repeats, "compile_rounds": args.compile_rounds}
+    publish(args.output or results_file("overhead"), table(rows), rows, **settings)
 
 
 if __name__ == "__main__":

@@ -7,35 +7,20 @@ without the mask. Temporary memory and bytes are those of the compiled program.
     python benchmarks/size.py                       # some minutes
     tpu/bin/python benchmarks/size.py --tpu         # the stacked tree for 256 chips of TPU v5e
 
-Prints a table and writes `results/size-<platform>.json`. Needs jax, optax, numpy.
+Prints a table and writes `results/size-<device>.json`. Needs jax, flax, optax, numpy.
 """
 
 import argparse
-import json
-import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from overhead import publish, results_file  # Puts the library on the path.
 
-if "--tpu" in sys.argv:
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_ID": "0",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-
-import cdb_jax  # noqa: E402
+import cdb_jax
 
 STACKED = {
     "attention": (96, 2048, 2048),
@@ -95,10 +80,9 @@ def measure(name: str, shapes: dict[str, tuple[int, ...]], place: Any) -> dict[s
 
 
 def tpu_place(params: Any) -> Any:
-    from jax.experimental import topologies
+    import tpu
 
-    topology = topologies.get_topology_desc("v5e:16x16", "tpu")
-    mesh = jax.sharding.Mesh(np.array(topology.devices).reshape(-1), ("fsdp",))
+    mesh = jax.sharding.Mesh(np.array(tpu.chips("16x16")).reshape(-1), ("fsdp",))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec), params)
 
@@ -112,21 +96,19 @@ def main() -> None:
     for name, shapes in chosen.items():
         rows.append(measure(name, shapes, tpu_place if args.tpu else lambda tree: tree))
         print(rows[-1], flush=True)
-    platform = "tpu-v5e-16x16" if args.tpu else jax.default_backend()
-    report = {"platform": platform, "jax": jax.__version__, "optax": optax.__version__}
-    output = ROOT / "benchmarks" / "results" / f"size-{platform}.json"
-    output.write_text(json.dumps(report | {"rows": rows}, indent=2) + "\n")
-    print("| tree | parameters | trace, s | compile, s | temporary bytes |\n" + "| --- " * 5 + "|")
+    lines = ["| tree | parameters | trace, s | compile, s | temporary bytes |", "| --- " * 5 + "|"]
     for row in rows:
         pair = lambda key, row=row: " / ".join(
             f"{row[f'{kind}_{key}']:.3g}" if f"{kind}_{key}" in row else "-"
             for kind in ("plain", "mask")
         )
-        print(
+        lines.append(
             f"| {row['tree']} | {row['parameters']:,} | {pair('trace_s')} | {pair('compile_s')} | "
             f"{pair('temporary_bytes')} |"
         )
-    print(f"\nplain / with the mask; {report}\n{output}")
+    lines.append("plain / with the mask")
+    output = results_file("size", "tpu-v5e-16x16" if args.tpu else "")
+    publish(output, "\n".join(lines), rows)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from overhead import machine, parse_step, results_file, versions  # Puts the library on the path.
+from overhead import machine, parse_step, publish, results_file, versions  # Sets the path.
 
 import cdb_jax
 from models import create
@@ -241,9 +241,7 @@ def main() -> None:
     if report.items() <= before.items():
         measured = {row["task"] for row in rows}
         rows = [row for row in before["rows"] if row["task"] not in measured] + rows
-    output.write_text(json.dumps(report | {"rows": rows}, indent=2) + "\n")
-    print(table(rows))
-    print(f"\n{report['machine']}\n{report['versions']}\n{output}")
+    publish(output, table(rows), rows)
 
 
 if __name__ == "__main__":

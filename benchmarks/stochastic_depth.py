@@ -13,7 +13,6 @@ numpy.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from overhead import machine, parse_step, results_file, versions  # Puts the library on the path.
+from overhead import parse_step, publish, results_file  # Puts the library on the path.
 from skipping import mean_interval
 
 import cdb_jax
@@ -128,11 +127,7 @@ def main() -> None:
     rows = []
     for name, size, batch in args.steps or [parse_step(x) for x in STEPS]:
         rows += compare(name, size, batch, args.dtype, args.rounds)
-    report = {"machine": machine(), "versions": versions(), "rows": rows}
-    output = args.output or results_file("stochastic-depth")
-    output.write_text(json.dumps(report, indent=2) + "\n")
-    print(table(rows))
-    print(f"\n{report['machine']}\n{report['versions']}\n{output}")
+    publish(args.output or results_file("stochastic-depth"), table(rows), rows)
 
 
 if __name__ == "__main__":

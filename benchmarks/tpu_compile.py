@@ -17,36 +17,23 @@ import argparse
 import functools
 import json
 import math
-import os
 import re
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-# The compiler asks the machine for a TPU unless it is told about one.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_ID": "0",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
+import jax
+import jax.numpy as jnp
+import optax
+import tpu
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from overhead import ROOT  # Puts the library on the path.
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-from flax import nnx  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-
-import cdb_jax  # noqa: E402
-from models.resnet import Bottleneck, ResNet  # noqa: E402
-from models.vit import ViT  # noqa: E402
+import cdb_jax
+from models.resnet import Bottleneck, ResNet
+from models.vit import ViT
 
 BATCH_PER_CHIP = 32
 SIZE = 224
@@ -94,7 +81,7 @@ def shardings(params: Any, layout: str, mesh: Mesh) -> Any:
 
 
 def compile_step(name: str, layout: str, topology: str, method: str, policy: Any) -> Any:
-    devices = topologies.get_topology_desc(f"v5e:{topology}", "tpu").devices
+    devices = tpu.chips(topology)
     mesh = Mesh(devices, ("data",))
     graph, params, rest = nnx.split(nnx.eval_shape(lambda: build(name)), nnx.Param, ...)
     tx = optax.adamw(1e-3)
