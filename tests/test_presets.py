@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import cdb_jax
@@ -84,6 +85,37 @@ def test_layer_drop_back_skips_whole_layers():
     assert report["blocks/fc/kernel"] == "skipped"
     assert report["blocks/fc/bias"] == "masked only: read by add"
     assert report["head/unused"] == "in full"
+
+
+def test_schedules_on_every_nth_epoch():
+    cosine = optax.cosine_decay_schedule(0.1, 40)
+    doubled = lambda count: 2 * cosine(count)
+    schedule = cdb_jax.every_nth_epoch(doubled, cosine, steps_per_epoch=10)
+    factors = [float(schedule(step) / cosine(step)) for step in range(39)]
+    expected = [2.0 if step // 10 % 2 else 1.0 for step in range(39)]
+    np.testing.assert_allclose(factors, expected, rtol=1e-6)
+    for name in ("steps_per_epoch", "n"):
+        with pytest.raises(ValueError, match=f"{name} must be an int >= 1, got 0"):
+            cdb_jax.every_nth_epoch(1.0, 0.0, **({"steps_per_epoch": 10} | {name: 0}))
+
+
+def test_skip_update_is_unbiased_and_leaves_the_moments_dense(standard_promotion):
+    params = {"kernel": jnp.ones((3, 32))}
+    policy = cdb_jax.skip_update(0.4, key=0)
+    factors = np.array(
+        [cdb_jax.sample_selection(policy, params, step)["kernel"] for step in range(400)]
+    )
+    kept = 0.6 + 0.4**32
+    assert set(np.unique(factors)) == {np.float32(0.0), np.float32(1 / kept)}
+    error = np.sqrt((1 / kept - 1) / factors.size)
+    assert abs(factors.mean() - 1) < 4 * error
+
+    adam = optax.adam(0.1)
+    tx = optax.chain(adam, cdb_jax.channel_drop_back(policy))
+    updates, state = tx.update(params, tx.init(params))
+    plain, plain_state = adam.update(params, adam.init(params))
+    np.testing.assert_allclose(updates["kernel"], plain["kernel"] * factors[0], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, state[0], plain_state)
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,22 @@ def test_skipping_trains_as_masking_does(config, tmp_path, changes):
             np.testing.assert_allclose(skipped[name], masked[name], rtol=0.01)
 
 
+def test_layer_drop_back_doubles_the_learning_rate_on_epochs_with_dropping(config):
+    params = {"kernel": jnp.ones((2, 2))}
+    settings = dict(optimizer="sgd", weight_decay=0.0, rate=0.0, exempt=())
+    plain = methods.make_optimizer(config(method="none", **settings), None, 40, 10)
+    doubling = config(method="layer_drop_back", **settings)
+    policy = methods.make_policy(doubling, 40, 10)
+    tx = methods.make_optimizer(doubling, policy, 40, 10)
+    state, plain_state, factors = tx.init(params), plain.init(params), []
+    for _ in range(40):
+        updates, state = tx.update(params, state, params)
+        expected, plain_state = plain.update(params, plain_state, params)
+        factors.append(float(updates["kernel"][0, 0] / expected["kernel"][0, 0]))
+    # The warm-up starts from a rate of 0.
+    np.testing.assert_allclose(factors[1:], ([1] * 10 + [2] * 10 + [1] * 10 + [2] * 10)[1:], 1e-5)
+
+
 def test_dropped_blocks_are_not_computed(config, tmp_path):
     runs = [
         train.train(
