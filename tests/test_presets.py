@@ -114,7 +114,7 @@ def test_skip_update_is_unbiased_and_leaves_the_moments_dense(standard_promotion
     tx = optax.chain(adam, cdb_jax.channel_drop_back(policy))
     updates, state = tx.update(params, tx.init(params))
     plain, plain_state = adam.update(params, adam.init(params))
-    np.testing.assert_allclose(updates["kernel"], plain["kernel"] * factors[0], rtol=1e-6)
+    np.testing.assert_allclose(updates["kernel"], plain["kernel"] * factors[:1], rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, state[0], plain_state)
 
 
