@@ -13,7 +13,6 @@ of operations does not grow with the depth of the model.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +25,9 @@ from cdb_jax import channels, scaling
 from cdb_jax.policy import Policy
 
 Selection = dict[str, jax.Array]
+
+# The most results of one conditional: the time to compile it grows with their square.
+TOGETHER = 64
 
 
 def sample_selection(policy: Policy, updates: Any, count: jax.typing.ArrayLike) -> Selection:
@@ -144,22 +146,42 @@ def mask(
         return updates
     wanted = {leaf.layer or leaf.path for leaf in layout.leaves if leaf.path not in done}
     keep = {path: x for path, x in kept(groups, count).items() if path in wanted}
-    factors = [group.factors for group in groups]
     # Without rescaling the factors are 0 and 1, and there is nothing to multiply.
-    scales = {}
-    if policy.rescale != "none":
-        scales = materialise(functools.partial(_cut, groups), factors, count)
+    scales = {} if policy.rescale == "none" else _cut(groups, count)
     return _mask(updates, keep, scales, layout, done)
 
 
 def kept(groups: Sequence[Group], count: jax.typing.ArrayLike) -> Selection:
     """By path which channels learn: bool, shape `(*stack, channels)`, or `()` without channels."""
-    keep = [group.factors != 0 for group in groups]
-    return materialise(functools.partial(_cut, groups), keep, count)
+    return _cut([group._replace(factors=group.factors != 0) for group in groups], count)
 
 
-def _cut(groups: Sequence[Group], matrices: Sequence[jax.Array]) -> Selection:
-    return as_selection([g._replace(factors=x) for g, x in zip(groups, matrices, strict=True)])
+def _cut(groups: Sequence[Group], count: jax.typing.ArrayLike) -> Selection:
+    """`as_selection`, computed once, in runs of `TOGETHER` layers."""
+    selection: Selection = {}
+    for run in _runs(groups):
+        cut = lambda matrices, run=run: as_selection(
+            [group._replace(factors=x) for group, x in zip(run, matrices, strict=True)]
+        )
+        selection |= materialise(cut, [group.factors for group in run], count)
+    return selection
+
+
+def _runs(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """The layers of all groups in their order, `TOGETHER` at a time."""
+    run: list[Group] = []
+    for group in groups:
+        layers, stop = group.layers, 0
+        while layers:
+            room = TOGETHER - sum(len(other.layers) for other in run)
+            now, layers = layers[:room], layers[room:]
+            start, stop = stop, stop + sum(layer.depth for layer in now)
+            run.append(group._replace(layers=now, factors=group.factors[start:stop]))
+            if len(now) == room:
+                yield run
+                run = []
+    if run:
+        yield run
 
 
 def materialise(

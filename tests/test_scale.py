@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.extend import core
 
 import cdb_jax
+from cdb_jax import selection
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 POLICY = cdb_jax.Policy(0.5, key=0, channel_choice="window")
@@ -56,3 +58,19 @@ def test_the_program_grows_linearly_in_leaves_and_not_with_stacks():
         "blocks": {"kernel": jax.ShapeDtypeStruct((depth, 64, 64), jnp.float32)}
     }
     assert operations(stacked(1000), policy) == operations(stacked(2), policy)
+
+
+def test_more_layers_than_are_cut_together():
+    """Layers of several widths and stacks, over the bounds of the runs that they are cut in."""
+    params = {
+        f"layer{i}": {"kernel": jnp.ones((1 + i % 3, 2, 3 + i % 2))}
+        for i in range(2 * selection.TOGETHER + 5)
+    }
+    axes = cdb_jax.Axes(-1, stack=0)
+    policy = cdb_jax.Policy(0.5, key=0, channel_axes=axes, rescale="realized")
+    drop = cdb_jax.channel_drop_back(policy)
+    updates, _ = drop.update(params, drop.init(params))
+    drawn = cdb_jax.sample_selection(policy, params, 0)
+    for name, leaf in params.items():
+        expected = leaf * drawn[f"{name}/kernel"][:, None]
+        np.testing.assert_array_equal(updates[name]["kernel"], expected)
