@@ -71,6 +71,6 @@ def test_more_layers_than_are_cut_together():
     drop = cdb_jax.channel_drop_back(policy)
     updates, _ = drop.update(params, drop.init(params))
     drawn = cdb_jax.sample_selection(policy, params, 0)
-    for name, leaf in params.items():
-        expected = leaf * drawn[f"{name}/kernel"][:, None]
+    for name, layer in params.items():
+        expected = layer["kernel"] * drawn[f"{name}/kernel"][:, None]
         np.testing.assert_array_equal(updates[name]["kernel"], expected)
