@@ -178,7 +178,7 @@ def train_batches(
       "image" uint8 (batch, height, width, channels) and "label" int32 (batch,).
     """
     steps = steps_per_epoch(data, batch_size)
-    share = slice(process_index, None, process_count)
+    share = _share(batch_size, process_index, process_count)
 
     def load(indices: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         # Drawn for the whole batch, so that the number of processes changes nothing.
@@ -209,7 +209,7 @@ def test_batches(
       "image" uint8 (batch, height, width, channels), "label" int32 (batch,) and "weight" float32
       (batch,): 1, or 0 for an entry that only fills up the last batch.
     """
-    share = slice(process_index, None, process_count)
+    share = _share(batch_size, process_index, process_count)
 
     def load(step: int) -> dict[str, np.ndarray]:
         indices = np.arange(step * batch_size, (step + 1) * batch_size)[share]
@@ -226,6 +226,12 @@ def test_batches(
 
 
 test_batches.__test__ = False  # type: ignore[attr-defined]  # pytest: not a test.
+
+
+def _share(batch_size: int, index: int, count: int) -> slice:
+    """What one process reads of a batch: a run, so that joined they are that of one process."""
+    size = batch_size // count
+    return slice(index * size, (index + 1) * size)
 
 
 def _labels(records: Sequence[dict[str, Any]]) -> np.ndarray:

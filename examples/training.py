@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import matplotlib
@@ -28,18 +30,38 @@ from matplotlib import pyplot  # noqa: E402
 
 Row = dict[str, Any]
 SMALLEST_SHARDED = 1024  # Entries; below, sending the shards takes longer than it saves.
+PATIENCE = 60  # Seconds until a process that gives no sign of life is taken for dead.
+LOST = os.EX_TEMPFAIL  # Exit code of a process that could not go on without another.
 STEP_METRICS = ("train_loss", "train_accuracy", "dropped_fraction")
 
 
 def start_processes(coordinator: str | None, process_count: int | None, process_id: int | None):
     """Joins the other processes. On TPU pods and under Slurm JAX finds the arguments by itself."""
     try:
-        jax.distributed.initialize(coordinator, process_count, process_id)
+        jax.distributed.initialize(
+            coordinator,
+            process_count,
+            process_id,
+            heartbeat_timeout_seconds=PATIENCE,
+            shutdown_timeout_seconds=PATIENCE,
+        )
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"jax.distributed did not start: {first_line(error)} Give --coordinator HOST:PORT, "
             "--process-count and --process-id, the first two alike in every process."
         ) from error
+
+
+def leave(error: Exception) -> NoReturn:
+    """Ends a process that lost another one, without the farewell that waits for all of them."""
+    cause = first_line(error).rpartition("Error dispatching computation: ")[-1]
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()} cannot go on: {cause} "
+        "If another one has stopped, start all of them again with --resume.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(LOST)
 
 
 def console() -> Console:

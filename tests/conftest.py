@@ -22,3 +22,30 @@ def standard_promotion():
     """For tests that run other libraries' code, which promotes dtypes as JAX does by default."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Where the examples keep their data sets."""
+    return tmp_path_factory.mktemp("tfds")
+
+
+@pytest.fixture(scope="session")
+def compilation_cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def compilation_cache(compilation_cache_dir, monkeypatch):
+    """For tests of training runs: most compile what another one has compiled before."""
+    settings = {
+        "jax_compilation_cache_dir": str(compilation_cache_dir),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        monkeypatch.setenv(name.upper(), str(value))  # For the processes that a test starts.
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)

@@ -1,7 +1,6 @@
 """The long ones: `make soak`. Twenty kills, and twenty thousand steps."""
 
 import logging
-import os
 import random
 import resource
 import signal
@@ -14,81 +13,60 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
+from run_folders import assert_same_runs, metrics
 
 import cdb_jax
-import data
 import train
 
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("standard_promotion")]
 KILLS, STEPS = 20, 20_000
 
 
-def final_state(folder):
-    with ocp.CheckpointManager(folder / "checkpoints") as checkpoints:
-        step = checkpoints.latest_step()
-        state = checkpoints.restore(step, args=ocp.args.StandardRestore())
-    return step, jax.tree.map(np.asarray, jax.tree.map(_words, state))
-
-
-def _words(x):
-    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(x) if is_key else x
-
-
-def test_twenty_kills(tmp_path):
+def test_twenty_kills(tmp_path, data_dir, compilation_cache, monkeypatch):
     """A run that is killed again and again, while it saves included, ends as one left alone."""
-    folder = tmp_path / "data"
-    data.load("digits", folder)
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    monkeypatch.setenv("XLA_FLAGS", "")
 
     def start(name):
         arguments = ["--model", "vit_mini/4", "--method", "cdb_frozen", "--epochs", "150"]
-        arguments += ["--run-dir", tmp_path / name, "--data-dir", folder, "--resume"]
+        arguments += ["--run-dir", tmp_path / name, "--data-dir", data_dir, "--resume"]
         with open(tmp_path / f"{name}.log", "a") as log:
             return subprocess.Popen(
                 [sys.executable, Path(train.__file__), *arguments],
-                env=environment,
                 stdout=log,
                 stderr=log,
             )
 
     alone = start("alone")
     assert alone.wait(timeout=900) == 0, (tmp_path / "alone.log").read_text()
-    rng, kills = random.Random(0), 0
+    rng, while_saving = random.Random(0), 0
     checkpoints = tmp_path / "killed" / "checkpoints"
-    while kills < KILLS:
+    newest = lambda: max(
+        (int(x.name) for x in checkpoints.glob("*") if x.name.isdigit()), default=0
+    )
+    unfinished = lambda: list(checkpoints.glob("*tmp*"))
+    for kill in range(KILLS):
+        goal = newest() + 20 * rng.randint(1, 3)
         process = start("killed")
-        # Wait for a few epochs of this process, then strike at any moment of the next.
-        newest = max(
-            (int(x.name) for x in checkpoints.glob("[0-9]*") if x.name.isdigit()), default=0
-        )
-        goal = newest + 20 * rng.randint(1, 3)
+        # After a few epochs of this process, strike at any moment of the next, or while it saves.
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            found = [int(x.name) for x in checkpoints.glob("[0-9]*") if x.name.isdigit()]
-            if found and max(found) >= goal:
-                break
+        while time.monotonic() < deadline and process.poll() is None and newest() < goal:
             time.sleep(0.01)
         assert process.poll() is None, (tmp_path / "killed.log").read_text()
-        time.sleep(rng.uniform(0, 0.6))
+        if kill % 2:
+            while process.poll() is None and not unfinished():
+                pass
+        else:
+            time.sleep(rng.uniform(0, 0.6))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kills += 1
+        while_saving += bool(unfinished())
+    assert while_saving > 0
+    print(f"{KILLS} kills, {while_saving} while a checkpoint was written")
     last = start("killed")
     assert last.wait(timeout=900) == 0, (tmp_path / "killed.log").read_text()
-    (step, expected), (other_step, found) = (final_state(tmp_path / x) for x in ("alone", "killed"))
-    assert step == other_step == 150 * 20
-    leaves, others = (dict(jax.tree.leaves_with_path(x)) for x in (expected, found))
-    assert leaves.keys() == others.keys() and leaves
-    for path, leaf in leaves.items():
-        assert leaf.tobytes() == others[path].tobytes(), path
+    assert_same_runs(tmp_path / "alone", tmp_path / "killed", data_dir)
+    assert metrics(tmp_path / "killed")[-1]["step"] == 150 * 20
 
 
 def test_twenty_thousand_steps(caplog):

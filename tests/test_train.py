@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from run_folders import assert_same_runs, final_state, metrics
 
 import data
 import demo
@@ -24,28 +23,11 @@ import models.vit
 import train
 import training
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion", "compilation_cache")
 
 SCRIPT = Path(train.__file__)
 METHODS = tuple(methods.METHODS)
 WITHOUT_POLICY = ("none", "dropout", "backdrop", "stochastic_depth")
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("tfds")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Most runs here compile what another one has compiled before."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("cache")))
-    jax.config.update(names[1], 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(autouse=True)
@@ -63,36 +45,6 @@ def config(tmp_path, data_dir):
         return train.Config(**(settings | {"data_dir": data_dir} | changes))
 
     return make
-
-
-def final_state(run_dir):
-    """The leaves of the newest checkpoint, by path."""
-    with ocp.CheckpointManager(run_dir / "checkpoints") as checkpoints:
-        step = checkpoints.latest_step()
-        state = checkpoints.restore(step, args=ocp.args.StandardRestore())
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return step, {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-
-
-def metrics(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def bits(leaf):
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf).tobytes()
-
-
-def assert_same_runs(first, second):
-    (step, leaves), (other_step, other) = final_state(first), final_state(second)
-    assert step == other_step and leaves.keys() == other.keys() and leaves
-    for path in leaves:
-        assert bits(leaves[path]) == bits(other[path]), path
-    rows, other_rows = metrics(first), metrics(second)
-    assert [row.keys() for row in rows] == [row.keys() for row in other_rows]
-    for row, other_row in zip(rows, other_rows, strict=True):
-        assert row | {"images_per_second": 0} == other_row | {"images_per_second": 0}
 
 
 def interrupt(monkeypatch, step, number=signal.SIGINT):
@@ -201,16 +153,16 @@ def test_dropped_blocks_are_not_computed(config, tmp_path):
     ],
     ids=["vit", "resnet"],
 )
-def test_rate_zero_trains_bit_for_bit_as_none_does(config, tmp_path, model, methods_of):
+def test_rate_zero_trains_bit_for_bit_as_none_does(config, tmp_path, data_dir, model, methods_of):
     """All but layer_drop_back, which doubles the learning rate too."""
     params = {}
     for method in methods_of:
         folder = tmp_path / method
         settings = dict(method=method, rate=0.0, epochs=1, batch_size=640, run_dir=folder)
         train.train(config(model=model, **settings), brief=True)
-        _, leaves = final_state(folder)
+        _, leaves = final_state(folder, data_dir)
         params[method] = {
-            path: bits(leaf) for path, leaf in leaves.items() if path.startswith("['params']")
+            path: leaf.tobytes() for path, leaf in leaves.items() if path.startswith(".params")
         }
         assert 0 < len(params[method]) < len(leaves)
     for method in params:
@@ -241,7 +193,9 @@ def test_other_settings_train_too(config, changes):
         (7, signal.SIGINT, {"model": "resnet_nano", "method": "cdb_after"}),
     ],
 )
-def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch, step, number, changes):
+def test_a_stopped_run_goes_on_bit_for_bit(
+    config, tmp_path, data_dir, monkeypatch, step, number, changes
+):
     train.train(config(run_dir=tmp_path / "whole", **changes))
 
     handler = signal.getsignal(number)
@@ -252,19 +206,21 @@ def test_a_stopped_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch, step, 
     assert caught.value.signal == number
     assert signal.getsignal(number) is handler
     train.train(config(resume=True, **changes))
-    assert_same_runs(tmp_path / "run", tmp_path / "whole")
+    assert_same_runs(tmp_path / "run", tmp_path / "whole", data_dir)
 
 
-def test_a_run_killed_before_its_checkpoint_repeats_the_lost_epoch(config, tmp_path, monkeypatch):
+def test_a_run_killed_before_its_checkpoint_repeats_the_lost_epoch(
+    config, tmp_path, data_dir, monkeypatch
+):
     train.train(config(run_dir=tmp_path / "whole"))
     with monkeypatch.context() as patch:
         # The second epoch is logged, and then the process dies before anything is saved.
         save = training.Run.save
         patch.setattr(training.Run, "save", lambda *args: save(*args) if args[1] < 16 else os.abort)
         train.train(config())
-    assert final_state(tmp_path / "run")[0] == 8
+    assert final_state(tmp_path / "run", data_dir)[0] == 8
     assert len(train.train(config(resume=True))) == 2
-    assert_same_runs(tmp_path / "run", tmp_path / "whole")
+    assert_same_runs(tmp_path / "run", tmp_path / "whole", data_dir)
 
 
 def test_a_finished_run_is_not_trained_again(config):
@@ -482,37 +438,6 @@ class TestRunFolder:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns(tmp_path, data_dir):
-    data.load("digits", data_dir)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-
-    def start(folder, *arguments):
-        command = [sys.executable, SCRIPT, "--model", "vit_mini/4", "--epochs", "2"]
-        command += ["--run-dir", tmp_path / folder, "--data-dir", data_dir, *arguments]
-        return subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    together = ("--distributed", "--coordinator", address, "--process-count", "2", "--process-id")
-    processes = [start("two", *together, str(i)) for i in range(2)] + [start("one")]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], outputs
-    assert "epoch 2/2" in outputs[0][0] and "epoch" not in outputs[1][0]
-    two, one = (metrics(tmp_path / folder) for folder in ("two", "one"))
-    assert len(two) == len(one) == 2
-    for name in ("train_loss", "test_loss", "dropped_fraction"):
-        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-4)
-    # A run of two processes goes on in one, on other devices.
-    again = train.Config(
-        model="vit_mini/4", epochs=2, run_dir=tmp_path / "two", data_dir=data_dir, resume=True
-    )
-    assert train.train(again) == two
-
-
-@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_saves_and_leaves_quietly(tmp_path, data_dir):
     process = subprocess.Popen(
         [sys.executable, SCRIPT, "--model", "vit_mini/4", "--epochs", "1000"]
@@ -529,7 +454,7 @@ def test_ctrl_c_in_a_terminal_saves_and_leaves_quietly(tmp_path, data_dir):
     shown, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "go on with --resume" in shown and "Traceback" not in errors
-    step, _ = final_state(tmp_path / "run")
+    step, _ = final_state(tmp_path / "run", data_dir)
     assert f"saved at step {step};" in shown
 
 

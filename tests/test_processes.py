@@ -1,0 +1,126 @@
+"""Several processes: they learn what one learns, and none goes on without the others."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from run_folders import assert_same_runs, metrics
+
+import launch
+import train
+
+pytestmark = pytest.mark.usefixtures("standard_promotion", "compilation_cache")
+# Images that fill the devices of two processes, and of one with two.
+SETTINGS = ("--model", "vit_mini/4", "--method", "dropout", "--batch-size", "160")
+
+
+@pytest.fixture
+def flags(tmp_path, data_dir, monkeypatch):
+    """The arguments for a run folder of that name."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+
+    def make(name, epochs, *more):
+        folders = ("--run-dir", str(tmp_path / name), "--data-dir", str(data_dir))
+        return (*SETTINGS, "--epochs", str(epochs), *folders, *more)
+
+    return make
+
+
+def wait_for_epoch(folder, epoch, processes):
+    deadline = time.monotonic() + 240
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < epoch:
+        assert time.monotonic() < deadline and all(x.poll() is None for x in processes)
+        time.sleep(0.05)
+
+
+def run_alone(flags, devices):
+    count = f"--xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, train.__file__, *flags]
+    result = subprocess.run(
+        command, env=os.environ | {"XLA_FLAGS": count}, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_two_processes_learn_what_one_learns_though_one_dies(flags, tmp_path, data_dir, capfd):
+    """Bit for bit, with one checkpoint and one voice."""
+    processes = launch.start(2, flags("two", 5))
+    wait_for_epoch(tmp_path / "two", 1, processes)
+    processes[1].kill()
+    start = time.monotonic()
+    message = launch.outcome(processes)
+    assert time.monotonic() - start < 120
+    assert "process 1 of 2 failed first (SIGKILL)" in message
+    assert processes[0].returncode not in (0, None)
+    lost = len(metrics(tmp_path / "two"))
+    assert 1 <= lost < 5
+
+    capfd.readouterr()
+    assert launch.outcome(launch.start(2, flags("two", 5, "--resume"))) == 0
+    shown = capfd.readouterr().out
+    assert shown.count("epoch 5/5") == 1 and shown.count("test accuracy") == 1
+    run_alone(flags("one", 5), devices=2)
+    assert_same_runs(tmp_path / "one", tmp_path / "two", data_dir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
+def test_a_stopped_launch_stops_all(flags, tmp_path, number):
+    log = open(tmp_path / "log", "w+")
+    launcher = subprocess.Popen(
+        [sys.executable, launch.__file__, "--processes", "2", *flags("run", 1000)],
+        stdout=log,
+        stderr=log,
+    )
+    with log:
+        wait_for_epoch(tmp_path / "run", 1, [launcher])
+        launcher.send_signal(number)
+        assert launcher.wait(timeout=120) == 128 + number
+        log.seek(0)
+        shown = log.read()
+    assert shown.count("go on with --resume") == 1 and "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--processes", "0"], 1, "error: --processes 0 must be positive"),
+        (["--processes", "2", "--model", "vgg"], 1, "error: unknown model 'vgg'"),
+    ],
+    ids=["processes", "model"],
+)
+def test_mistakes(arguments, code, message):
+    command = [sys.executable, launch.__file__, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == code and message in result.stderr
+    assert "Traceback" not in result.stderr and "failed first" not in result.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("victim", [0, 1, 2, 3])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_four_processes_and_any_of_them_dies(flags, tmp_path, victim, number):
+    """One that hangs is as good as dead."""
+    processes = launch.start(4, flags("four", 1000))
+    wait_for_epoch(tmp_path / "four", 1, processes)
+    processes[victim].send_signal(number)
+    start = time.monotonic()
+    others = [x for i, x in enumerate(processes) if i != victim]
+    codes = [x.wait(timeout=120) for x in others]
+    print(f"{number.name} of process {victim}: others ended in {time.monotonic() - start:.1f} s")
+    assert 0 not in codes
+    processes[victim].kill()
+    assert f"process {victim} of 4 failed first (SIGKILL)" in launch.outcome(processes)
+
+
+@pytest.mark.soak
+def test_four_processes_learn_what_one_learns(flags, tmp_path, data_dir):
+    """To the order of a sum over devices; they go on in two processes."""
+    assert launch.outcome(launch.start(4, flags("four", 3))) == 0
+    run_alone(flags("one", 3), devices=4)
+    four, one = metrics(tmp_path / "four"), metrics(tmp_path / "one")
+    for name in ("train_loss", "test_loss", "dropped_fraction"):
+        assert [row[name] for row in four] == pytest.approx([row[name] for row in one], rel=1e-4)
