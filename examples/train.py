@@ -257,7 +257,7 @@ def main() -> None:
     except training.StoppedError as stopped:
         training.console().print(f"{stopped}; go on with --resume.")
         raise SystemExit(128 + stopped.signal) from None
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         if jax.process_count() == 1:
             raise
         training.leave(error)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,7 +54,9 @@ def start_processes(coordinator: str | None, process_count: int | None, process_
 
 
 def leave(error: Exception) -> NoReturn:
-    """Ends a process that lost another one, without the farewell that waits for all of them."""
+    """Ends one process of several at once: a farewell would wait for others that may be gone."""
+    if "Gloo" not in str(error) and not isinstance(error, jax.errors.JaxRuntimeError):
+        traceback.print_exception(error)  # Not from talking to the others.
     cause = first_line(error).rpartition("Error dispatching computation: ")[-1]
     print(
         f"error: process {jax.process_index()} of {jax.process_count()} cannot go on: {cause} "
