@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -173,7 +175,7 @@ class Run:
     """
 
     def __init__(self, folder: Path, settings: Row, *, resume: bool):
-        logging.set_verbosity(logging.ERROR)
+        logging.set_verbosity(logging.FATAL)  # Orbax logs at length what it raises as well.
         self.folder = folder.absolute()
         settings_file = self.folder / "settings.json"
         self._metrics_file = self.folder / "metrics.jsonl"
@@ -216,19 +218,39 @@ class Run:
 
     def save(self, step: int, state: Any) -> None:
         """Starts writing a checkpoint; the two newest are kept."""
-        if self._checkpoints.latest_step() != step:
+        if self._checkpoints.latest_step() == step:
+            return
+        with self._writing(f"the checkpoint of step {step}"):
+            # Half a checkpoint would be of no use, and is harder to report.
+            needed = sum(x.nbytes for x in jax.tree.leaves(state))
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise OSError(f"it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free.")
             self._checkpoints.save(step, args=ocp.args.StandardSave(state))
 
     def log(self, row: Row) -> None:
         """Adds a line to `metrics.jsonl`."""
         self.rows.append(row)
         if self.speaks:
-            _write(self._metrics_file, "".join(json.dumps(row) + "\n" for row in self.rows))
+            with self._writing(self._metrics_file.name):
+                _write(self._metrics_file, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def close(self) -> None:
         """Waits until everything is written."""
-        self._checkpoints.wait_until_finished()
-        self._checkpoints.close()
+        with self._writing("the last checkpoint"):
+            self._checkpoints.wait_until_finished()
+            self._checkpoints.close()
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax raises whatever its storage layers raise.
+            complete = max(self._checkpoints.all_steps(read=True), default=0)
+            raise UserError(
+                f"{what} could not be written to {self.folder}: {first_line(error)} When that is "
+                f"mended, --resume goes on from step {complete}."
+            ) from error
 
 
 def _check_settings(folder: Path, recorded: Row, settings: Row) -> None:
