@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,7 +149,8 @@ def _prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
 
 def first_line(error: Exception) -> str:
     """What is worth showing of an error that may fill a page."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    return textwrap.shorten(line.rstrip(".:"), 300, placeholder=" ...")
 
 
 def train_batches(

@@ -36,6 +36,7 @@ SMALLEST_SHARDED = 1024  # Entries; below, sending the shards takes longer than 
 PATIENCE = 60  # Seconds until a process that gives no sign of life is taken for dead.
 LOST = os.EX_TEMPFAIL  # Exit code of a process that could not go on without another.
 STEP_METRICS = ("train_loss", "train_accuracy", "dropped_fraction")
+COLUMNS = ("epoch", "step", *STEP_METRICS, "test_loss", "test_accuracy", "images_per_second")
 
 
 def start_processes(coordinator: str | None, process_count: int | None, process_id: int | None):
@@ -50,7 +51,7 @@ def start_processes(coordinator: str | None, process_count: int | None, process_
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"jax.distributed did not start: {first_line(error)} Give --coordinator HOST:PORT, "
+            f"jax.distributed did not start: {first_line(error)}. Give --coordinator HOST:PORT, "
             "--process-count and --process-id, the first two alike in every process."
         ) from error
 
@@ -61,7 +62,7 @@ def leave(error: Exception) -> NoReturn:
         traceback.print_exception(error)  # Not from talking to the others.
     cause = first_line(error).rpartition("Error dispatching computation: ")[-1]
     print(
-        f"error: process {jax.process_index()} of {jax.process_count()} cannot go on: {cause} "
+        f"error: process {jax.process_index()} of {jax.process_count()} cannot go on: {cause}. "
         "If another one has stopped, start all of them again with --resume.",
         file=sys.stderr,
         flush=True,
@@ -185,18 +186,22 @@ class Run:
             if exists and not resume:
                 raise UserError(f"{folder} holds a run; go on with --resume, or choose --run-dir.")
             if exists:
-                _check_settings(folder, json.loads(settings_file.read_text()), settings)
+                _check_settings(folder, _read_settings(settings_file), settings)
             self.rows = _read_rows(self._metrics_file)
+            checkpoints = self.folder / "checkpoints"
+            checkpoints.mkdir(parents=True, exist_ok=True)
             self._checkpoints = ocp.CheckpointManager(
-                self.folder / "checkpoints",
+                checkpoints,
                 options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True),
             )
             if jax.process_count() > 1:  # No process may take this run's file for an older one's.
                 multihost_utils.sync_global_devices("run folder")
             if self.speaks and not exists:
                 _write(settings_file, json.dumps(settings, indent=2) + "\n")
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"--run-dir {folder} cannot be used: {first_line(error)}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--run-dir {folder} cannot be used: {first_line(error)}. Choose another."
+            ) from error
 
     def restore(self, state: Any) -> tuple[int, Any]:
         """The last checkpoint and its step, on the devices of `state`; without one, 0 and `state`.
@@ -206,6 +211,8 @@ class Run:
         last = self._checkpoints.latest_step()
         if last is not None:
             shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            hook = sys.unraisablehook
+            sys.unraisablehook = lambda x: None if _is_echo(x.exc_value) else hook(x)
             try:
                 state = self._checkpoints.restore(last, args=ocp.args.StandardRestore(shapes))
             except Exception as error:  # Orbax raises whatever its storage layers raise.
@@ -213,6 +220,7 @@ class Run:
                     f"the checkpoint of step {last} in {self.folder} cannot be read: "
                     f"{first_line(error)}. Remove checkpoints/{last} to resume from the one before."
                 ) from error
+            sys.unraisablehook = hook
         self.rows = [row for row in self.rows if row["step"] <= (last or 0)]
         return last or 0, state
 
@@ -225,7 +233,9 @@ class Run:
             needed = sum(x.nbytes for x in jax.tree.leaves(state))
             free = shutil.disk_usage(self.folder).free
             if free < needed:
-                raise OSError(f"it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free.")
+                raise OSError(
+                    f"it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free."
+                )
             self._checkpoints.save(step, args=ocp.args.StandardSave(state))
 
     def log(self, row: Row) -> None:
@@ -248,9 +258,19 @@ class Run:
         except Exception as error:  # Orbax raises whatever its storage layers raise.
             complete = max(self._checkpoints.all_steps(read=True), default=0)
             raise UserError(
-                f"{what} could not be written to {self.folder}: {first_line(error)} When that is "
+                f"{what} could not be written to {self.folder}: {first_line(error)}. When that is "
                 f"mended, --resume goes on from step {complete}."
             ) from error
+
+
+def _read_settings(file: Path) -> Row:
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file.name} is damaged: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file.name} is damaged: it holds no settings")
+    return settings
 
 
 def _check_settings(folder: Path, recorded: Row, settings: Row) -> None:
@@ -267,8 +287,19 @@ def _check_settings(folder: Path, recorded: Row, settings: Row) -> None:
         )
 
 
+def _is_echo(error: BaseException | None) -> bool:
+    """Whether an error is of a read that Orbax gave up when another one had failed."""
+    return isinstance(error, RuntimeError) and "loop is closed" in str(error)
+
+
 def _read_rows(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    try:
+        rows = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
+        if all(isinstance(row[name], (int, float)) for row in rows for name in COLUMNS):
+            return rows
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file.name} is damaged: {error!r}") from error
+    raise ValueError(f"{file.name} is damaged: not all metrics are numbers")
 
 
 def _write(file: Path, text: str) -> None:
