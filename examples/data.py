@@ -108,8 +108,9 @@ def load(name: str, data_dir: Path | None = None) -> DataSet:
     if name not in RECIPES:
         raise UserError(f"unknown data set {name!r}; choose one of {', '.join(RECIPES)}.")
     logging.set_verbosity(logging.ERROR)
-    builder = _builder(name, data_dir)
+    builder = None
     try:
+        builder = _builder(name, data_dir)
         if name == "digits" and not builder.is_prepared():
             _prepare_quietly(builder)
             builder = _builder(name, data_dir)
@@ -119,15 +120,20 @@ def load(name: str, data_dir: Path | None = None) -> DataSet:
     except Exception as error:
         # TensorFlow Datasets raises whatever its parts raise, over several lines.
         option = f" --data-dir {data_dir}" if data_dir else ""
-        mend = "remove that folder, or choose another --data-dir that can be written to."
-        if name != "digits":
-            mend = (
-                "prepare it once with 'pip install tensorflow-cpu' and "
-                f"'python examples/data.py {name}{option}'."
-            )
-        unprepared = name != "digits" and not builder.is_prepared()
-        reason = "is not prepared" if unprepared else first_line(error)
-        raise UserError(f"data set {name!r} in {builder.data_path}: {reason}; {mend}") from error
+        mend = (
+            f"prepare it once with 'pip install tensorflow-cpu' and 'python examples/data.py {name}"
+        )
+        mend += f"{option}'."
+        place, reason = data_dir or "the default folder", "its description cannot be read"
+        if builder is not None:
+            place, reason = builder.data_path, first_line(error)
+        if name == "digits":
+            mend = "remove that folder, or choose another --data-dir that can be written to."
+        elif builder is not None and not builder.is_prepared():
+            reason = "is not prepared"
+        else:
+            mend = f"remove its folder, and {mend}"
+        raise UserError(f"data set {name!r} in {place}: {reason}; {mend}") from error
     num_classes = builder.info.features["label"].num_classes
     return DataSet(name, train, test, num_classes, RECIPES[name])
 
@@ -185,7 +191,7 @@ def train_batches(
     def load(indices: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         # Drawn for the whole batch, so that the number of processes changes nothing.
         uniforms = rng.random((batch_size, 5))[share]
-        records = [data.train[int(i)] for i in indices[share]]
+        records = _read(data, "train", indices[share])
         images = augment([record["image"] for record in records], data.recipe, uniforms)
         return {"image": images, "label": _labels(records)}
 
@@ -216,7 +222,7 @@ def test_batches(
     def load(step: int) -> dict[str, np.ndarray]:
         indices = np.arange(step * batch_size, (step + 1) * batch_size)[share]
         last = len(data.test) - 1
-        records = [data.test[min(int(i), last)] for i in indices]
+        records = _read(data, "test", np.minimum(indices, last))
         return {
             "image": np.stack([fit(record["image"], data.recipe) for record in records]),
             "label": _labels(records),
@@ -228,6 +234,20 @@ def test_batches(
 
 
 test_batches.__test__ = False  # type: ignore[attr-defined]  # pytest: not a test.
+
+
+def _read(data: DataSet, split: str, indices: np.ndarray) -> list[dict[str, Any]]:
+    source = getattr(data, split)
+    records = []
+    for i in indices.tolist():
+        try:
+            records.append(source[i])
+        except Exception as error:  # Image libraries and file formats raise what they like.
+            raise UserError(
+                f"{split} image {i} of {data.name} cannot be read: {first_line(error)}; prepare "
+                "the set again, in another --data-dir."
+            ) from error
+    return records
 
 
 def _share(batch_size: int, index: int, count: int) -> slice:

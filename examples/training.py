@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -15,11 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import absl.logging
 import jax
 import matplotlib
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from rich import progress, table
@@ -176,7 +177,9 @@ class Run:
     """
 
     def __init__(self, folder: Path, settings: Row, *, resume: bool):
-        logging.set_verbosity(logging.FATAL)  # Orbax logs at length what it raises as well.
+        # Orbax logs at length what it raises as well, and so do the loops that it runs in.
+        absl.logging.set_verbosity(absl.logging.FATAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self.folder = folder.absolute()
         settings_file = self.folder / "settings.json"
         self._metrics_file = self.folder / "metrics.jsonl"

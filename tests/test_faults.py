@@ -1,11 +1,21 @@
 """Damaged, foreign and missing things: one line that says what to do, and nothing is lost."""
 
+import contextlib
+import io
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+import PIL.Image
 import pytest
+import tensorflow_datasets as tfds
+from run_folders import assert_same_runs, metrics
 
 import data
 import models.vit
@@ -99,6 +109,10 @@ def flip(content):
     )
 
 
+def flip_often(content):
+    return bytes(255 - x if i % 97 == 0 else x for i, x in enumerate(content))
+
+
 OF_CHECKPOINT = "the checkpoint of step 16 .* cannot be read: .* Remove checkpoints/16 to resume"
 OF_FOLDER = "--run-dir .* cannot be used: "
 RUN_FAULTS = {
@@ -140,3 +154,196 @@ def test_a_run_folder(finished, run, name):
         train.train(train.Config(**finished[1], run_dir=run, resume=True))
     assert "\n" not in str(caught.value)
     assert older == (contents(run / "checkpoints/8") if older else {})
+
+
+@pytest.mark.parametrize("pattern", ["*", "d/*", "_METADATA"])
+def test_without_the_damaged_checkpoint_the_run_goes_on(finished, run, pattern):
+    expected = metrics(run)
+    rewrite(pattern, lambda x: b"")(run)
+    config = train.Config(**finished[1], run_dir=run, resume=True)
+    with pytest.raises(data.UserError, match="Remove checkpoints/16"):
+        train.train(config)
+    shutil.rmtree(run / "checkpoints/16")
+    train.train(config, brief=True)
+    for row, other in zip(metrics(run), expected, strict=True):
+        assert row | {"images_per_second": 0} == other | {"images_per_second": 0}
+
+
+# Disks.
+
+
+def in_namespace(script, tmp_path):
+    """Runs a shell script that may mount things; nothing of that is seen outside."""
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-euc", script]
+    if not shutil.which("unshare") or subprocess.run([*command[:-1], "true"]).returncode != 0:
+        pytest.skip("needs Linux with user namespaces")
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+def command(folder, data_dir, *more):
+    flags = ["--model", "vit_mini/4", "--epochs", "2", "--batch-size", "640"]
+    flags += ["--run-dir", str(folder), "--data-dir", str(data_dir), *more]
+    return shlex.join([sys.executable, train.__file__, *flags])
+
+
+@pytest.mark.slow
+def test_a_full_disk(tmp_path, data_dir, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    data.load("digits", data_dir)
+    (tmp_path / "disk").mkdir()
+    train_there = command("disk/run", data_dir, "--resume")
+    script = f"""
+        mount -t tmpfs -o size=1600k none disk
+        {train_there} || echo first $?
+        ls disk/run/checkpoints
+        mount -o remount,size=100m disk
+        {train_there}
+        cp -r disk/run kept
+        {command("whole", data_dir)}
+    """
+    result = in_namespace(script, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.search("the (last checkpoint|checkpoint of step 4) could not", result.stderr)
+    assert "--resume goes on from step 2." in result.stderr
+    assert "first 1\n2\n" in result.stdout
+    assert_same_runs(tmp_path / "kept", tmp_path / "whole", data_dir)
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["new", "resume"])
+def test_a_disk_that_is_read_only(tmp_path, data_dir, resume):
+    data.load("digits", data_dir)
+    (tmp_path / "disk").mkdir()
+    script = f"""
+        mount -t tmpfs -o ro none disk
+        {command("disk/run", data_dir, *resume)}
+    """
+    result = in_namespace(script, tmp_path)
+    assert result.returncode == 1
+    assert "error: --run-dir disk/run cannot be used: [Errno 30] Read-only" in result.stderr
+
+
+# Data sets.
+
+
+class Images(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A few images in the files of CIFAR-10, as TensorFlow would encode them."""
+
+    name = "cifar10"
+    VERSION = tfds.core.Version("3.0.2")
+
+    def _info(self):
+        text, label = tfds.features.Text(), tfds.features.ClassLabel(num_classes=10)
+        features = tfds.features.FeaturesDict({"id": text, "image": text, "label": label})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(20) for split in ("train", "test")}
+
+    def _generate_examples(self, number):
+        rng = np.random.default_rng(0)
+        for i in range(number):
+            file = io.BytesIO()
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            PIL.Image.fromarray(pixels).save(file, "PNG")
+            yield i, {"id": str(i), "image": self.spoil(i, file.getvalue()), "label": i % 10}
+
+    def spoil(self, i, encoded):
+        return encoded
+
+
+def write_images(folder, builder=Images):
+    builder = builder(data_dir=folder, file_format="array_record")
+    builder.download_and_prepare()
+    tfds.builder("cifar10").info.features.save_config(builder.data_path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    tfds.disable_progress_bar()
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def read_everything(name, folder, workers=0):
+    dataset = data.load(name, folder)
+    batches = data.train_batches(dataset, 10, seed=0, workers=workers)
+    with contextlib.closing(batches):
+        for _ in range(data.steps_per_epoch(dataset, 10)):
+            next(batches)
+    return len(list(data.test_batches(dataset, 10)))
+
+
+def of_set(pattern, change):
+    """Changes all files of a prepared set that fit a pattern; None removes them."""
+
+    def damage(folder):
+        files = [file for file in folder.rglob(pattern) if file.is_file()]
+        assert files
+        for file in files:
+            content = change(file.read_bytes())
+            file.unlink() if content is None else file.write_bytes(content)
+
+    return damage
+
+
+def rename(name):
+    return lambda folder: (folder / "cifar10/3.0.2").rename(folder / "cifar10" / name)
+
+
+UNPREPARED = "'cifar10' in .*: is not prepared; prepare it once with"
+OF_SET = "'cifar10' in .*; remove its folder, and prepare it once with"
+DATA_FAULTS = {
+    "missing": (lambda folder: shutil.rmtree(folder / "cifar10"), UNPREPARED),
+    "half-prepared": (rename("incomplete.ABCDEF_3.0.2"), UNPREPARED),
+    "an older version": (rename("1.0.0"), UNPREPARED),
+    "a newer version": (rename("4.0.0"), UNPREPARED),
+    "no version": (rename("abc"), UNPREPARED),
+    "information is no JSON": (of_set("dataset_info.json", lambda x: b"{"), OF_SET),
+    "information is empty": (of_set("dataset_info.json", lambda x: b""), OF_SET),
+    "information is missing": (of_set("dataset_info.json", lambda x: None), UNPREPARED),
+    "information of another set": (of_set("dataset_info.json", lambda x: b"{}"), OF_SET),
+    "files are missing": (of_set("*array_record*", lambda x: None), OF_SET),
+    "test files are missing": (of_set("*test.array_record*", lambda x: None), OF_SET),
+    "files are empty": (of_set("*array_record*", lambda x: b""), OF_SET),
+    "files are cut": (of_set("*array_record*", lambda x: x[: len(x) // 2]), OF_SET),
+    "files are something else": (of_set("*array_record*", lambda x: b"PK" * 5000), OF_SET),
+    "flipped bits": (of_set("*array_record*", flip_often), "cannot be read|prepare it once"),
+}
+
+
+@pytest.mark.parametrize("name", DATA_FAULTS)
+def test_a_data_folder(images, tmp_path, name):
+    folder = shutil.copytree(images, tmp_path / "data")
+    assert read_everything("cifar10", folder) == 2
+    damage, message = DATA_FAULTS[name]
+    damage(folder)
+    with pytest.raises(data.UserError, match=message) as caught:
+        read_everything("cifar10", folder)
+    assert "\n" not in str(caught.value)
+
+
+IMAGE_FAULTS = {
+    "half of an image": lambda x: x[: len(x) // 2],
+    "flipped bits": flip,
+    "no image": lambda x: b"GET / HTTP/1.1",
+    "empty": lambda x: b"",
+    "the first bytes alone": lambda x: x[:20],
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("name", IMAGE_FAULTS)
+def test_an_image(tmp_path, name, workers):
+    class Spoiled(Images, skip_registration=True):
+        name = "cifar10"
+
+        def spoil(self, i, encoded):
+            return IMAGE_FAULTS[name](encoded) if i == 7 else encoded
+
+    tfds.disable_progress_bar()
+    folder = write_images(tmp_path, Spoiled)
+    message = r"train image \d+ of cifar10 cannot be read: .*; prepare the set again, in another"
+    with pytest.raises(data.UserError, match=message):
+        read_everything("cifar10", folder, workers)
