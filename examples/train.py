@@ -88,10 +88,13 @@ class Config:
     """Number of this process, from 0."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate"):
-            if not getattr(self, name) > 0:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} {getattr(self, name)} must be positive.")
+        positive = ("epochs", "batch_size", "learning_rate")
+        for name in (*positive, "weight_decay", "workers"):
+            value, flag = getattr(self, name), "--" + name.replace("_", "-")
+            if name in positive and not 0 < value < float("inf"):
+                raise UserError(f"{flag} {value} must be positive.")
+            if not 0 <= value < float("inf"):
+                raise UserError(f"{flag} {value} must be at least 0.")
         if self.rate is None:
             object.__setattr__(self, "rate", methods.METHODS[self.method].rate)
         if not 0.0 <= self.rate <= 1.0:

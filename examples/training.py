@@ -42,6 +42,27 @@ COLUMNS = ("epoch", "step", *STEP_METRICS, "test_loss", "test_accuracy", "images
 
 def start_processes(coordinator: str | None, process_count: int | None, process_id: int | None):
     """Joins the other processes. On TPU pods and under Slurm JAX finds the arguments by itself."""
+    flags = {
+        "--coordinator": coordinator,
+        "--process-count": process_count,
+        "--process-id": process_id,
+    }
+    missing = [flag for flag, value in flags.items() if value is None]
+    if missing and len(missing) < len(flags):
+        raise UserError(
+            f"{' and '.join(missing)} must be given too; or none, where JAX finds them."
+        )
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise UserError(f"--coordinator {coordinator} must be HOST:PORT, as in 10.0.0.1:1234.")
+        if process_count < 1:
+            raise UserError(f"--process-count {process_count} must be positive.")
+        if not 0 <= process_id < process_count:
+            raise UserError(
+                f"--process-id {process_id} must be at least 0 and less than --process-count "
+                f"{process_count}."
+            )
     try:
         jax.distributed.initialize(
             coordinator,
@@ -52,8 +73,8 @@ def start_processes(coordinator: str | None, process_count: int | None, process_
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"jax.distributed did not start: {first_line(error)}. Give --coordinator HOST:PORT, "
-            "--process-count and --process-id, the first two alike in every process."
+            f"jax.distributed did not start: {first_line(error)}. Where JAX does not find the "
+            "others by itself, give --coordinator, --process-count and --process-id."
         ) from error
 
 

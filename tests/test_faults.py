@@ -1,6 +1,7 @@
 """Damaged, foreign and missing things: one line that says what to do, and nothing is lost."""
 
 import contextlib
+import dataclasses
 import io
 import re
 import shlex
@@ -20,6 +21,7 @@ from run_folders import assert_same_runs, metrics
 import data
 import models.vit
 import train
+import training
 
 pytestmark = [
     pytest.mark.bad_input,
@@ -347,3 +349,75 @@ def test_an_image(tmp_path, name, workers):
     message = r"train image \d+ of cifar10 cannot be read: .*; prepare the set again, in another"
     with pytest.raises(data.UserError, match=message):
         read_everything("cifar10", folder, workers)
+
+
+# Flags.
+
+
+class AcceptedError(Exception):
+    """Training would have begun."""
+
+
+NASTY = ["", " ", "-1", "0", "0.5", "1e400", "nan", "inf", "-inf", "abc", "None", "None None"]
+NASTY += ["9" * 40, "\u0663", "\U0001f4a5", "--", "../..", "'; true #", "a=b", "%s", "\\x00", "*"]
+PROCESSES = ("distributed", "coordinator", "process_count", "process_id")
+SWITCHES = ("skip_dropped", "resume")
+FLAGS = [field.name for field in dataclasses.fields(train.Config)]
+
+
+@pytest.mark.parametrize("name", sorted({*FLAGS} - {*PROCESSES} - {*SWITCHES}))
+def test_a_flag(monkeypatch, capsys, tmp_path, data_dir, name):
+    """Every value is taken or explained."""
+
+    def begin(batch, mesh):
+        raise AcceptedError
+
+    monkeypatch.setitem(models.vit.VITS, "vit_nano", (16, 1, 2))
+    monkeypatch.setattr(training, "distribute", begin)
+    data.load("digits", data_dir)
+    explained = 0
+    for i, value in enumerate(NASTY):
+        folder = tmp_path / str(i) / "a" / "b"
+        folder.mkdir(parents=True)
+        monkeypatch.chdir(folder)
+        flags = ["--model", "vit_nano/4", "--batch-size", "160", "--data-dir", str(data_dir)]
+        flag = f"--{name.replace('_', '-')}"
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, f"{flag}={value}"])
+        capsys.readouterr()
+        with pytest.raises((AcceptedError, SystemExit)) as caught:
+            train.main()
+        if caught.type is AcceptedError:
+            continue
+        explained += 1
+        shown = capsys.readouterr().err
+        if caught.value.code == 2:
+            assert flag in shown, value
+        else:
+            message = str(caught.value)
+            assert message.startswith("error: ") and "Traceback" not in message
+            assert "\n" not in message or name == "exempt", value  # That lists the leaves.
+    # Any word is a folder, but for the empty one in some places.
+    assert explained >= 2 or name in ("run_dir", "data_dir")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator", "127.0.0.1:1"], "--process-count and --process-id"),
+        (["--process-id", "0"], "--coordinator"),
+        (["--coordinator", "abc", "--process-count", "2", "--process-id", "0"], "HOST:PORT"),
+        (["--coordinator", "a:b", "--process-count", "2", "--process-id", "0"], "HOST:PORT"),
+        (
+            ["--coordinator", "a:1", "--process-count", "0", "--process-id", "0"],
+            "--process-count 0",
+        ),
+        (["--coordinator", "a:1", "--process-count", "2", "--process-id", "2"], "--process-id 2"),
+        (["--coordinator", "a:1", "--process-count", "2", "--process-id", "-1"], "--process-id -1"),
+        (["--distributed"], "jax.distributed did not start"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_flags_of_processes(monkeypatch, flags, message):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        train.main()
