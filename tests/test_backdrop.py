@@ -233,6 +233,7 @@ def test_linen_layer():
     assert (masked == masked.all(axis=(0, 3), keepdims=True)).all()
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

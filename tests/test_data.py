@@ -246,6 +246,7 @@ class TestAugmentation:
         assert (data.fit(grey, data.RECIPES["imagenet2012"]) == 7).all()
 
 
+@pytest.mark.bad_input
 class TestMistakes:
     def test_an_unknown_set(self):
         with pytest.raises(data.UserError, match="unknown data set 'mnist'; choose one of digits"):

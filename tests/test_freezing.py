@@ -393,6 +393,7 @@ def test_vmap_over_seeds_and_donation():
     chex.assert_trees_all_close(first, alone, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

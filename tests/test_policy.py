@@ -78,6 +78,7 @@ AT_CONSTRUCTION = {
 }
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("settings, message", AT_CONSTRUCTION.values(), ids=AT_CONSTRUCTION)
 def test_mistakes_at_construction(settings, message):
     settings = {"rate": 0.3, "key": 0} | settings
@@ -157,6 +158,7 @@ ON_A_TREE = {
 }
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("tree, settings, message", ON_A_TREE.values(), ids=ON_A_TREE)
 def test_mistakes_on_a_tree(tree, settings, message):
     tx = channel_drop_back(0.3, key=0, **settings)
@@ -164,6 +166,7 @@ def test_mistakes_on_a_tree(tree, settings, message):
         tx.update(tree, tx.init(tree))
 
 
+@pytest.mark.bad_input
 def test_mistakes_with_a_selection():
     policy = Policy(0.5, key=0)
     with pytest.raises(ValueError, match="no entry for 'dense/kernel'"):
@@ -174,6 +177,7 @@ def test_mistakes_with_a_selection():
         cdb_jax.apply_selection(DENSE, {"dense/kernel": np.ones(4), "x": np.ones(4)}, policy)
 
 
+@pytest.mark.bad_input
 def test_mistakes_with_a_policy():
     policy = Policy(0.5, key=0)
     with pytest.raises(TypeError, match="layer_rate=0.5 was given beside a Policy"):

@@ -118,6 +118,7 @@ def test_skip_update_is_unbiased_and_leaves_the_moments_dense(standard_promotion
     jax.tree.map(np.testing.assert_array_equal, state[0], plain_state)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -84,6 +84,7 @@ def test_a_stopped_launch_stops_all(flags, tmp_path, number):
     assert shown.count("go on with --resume") == 1 and "Traceback" not in shown
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -611,6 +611,7 @@ def test_nnx_models_in_trees_and_by_name(standard_promotion):
     chex.assert_trees_all_close(gradient, whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.bad_input
 def test_nnx_filters_and_mistakes(standard_promotion):
     model, x, policy = Noisy(nnx.Rngs(0)), normal(0, 4, 6, 6, 3), window()
     loss = lambda scale, model, x: scale * jnp.mean(model(x) ** 2)
@@ -888,6 +889,7 @@ def uses_count(params, x, count):
 KERNEL, X = {"kernel": jnp.ones((2, 4))}, jnp.ones((3, 2))
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

@@ -285,6 +285,7 @@ def test_models_drop_blocks(name, skips, standard_promotion):
         build(models.Branches((0.5,)))
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -368,6 +368,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     "arguments, message", MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES]
 )
@@ -382,6 +383,7 @@ def test_a_mistake_gets_one_clear_line(monkeypatch, tmp_path, data_dir, argument
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     "arguments",
     [["--methd", "cdb"], ["--method", "cbd"], ["--epochs", "many"], ["--rate"]],
@@ -404,6 +406,7 @@ def test_help_explains_every_flag(monkeypatch, capsys):
     assert all(f"{method}:" in shown for method in METHODS)
 
 
+@pytest.mark.bad_input
 class TestRunFolder:
     def test_a_run_is_not_overwritten(self, config):
         train.train(config(epochs=1))
