@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all soak lint wheel clean
+.PHONY: demo test test-all soak gpu-check lint wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,8 +20,16 @@ test: $(VENV)/.installed  ## What every change must pass.
 test-all: $(VENV)/.installed  ## The slow tests too.
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 -m "not soak"
 
-soak: $(VENV)/.installed  ## Twenty kills and twenty thousand steps: many minutes.
-	JAX_PLATFORMS=cpu $(BIN)/pytest tests/test_soak.py
+soak: $(VENV)/.installed  ## Twenty kills, processes that die, twenty thousand steps: half an hour.
+	JAX_PLATFORMS=cpu $(BIN)/pytest -m soak -s
+
+gpu-check:  ## Needs a GPU and a Python with jax, flax and optax: first the same results, then the times.
+	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/freezing.py
+	$(PYTHON) benchmarks/size.py
+	$(PYTHON) benchmarks/stochastic_depth.py
+	$(PYTHON) benchmarks/overhead.py
+	$(PYTHON) benchmarks/skipping.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
