@@ -217,7 +217,7 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
     batches = data.train_batches(
         dataset, size, seed=config.seed, start_step=step, workers=config.workers, **share
     )
-    with contextlib.closing(run), contextlib.closing(batches), training.StopRequest() as stop:
+    with run, contextlib.closing(batches), training.StopRequest() as stop:
         for epoch in range(step // epoch_steps + 1, config.epochs + 1):
             start, first = time.perf_counter(), step
             title = f"{config.model}, {config.method}: epoch {epoch}/{config.epochs}"
@@ -255,14 +255,10 @@ def main() -> None:
             training.start_processes(*processes)
         rows = train(config)
         training.show_results(config.run_dir, f"{config.model}, {config.method}", rows)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
     except training.StoppedError as stopped:
         training.console().print(f"{stopped}; go on with --resume.")
         raise SystemExit(128 + stopped.signal) from None
     except Exception as error:
-        if jax.process_count() == 1:
-            raise
         training.leave(error)
 
 

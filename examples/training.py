@@ -79,17 +79,32 @@ def start_processes(coordinator: str | None, process_count: int | None, process_
 
 
 def leave(error: Exception) -> NoReturn:
-    """Ends one process of several at once: a farewell would wait for others that may be gone."""
-    if "Gloo" not in str(error) and not isinstance(error, jax.errors.JaxRuntimeError):
-        traceback.print_exception(error)  # Not from talking to the others.
-    cause = first_line(error).rpartition("Error dispatching computation: ")[-1]
-    print(
-        f"error: process {jax.process_index()} of {jax.process_count()} cannot go on: {cause}. "
-        "If another one has stopped, start all of them again with --resume.",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(LOST)
+    """Ends the program with a line about an error.
+
+    One process of several ends at once: a farewell would wait for others that may be gone, or that
+    wait for this one.
+    """
+    mistake = isinstance(error, UserError)
+    if not jax.distributed.is_initialized():
+        if mistake:
+            raise SystemExit(f"error: {error}") from None
+        raise error
+    lost = "Gloo" in str(error)
+    if mistake:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        if not lost:
+            traceback.print_exception(error)
+        cause = first_line(error).rpartition("Error dispatching computation: ")[-1]
+        print(
+            f"error: process {jax.process_index()} of {jax.process_count()} cannot go on: {cause}. "
+            "If another one has stopped, start all of them again with --resume.",
+            file=sys.stderr,
+            flush=True,
+        )
+    if jax.process_index() == 0:
+        time.sleep(2.0)  # The others end with it, and may have something to say.
+    os._exit(LOST if lost else 1)
 
 
 def console() -> Console:
@@ -269,11 +284,15 @@ class Run:
             with self._writing(self._metrics_file.name):
                 _write(self._metrics_file, "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def close(self) -> None:
-        """Waits until everything is written."""
-        with self._writing("the last checkpoint"):
-            self._checkpoints.wait_until_finished()
-            self._checkpoints.close()
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Waits until everything is written, unless that means waiting for a lost process."""
+        if jax.process_count() == 1 or error is None or isinstance(error, StoppedError):
+            with self._writing("the last checkpoint"):
+                self._checkpoints.wait_until_finished()
+                self._checkpoints.close()
 
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:

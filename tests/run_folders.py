@@ -27,7 +27,7 @@ def final_state(folder, data_dir):
 
     def look(run, state):
         found.append(restore(run, state))
-        run.close()
+        run.__exit__(None, None, None)
         raise SeenError
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SeenError):
