@@ -15,10 +15,10 @@ demo: $(VENV)/.installed  ## ResNet and ViT on real images, with ChannelDropBack
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed  ## What every change must pass.
-	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 -m "not slow and not soak"
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not soak"
 
 test-all: $(VENV)/.installed  ## The slow tests too.
-	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 -m "not soak"
+	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 --dist worksteal -m "not soak"
 
 soak: $(VENV)/.installed  ## Twenty kills, processes that die, twenty thousand steps: half an hour.
 	JAX_PLATFORMS=cpu $(BIN)/pytest -m soak -s

@@ -86,15 +86,23 @@ def main() -> None:
     options, arguments = tyro.cli(Options, return_unknown_args=True)
     if options.processes < 1:
         raise SystemExit(f"error: --processes {options.processes} must be positive.")
-    processes = start(options.processes, arguments)
+    processes: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
 
     def forward(number: int, frame: object) -> None:
+        received.append(number)
         for process in processes:
             process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, forward)
-    raise SystemExit(outcome(processes))
+    try:
+        processes += start(options.processes, arguments)
+        code = outcome(processes)
+    finally:
+        for process in processes:
+            process.kill()
+    raise SystemExit(128 + received[0] if received and code != 0 else code)
 
 
 if __name__ == "__main__":

@@ -92,9 +92,11 @@ class Config:
         for name in (*positive, "weight_decay", "workers"):
             value, flag = getattr(self, name), "--" + name.replace("_", "-")
             if name in positive and not 0 < value < float("inf"):
-                raise UserError(f"{flag} {value} must be positive.")
+                raise UserError(f"{flag} {value} must be positive, and finite.")
             if not 0 <= value < float("inf"):
-                raise UserError(f"{flag} {value} must be at least 0.")
+                raise UserError(f"{flag} {value} must be at least 0, and finite.")
+        if self.workers > MOST_WORKERS:
+            raise UserError(f"--workers {self.workers} must be at most {MOST_WORKERS}.")
         if self.rate is None:
             object.__setattr__(self, "rate", methods.METHODS[self.method].rate)
         if not 0.0 <= self.rate <= 1.0:
@@ -104,6 +106,7 @@ class Config:
             raise UserError(f"--seed {self.seed} must be at least 0 and less than 2**32.")
 
 
+MOST_WORKERS = 512
 # What may differ between a run and its continuation.
 NOT_SETTINGS = {"run_dir", "resume", "data_dir", "workers", "mesh"}
 NOT_SETTINGS |= {"distributed", "coordinator", "process_count", "process_id"}
@@ -213,7 +216,7 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
     run = training.Run(config.run_dir, settings, resume=config.resume)
     if report and not brief:
         out.print(str(report), soft_wrap=True)
-    step, state = run.restore(training.on_mesh(mesh, initial_state, seed))
+    step, state = run.restore(training.on_mesh(mesh, initial_state, seed), epoch_steps)
     batches = data.train_batches(
         dataset, size, seed=config.seed, start_step=step, workers=config.workers, **share
     )

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -34,6 +35,7 @@ from matplotlib import pyplot  # noqa: E402
 
 Row = dict[str, Any]
 SMALLEST_SHARDED = 1024  # Entries; below, sending the shards takes longer than it saves.
+START = 300  # Seconds that processes wait for process 0 to start.
 PATIENCE = 60  # Seconds until a process that gives no sign of life is taken for dead.
 LOST = os.EX_TEMPFAIL  # Exit code of a process that could not go on without another.
 STEP_METRICS = ("train_loss", "train_accuracy", "dropped_fraction")
@@ -63,6 +65,8 @@ def start_processes(coordinator: str | None, process_count: int | None, process_
                 f"--process-id {process_id} must be at least 0 and less than --process-count "
                 f"{process_count}."
             )
+        if process_id > 0:
+            _wait_for(host, int(port))
     try:
         jax.distributed.initialize(
             coordinator,
@@ -78,6 +82,22 @@ def start_processes(coordinator: str | None, process_count: int | None, process_
         ) from error
 
 
+def _wait_for(host: str, port: int) -> None:
+    """Until process 0 listens. JAX itself would abort this process if it never does."""
+    deadline = time.monotonic() + START
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--coordinator {host}:{port} does not answer ({first_line(error)}); is "
+                    "process 0 running, and may this host reach it?"
+                ) from error
+        time.sleep(0.2)
+
+
 def leave(error: Exception) -> NoReturn:
     """Ends the program with a line about an error.
 
@@ -89,7 +109,7 @@ def leave(error: Exception) -> NoReturn:
         if mistake:
             raise SystemExit(f"error: {error}") from None
         raise error
-    lost = "Gloo" in str(error)
+    lost = _is_lost(error)
     if mistake:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
@@ -105,6 +125,12 @@ def leave(error: Exception) -> NoReturn:
     if jax.process_index() == 0:
         time.sleep(2.0)  # The others end with it, and may have something to say.
     os._exit(LOST if lost else 1)
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether an error comes from talking to another process."""
+    words = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "heartbeat", "barrier")
+    return jax.process_count() > 1 and any(word in str(error) for word in words)
 
 
 def console() -> Console:
@@ -235,6 +261,11 @@ class Run:
             )
             if jax.process_count() > 1:  # No process may take this run's file for an older one's.
                 multihost_utils.sync_global_devices("run folder")
+            if not exists and self._checkpoints.latest_step() is not None:
+                raise UserError(
+                    f"{folder} holds checkpoints of an unknown run, as its settings.json is "
+                    "missing; choose another --run-dir."
+                )
             if self.speaks and not exists:
                 _write(settings_file, json.dumps(settings, indent=2) + "\n")
         except (OSError, ValueError) as error:
@@ -242,7 +273,7 @@ class Run:
                 f"--run-dir {folder} cannot be used: {first_line(error)}. Choose another."
             ) from error
 
-    def restore(self, state: Any) -> tuple[int, Any]:
+    def restore(self, state: Any, epoch_steps: int) -> tuple[int, Any]:
         """The last checkpoint and its step, on the devices of `state`; without one, 0 and `state`.
 
         Metrics logged after that checkpoint are forgotten: the run will log them again.
@@ -260,8 +291,14 @@ class Run:
                     f"{first_line(error)}. Remove checkpoints/{last} to resume from the one before."
                 ) from error
             sys.unraisablehook = hook
-        self.rows = [row for row in self.rows if row["step"] <= (last or 0)]
-        return last or 0, state
+        step = last or 0
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        if [row["epoch"] for row in self.rows] != list(range(1, step // epoch_steps + 1)):
+            raise UserError(
+                f"--run-dir {self.folder} cannot be used: metrics.jsonl lacks epochs before step "
+                f"{step}. Choose another."
+            )
+        return step, state
 
     def save(self, step: int, state: Any) -> None:
         """Starts writing a checkpoint; the two newest are kept."""
@@ -289,9 +326,17 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Waits until everything is written, unless that means waiting for a lost process."""
-        if jax.process_count() == 1 or error is None or isinstance(error, StoppedError):
+        well = error is None or isinstance(error, StoppedError)
+        if jax.process_count() > 1 and not well:
+            return
+        try:
             with self._writing("the last checkpoint"):
                 self._checkpoints.wait_until_finished()
+        except UserError:
+            if well:  # Otherwise what went wrong first is told.
+                raise
+        finally:
+            with contextlib.suppress(Exception):  # The same once more.
                 self._checkpoints.close()
 
     @contextlib.contextmanager
@@ -299,6 +344,8 @@ class Run:
         try:
             yield
         except Exception as error:  # Orbax raises whatever its storage layers raise.
+            if _is_lost(error):
+                raise
             complete = max(self._checkpoints.all_steps(read=True), default=0)
             raise UserError(
                 f"{what} could not be written to {self.folder}: {first_line(error)}. When that is "
@@ -388,8 +435,10 @@ class StopRequest:
     def at(self, step: int) -> bool:
         """Whether to stop before this step."""
         if jax.process_count() > 1 and step % self.AGREE_EVERY == 0:
-            self.signal = int(multihost_utils.process_allgather(np.array(self.signal)).max())
-            return self.signal > 0
+            agreed = int(multihost_utils.process_allgather(np.array(self.signal)).max())
+            # One that arrives meanwhile is for the next time.
+            self.signal = agreed or self.signal
+            return agreed > 0
         return jax.process_count() == 1 and self.signal > 0
 
 

@@ -25,8 +25,8 @@ def final_state(folder, data_dir):
     settings["exempt"] = tuple(settings["exempt"])
     restore = training.Run.restore
 
-    def look(run, state):
-        found.append(restore(run, state))
+    def look(run, state, epoch_steps):
+        found.append(restore(run, state, epoch_steps))
         run.__exit__(None, None, None)
         raise SeenError
 
@@ -35,6 +35,7 @@ def final_state(folder, data_dir):
         config = train.Config(**settings, run_dir=folder, data_dir=data_dir, resume=True)
         train.train(config, brief=True)
     ((step, state),) = found
+    assert step > 0
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return step, {jax.tree_util.keystr(path): np.asarray(_words(x)) for path, x in leaves}
 

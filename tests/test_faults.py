@@ -67,6 +67,15 @@ def write(name, content):
     return lambda run: (run / name).write_bytes(content)
 
 
+def in_metrics(old, new, cut=False):
+    def damage(run):
+        before, found, after = (run / "metrics.jsonl").read_bytes().partition(old)
+        assert found
+        (run / "metrics.jsonl").write_bytes(before + (b"" if cut else new + after))
+
+    return damage
+
+
 def replace_by_folder(name):
     def damage(run):
         (run / name).unlink()
@@ -127,7 +136,11 @@ RUN_FAULTS = {
     "metrics are no JSON": (write("metrics.jsonl", b"loss: 1\n"), OF_FOLDER),
     "metrics are lists": (write("metrics.jsonl", b"[1]\n"), OF_FOLDER),
     "metrics lack a step": (write("metrics.jsonl", b'{"epoch": 1}\n'), OF_FOLDER),
-    "metrics have a step in words": (write("metrics.jsonl", b'{"step": "a"}\n'), OF_FOLDER),
+    "metrics have a step in words": (in_metrics(b'"step": 8', b'"step": "8"'), OF_FOLDER),
+    "metrics are missing": (lambda run: (run / "metrics.jsonl").unlink(), OF_FOLDER),
+    "metrics are empty": (write("metrics.jsonl", b""), OF_FOLDER),
+    "metrics end after a line": (in_metrics(b'{"epoch": 2', b"", cut=True), OF_FOLDER),
+    "settings are missing": (lambda run: (run / "settings.json").unlink(), "of an unknown run"),
     "metrics are not UTF-8": (write("metrics.jsonl", b"\xff\xfe\n"), OF_FOLDER),
     "metrics end within a line": (write("metrics.jsonl", b'{"epoch": 1, "st'), OF_FOLDER),
     "metrics are a folder": (replace_by_folder("metrics.jsonl"), OF_FOLDER),
@@ -369,11 +382,13 @@ FLAGS = [field.name for field in dataclasses.fields(train.Config)]
 def test_a_flag(monkeypatch, capsys, tmp_path, data_dir, name):
     """Every value is taken or explained."""
 
-    def begin(batch, mesh):
+    def begin(*args, **kwargs):
         raise AcceptedError
 
     monkeypatch.setitem(models.vit.VITS, "vit_nano", (16, 1, 2))
-    monkeypatch.setattr(training, "distribute", begin)
+    # The run folder is made if that is what the flag is about.
+    late = name in ("run_dir", "exempt", "seed")
+    monkeypatch.setattr(*((data, "train_batches") if late else (training, "Run")), begin)
     data.load("digits", data_dir)
     explained = 0
     for i, value in enumerate(NASTY):
@@ -413,11 +428,13 @@ def test_a_flag(monkeypatch, capsys, tmp_path, data_dir, name):
         ),
         (["--coordinator", "a:1", "--process-count", "2", "--process-id", "2"], "--process-id 2"),
         (["--coordinator", "a:1", "--process-count", "2", "--process-id", "-1"], "--process-id -1"),
+        (["--coordinator", "127.0.0.1:1", "--process-count", "2", "--process-id", "1"], "answer"),
         (["--distributed"], "jax.distributed did not start"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
 def test_flags_of_processes(monkeypatch, flags, message):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    monkeypatch.setattr(training, "START", 0.5)
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         train.main()

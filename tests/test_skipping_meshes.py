@@ -16,8 +16,7 @@ def window(rate=0.5, **settings):
     return cdb_jax.Policy(rate, key=0, channel_choice="window", **settings)
 
 
-@pytest.mark.parametrize("groups", [1, 8])
-@pytest.mark.parametrize("layer_rate", [1.0, 0.5])
+@pytest.mark.parametrize("layer_rate, groups", [(1.0, 1), (0.5, 8)])
 @pytest.mark.parametrize("name", MESHES)
 def test_same_gradients_as_one_device(name, layer_rate, groups):
     policy = window(layer_rate=layer_rate, window_groups=groups)
@@ -128,7 +127,7 @@ INSIDE = {
 }
 
 
-@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("check", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", INSIDE)
 def test_inside_shard_map_with_weights_of_each_device(name, check):
     grid, policy = mesh((8,), ("data",)), INSIDE[name]

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion", "compilation_cache")
 
 SCRIPT = Path(train.__file__)
 METHODS = tuple(methods.METHODS)
+SIMILAR = ("cdb_after", "released", "dropout", "skip_update", "backdrop", "none")
 WITHOUT_POLICY = ("none", "dropout", "backdrop", "stochastic_depth")
 
 
@@ -65,9 +66,7 @@ def interrupt(monkeypatch, step, number=signal.SIGINT):
     "method",
     [
         # The slow ones differ from another one in a setting of the policy alone.
-        pytest.param(
-            name, marks=[pytest.mark.slow] * (name in ("cdb_after", "released", "dropout"))
-        )
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SIMILAR))
         for name in METHODS
     ],
 )
@@ -99,7 +98,7 @@ def test_every_method_learns(config, method, capsys):
             marks=pytest.mark.slow,
         ),
         {"rate": 0.5, "channel_choice": "window", "method": "cdb_frozen"},
-        {"method": "layer_drop_back"},
+        pytest.param({"method": "layer_drop_back"}, marks=pytest.mark.slow),
     ],
     ids=["window", "layers", "algorithm_1", "frozen", "layer_drop_back"],
 )
@@ -190,7 +189,12 @@ def test_other_settings_train_too(config, changes):
     [
         (3, signal.SIGINT, {"method": "cdb"}),
         (11, signal.SIGTERM, {"method": "dropout"}),
-        (7, signal.SIGINT, {"model": "resnet_nano", "method": "cdb_after"}),
+        pytest.param(
+            7,
+            signal.SIGINT,
+            {"model": "resnet_nano", "method": "cdb_after"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(
@@ -423,21 +427,6 @@ class TestRunFolder:
         (tmp_path / "file").touch()
         with pytest.raises(data.UserError, match="--run-dir .*file cannot be used"):
             train.train(config(run_dir=tmp_path / "file"))
-
-    def test_a_damaged_checkpoint(self, config, tmp_path):
-        train.train(config())
-        for file in (tmp_path / "run/checkpoints/16").rglob("*"):
-            if file.is_file():
-                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        with pytest.raises(data.UserError, match="checkpoint of step 16 .* Remove") as caught:
-            train.train(config(resume=True))
-        assert "\n" not in str(caught.value)
-
-    def test_damaged_settings(self, config, tmp_path):
-        train.train(config(epochs=1))
-        (tmp_path / "run/settings.json").write_text("{")
-        with pytest.raises(data.UserError, match="--run-dir .* cannot be used"):
-            train.train(config(epochs=1, resume=True))
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from jax.sharding import NamedSharding, PartitionSpec
 
 import cdb_jax
 from cdb_jax import Policy, channel_drop_back
@@ -345,18 +344,6 @@ def test_the_callers_key_survives_donation():
     step = jax.jit(lambda grads, state: drop.update(grads, state), donate_argnums=1)
     step(PARAMS, drop.init(PARAMS))
     assert drop.init(PARAMS).count == 0 and jax.random.key_data(key).shape == (2,)
-
-
-@pytest.mark.parametrize("spec", [("x", None), (None, "y"), ("x", "y"), (None, ("x", "y"))])
-def test_explicit_sharding(spec):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
-    drop = channel_drop_back(0.5, key=0, rescale="expected")
-    local = {"kernel": jnp.ones((16, 32))}
-    with jax.set_mesh(mesh):
-        grads = jax.device_put(local, NamedSharding(mesh, PartitionSpec(*spec)))
-        updates, _ = jax.jit(drop.update)(grads, drop.init(grads))
-        assert updates["kernel"].sharding.spec == PartitionSpec(*spec)
-    equal(updates, mask_of(drop, grads=local))
 
 
 def test_no_parameter_sized_temporary_and_no_host_sync():
