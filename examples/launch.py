@@ -50,22 +50,28 @@ def start(processes: int, arguments: Sequence[str]) -> list[subprocess.Popen[byt
     ]
 
 
-def wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Waits until all have ended; the numbers of those that failed, the first to fail first."""
+def wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[tuple[int, str]]:
+    """Waits until all have ended; those that failed and how, first the one where it began."""
     running = dict(enumerate(processes))
-    failed: list[int] = []
+    failed: list[tuple[int, str]] = []
+    own, stuck, followed = range(3)
+    rank: dict[int, int] = {}
     deadline = float("inf")
     while running:
         time.sleep(0.05)
         for i in [i for i, process in running.items() if process.poll() is not None]:
-            if running.pop(i).returncode != 0:
-                failed.append(i)
+            code = running.pop(i).returncode
+            if code != 0:
+                how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+                rank.setdefault(i, followed if code in FOLLOWED else own)
+                failed.append((i, f"killed after {GRACE:.0f} s" if rank[i] == stuck else how))
                 deadline = min(deadline, time.monotonic() + GRACE)
         if time.monotonic() > deadline:
-            for process in running.values():
+            for i, process in running.items():
+                rank[i] = stuck
                 process.kill()
     # The others may notice before the operating system has buried the one that they lost.
-    return sorted(failed, key=lambda i: processes[i].returncode in FOLLOWED)
+    return sorted(failed, key=lambda x: rank[x[0]])
 
 
 def outcome(processes: Sequence[subprocess.Popen[bytes]]) -> int | str:
@@ -74,10 +80,9 @@ def outcome(processes: Sequence[subprocess.Popen[bytes]]) -> int | str:
     codes = {process.returncode for process in processes}
     if len(codes) == 1 and min(codes) >= 0:  # Success, or a reason that all of them have given.
         return codes.pop()
-    code = processes[failed[0]].returncode
-    how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+    number, how = failed[0]
     return (
-        f"error: process {failed[0]} of {len(processes)} failed first ({how}), and the others have "
+        f"error: process {number} of {len(processes)} failed first ({how}), and the others have "
         "stopped. When it is mended, go on with --resume."
     )
 

@@ -85,6 +85,27 @@ def test_a_stopped_launch_stops_all(flags, tmp_path, number):
     assert shown.count("go on with --resume") == 1 and "Traceback" not in shown
 
 
+PLAYS = {  # What three processes do, and what is said of it.
+    "a death": (["exit(0)", "exit(75)", "kill(9)"], "process 2 of 3 failed first (SIGKILL)"),
+    "an error": (["exit(75)", "exit(3)", "abort()"], "process 1 of 3 failed first (exit code 3)"),
+    "a hang": (["exit(75)", "sleep(600)", "abort()"], "process 1 of 3 failed first (killed after"),
+    "no other cause": (["exit(75)", "abort()", "exit(0)"], "process"),
+    "one reason": (["exit(2)"] * 3, 2),
+    "success": (["exit(0)"] * 3, 0),
+}
+
+
+@pytest.mark.parametrize("name", PLAYS)
+def test_the_launcher_says_which_one_failed(monkeypatch, name):
+    acts, message = PLAYS[name]
+    monkeypatch.setattr(launch, "GRACE", 1.0)
+    head = "import os, sys; from time import sleep; from os import abort; exit = os._exit; "
+    head += "kill = lambda number: os.kill(os.getpid(), number); "
+    started = [subprocess.Popen([sys.executable, "-c", head + act]) for act in acts]
+    found = launch.outcome(started)
+    assert found == message or (isinstance(message, str) and message in found)
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),

@@ -60,12 +60,10 @@ def test_the_program_grows_linearly_in_leaves_and_not_with_stacks():
     assert operations(stacked(1000), policy) == operations(stacked(2), policy)
 
 
-def test_more_layers_than_are_cut_together():
+def test_more_layers_than_are_cut_together(monkeypatch):
     """Layers of several widths and stacks, over the bounds of the runs that they are cut in."""
-    params = {
-        f"layer{i}": {"kernel": jnp.ones((1 + i % 3, 2, 3 + i % 2))}
-        for i in range(2 * selection.TOGETHER + 5)
-    }
+    monkeypatch.setattr(selection, "TOGETHER", 4)
+    params = {f"layer{i}": {"kernel": jnp.ones((1 + i % 3, 2, 3 + i % 2))} for i in range(11)}
     axes = cdb_jax.Axes(-1, stack=0)
     policy = cdb_jax.Policy(0.5, key=0, channel_axes=axes, rescale="realized")
     drop = cdb_jax.channel_drop_back(policy)
