@@ -15,6 +15,8 @@ import numpy as np
 import tyro
 from matplotlib import pyplot
 
+import processes
+import run_folder
 import train
 import training
 from data import UserError
@@ -39,7 +41,7 @@ class Demo:
     """Where the data set is kept; None: in the run folder."""
 
 
-def compare(histories: dict[str, dict[str, list[list[training.Row]]]]) -> list[list[str]]:
+def compare(histories: dict[str, dict[str, list[list[run_folder.Row]]]]) -> list[list[str]]:
     """One line for each model and method: last epoch's accuracy, and its difference to none."""
     lines = []
     for model, methods in histories.items():
@@ -63,7 +65,9 @@ def compare(histories: dict[str, dict[str, list[list[training.Row]]]]) -> list[l
     return lines
 
 
-def plot_comparison(histories: dict[str, dict[str, list[list[training.Row]]]], file: Path) -> None:
+def plot_comparison(
+    histories: dict[str, dict[str, list[list[run_folder.Row]]]], file: Path
+) -> None:
     """Draws each seed's final accuracy as a dot, the mean and its interval as a bar."""
     figure, axes = pyplot.subplots(
         1, len(histories), figsize=(4.5 * len(histories), 3.5), layout="constrained", squeeze=False
@@ -85,10 +89,10 @@ def plot_comparison(histories: dict[str, dict[str, list[list[training.Row]]]], f
     pyplot.close(figure)
 
 
-def run_all(demo: Demo) -> dict[str, dict[str, list[list[training.Row]]]]:
+def run_all(demo: Demo) -> dict[str, dict[str, list[list[run_folder.Row]]]]:
     """The metrics of every run, by model and method, in order of seeds."""
     out = training.console()
-    histories: dict[str, dict[str, list[list[training.Row]]]] = {}
+    histories: dict[str, dict[str, list[list[run_folder.Row]]]] = {}
     for model, learning_rate in LEARNING_RATES.items():
         name = model.partition("/")[0]
         histories[name] = {method: [] for method in METHODS}
@@ -127,7 +131,7 @@ def main() -> None:
         histories = run_all(demo)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    except training.StoppedError as stopped:
+    except processes.StoppedError as stopped:
         raise SystemExit(f"{stopped}; the same command goes on from there.") from None
 
     (demo.run_dir / "results.json").write_text(json.dumps(histories, indent=1) + "\n")

@@ -22,7 +22,7 @@ import tyro
 
 SCRIPT = Path(__file__).with_name("train.py")
 GRACE = 120.0  # Seconds that the others have to stop after one has failed.
-# How a process ends that has lost another: by itself (training.leave), or aborted by JAX.
+# How a process ends that has lost another: by itself (processes.leave), or aborted by JAX.
 FOLLOWED = (os.EX_TEMPFAIL, -signal.SIGABRT)
 
 

@@ -29,6 +29,8 @@ import cdb_jax
 import data
 import methods
 import models
+import processes
+import run_folder
 import training
 from data import UserError
 
@@ -171,7 +173,7 @@ def make_steps(
     return compiled, jax.jit(eval_step)
 
 
-def train(config: Config, *, brief: bool = False) -> list[training.Row]:
+def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
     """Trains, and returns the metrics of every epoch. When brief, shows nothing but progress.
 
     Raises:
@@ -201,7 +203,7 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
         _, params, rest = nnx.split(build(seed), nnx.Param, ...)
         return State(params, rest, tx.init(params), dict(zeros))
 
-    zeros = dict.fromkeys(training.STEP_METRICS, np.float32(0.0))
+    zeros = dict.fromkeys(run_folder.STEP_METRICS, np.float32(0.0))
     try:
         model = nnx.eval_shape(build, seed)
         policy = methods.make_policy(config, total_steps, epoch_steps)
@@ -213,14 +215,14 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
     train_step, eval_step = make_steps(config, model, tx, policy, dataset.recipe.max_value, layout)
 
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
-    run = training.Run(config.run_dir, settings, resume=config.resume)
+    run = run_folder.Run(config.run_dir, settings, resume=config.resume)
     if report and not brief:
         out.print(str(report), soft_wrap=True)
     step, state = run.restore(training.on_mesh(mesh, initial_state, seed), epoch_steps)
     batches = data.train_batches(
         dataset, size, seed=config.seed, start_step=step, workers=config.workers, **share
     )
-    with run, contextlib.closing(batches), training.StopRequest() as stop:
+    with run, contextlib.closing(batches), processes.StopRequest() as stop:
         for epoch in range(step // epoch_steps + 1, config.epochs + 1):
             start, first = time.perf_counter(), step
             title = f"{config.model}, {config.method}: epoch {epoch}/{config.epochs}"
@@ -228,7 +230,7 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
                 while step < epoch * epoch_steps:
                     if stop.at(step):
                         run.save(step, state)
-                        raise training.StoppedError(step, stop.signal)
+                        raise processes.StoppedError(step, stop.signal)
                     batch = training.distribute(next(batches), mesh)
                     state, metrics = train_step(state, batch)
                     step += 1
@@ -253,16 +255,16 @@ def train(config: Config, *, brief: bool = False) -> list[training.Row]:
 def main() -> None:
     try:
         config = tyro.cli(Config)
-        processes = (config.coordinator, config.process_count, config.process_id)
-        if config.distributed or processes != (None, None, None):
-            training.start_processes(*processes)
+        given = (config.coordinator, config.process_count, config.process_id)
+        if config.distributed or given != (None, None, None):
+            processes.join(*given)
         rows = train(config)
         training.show_results(config.run_dir, f"{config.model}, {config.method}", rows)
-    except training.StoppedError as stopped:
+    except processes.StoppedError as stopped:
         training.console().print(f"{stopped}; go on with --resume.")
         raise SystemExit(128 + stopped.signal) from None
     except Exception as error:
-        training.leave(error)
+        processes.leave(error)
 
 
 if __name__ == "__main__":

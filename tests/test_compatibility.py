@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folders import final_state
+from stored_runs import final_state
 
 import models.vit
 import train

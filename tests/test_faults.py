@@ -16,12 +16,13 @@ import orbax.checkpoint as ocp
 import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
-from run_folders import assert_same_runs, metrics
+from stored_runs import assert_same_runs, metrics
 
 import data
 import models.vit
+import processes
+import run_folder
 import train
-import training
 
 pytestmark = [
     pytest.mark.bad_input,
@@ -388,7 +389,7 @@ def test_a_flag(monkeypatch, capsys, tmp_path, data_dir, name):
     monkeypatch.setitem(models.vit.VITS, "vit_nano", (16, 1, 2))
     # The run folder is made if that is what the flag is about.
     late = name in ("run_dir", "exempt", "seed")
-    monkeypatch.setattr(*((data, "train_batches") if late else (training, "Run")), begin)
+    monkeypatch.setattr(*((data, "train_batches") if late else (run_folder, "Run")), begin)
     data.load("digits", data_dir)
     explained = 0
     for i, value in enumerate(NASTY):
@@ -435,6 +436,6 @@ def test_a_flag(monkeypatch, capsys, tmp_path, data_dir, name):
 )
 def test_flags_of_processes(monkeypatch, flags, message):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    monkeypatch.setattr(training, "START", 0.5)
+    monkeypatch.setattr(processes, "START", 0.5)
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         train.main()

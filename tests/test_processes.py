@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from run_folders import assert_same_runs, metrics
+from stored_runs import assert_same_runs, metrics
 
 import launch
 import train

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from run_folders import assert_same_runs, metrics
+from stored_runs import assert_same_runs, metrics
 
 import cdb_jax
 import train

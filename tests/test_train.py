@@ -13,13 +13,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from run_folders import assert_same_runs, final_state, metrics
+from stored_runs import assert_same_runs, final_state, metrics
 
 import data
 import demo
 import methods
 import models.resnet
 import models.vit
+import processes
+import run_folder
 import train
 import training
 
@@ -205,7 +207,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
         interrupt(patch, step, number)
-        with pytest.raises(training.StoppedError, match=f"saved at step {step + 1}$") as caught:
+        with pytest.raises(processes.StoppedError, match=f"saved at step {step + 1}$") as caught:
             train.train(config(**changes))
     assert caught.value.signal == number
     assert signal.getsignal(number) is handler
@@ -219,8 +221,10 @@ def test_a_run_killed_before_its_checkpoint_repeats_the_lost_epoch(
     train.train(config(run_dir=tmp_path / "whole"))
     with monkeypatch.context() as patch:
         # The second epoch is logged, and then the process dies before anything is saved.
-        save = training.Run.save
-        patch.setattr(training.Run, "save", lambda *args: save(*args) if args[1] < 16 else os.abort)
+        save = run_folder.Run.save
+        patch.setattr(
+            run_folder.Run, "save", lambda *args: save(*args) if args[1] < 16 else os.abort
+        )
         train.train(config())
     assert final_state(tmp_path / "run", data_dir)[0] == 8
     assert len(train.train(config(resume=True))) == 2
@@ -271,7 +275,7 @@ def test_a_run_goes_on_on_another_mesh(config, tmp_path, monkeypatch):
     alone, moved = tmp_path / "alone", tmp_path / "moved"
     rows = train.train(config(run_dir=alone), brief=True)
     interrupt(monkeypatch, 11)
-    with pytest.raises(training.StoppedError):
+    with pytest.raises(processes.StoppedError):
         train.train(config(run_dir=moved, mesh="data=2,fsdp=4"), brief=True)
     monkeypatch.undo()
     monkeypatch.setitem(models.vit.VITS, "vit_nano", (16, 1, 2))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import run_folder
 import train
-import training
 
 
 class SeenError(Exception):
@@ -23,7 +23,7 @@ def final_state(folder, data_dir):
     found = []
     settings = json.loads((folder / "settings.json").read_text())
     settings["exempt"] = tuple(settings["exempt"])
-    restore = training.Run.restore
+    restore = run_folder.Run.restore
 
     def look(run, state, epoch_steps):
         found.append(restore(run, state, epoch_steps))
@@ -31,7 +31,7 @@ def final_state(folder, data_dir):
         raise SeenError
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SeenError):
-        patch.setattr(training.Run, "restore", look)
+        patch.setattr(run_folder.Run, "restore", look)
         config = train.Config(**settings, run_dir=folder, data_dir=data_dir, resume=True)
         train.train(config, brief=True)
     ((step, state),) = found
