@@ -168,7 +168,7 @@ def _cut(groups: Sequence[Group], count: jax.typing.ArrayLike) -> Selection:
 
 
 def _runs(groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """The layers of all groups in their order, `TOGETHER` at a time."""
+    """The layers of all groups in their order, `TOGETHER` at a time, with their factors only."""
     run: list[Group] = []
     for group in groups:
         layers, stop = group.layers, 0

@@ -80,16 +80,14 @@ class Run:
         last = self._checkpoints.latest_step()
         if last is not None:
             shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            hook = sys.unraisablehook
-            sys.unraisablehook = lambda x: None if _is_echo(x.exc_value) else hook(x)
             try:
                 state = self._checkpoints.restore(last, args=ocp.args.StandardRestore(shapes))
             except Exception as error:  # Orbax raises whatever its storage layers raise.
+                _leave_out_echoes()
                 raise UserError(
                     f"the checkpoint of step {last} in {self.folder} cannot be read: "
                     f"{first_line(error)}. Remove checkpoints/{last} to resume from the one before."
                 ) from error
-            sys.unraisablehook = hook
         step = last or 0
         self.rows = [row for row in self.rows if row["step"] <= step]
         if [row["epoch"] for row in self.rows] != list(range(1, step // epoch_steps + 1)):
@@ -176,9 +174,14 @@ def _check_settings(folder: Path, recorded: Row, settings: Row) -> None:
         )
 
 
-def _is_echo(error: BaseException | None) -> bool:
-    """Whether an error is of a read that Orbax gave up when another one had failed."""
-    return isinstance(error, RuntimeError) and "loop is closed" in str(error)
+def _leave_out_echoes() -> None:
+    """Does not report reads that Orbax gave up when one had failed.
+
+    They end whenever Python collects them, up to the end of the program: hundreds of them.
+    """
+    hook = sys.unraisablehook
+    is_echo = lambda e: isinstance(e, RuntimeError) and "loop is closed" in str(e)
+    sys.unraisablehook = lambda found: None if is_echo(found.exc_value) else hook(found)
 
 
 def _read_rows(file: Path) -> list[Row]:

@@ -1,5 +1,6 @@
 """What the run folders of `train.py` hold, for tests that compare runs."""
 
+import hashlib
 import json
 
 import jax
@@ -38,6 +39,14 @@ def final_state(folder, data_dir):
     assert step > 0
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return step, {jax.tree_util.keystr(path): np.asarray(_words(x)) for path, x in leaves}
+
+
+def digests(leaves):
+    """By path one for dtype, shape and bytes of a leaf."""
+    return {
+        path: hashlib.sha256(f"{x.dtype} {x.shape} ".encode() + x.tobytes()).hexdigest()
+        for path, x in leaves.items()
+    }
 
 
 def _words(x):

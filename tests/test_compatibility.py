@@ -4,9 +4,8 @@ import json
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from stored_runs import final_state
+from stored_runs import digests, final_state
 
 import models.vit
 import train
@@ -24,9 +23,8 @@ def test_a_run_of_an_earlier_release_goes_on(archive, tmp_path, data_dir, monkey
 
     step, leaves = final_state(tmp_path / "run", data_dir)
     assert step == expected["step"]
-    assert leaves.keys() == expected["sums"].keys() and len(leaves) > 50
-    for path, x in leaves.items():
-        assert np.sum(x, dtype=np.float64) == expected["sums"][path], path
+    assert len(leaves) > 50
+    assert digests(leaves) == expected["digests"]
 
     settings = json.loads((tmp_path / "run/settings.json").read_text())
     settings["exempt"] = tuple(settings["exempt"])

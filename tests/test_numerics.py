@@ -12,7 +12,7 @@ import cdb_jax
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 POLICY = cdb_jax.Policy(0.5, key=0, channel_choice="window", layer_rate=0.7)
-FORMATS = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64]
+FORMATS = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64, jnp.float64]
 
 
 def params(dtype=jnp.float32):
@@ -89,15 +89,39 @@ def test_a_setting_changes_nothing(name, value, consumer):
         chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_keys_of_other_generators(impl):
+    key = jax.random.key(2, impl=impl)
+    rows = np.asarray(jax.jit(lambda x: cdb_jax.drop_path(x, 0.5, key=key))(jnp.ones((4096, 3))))
+    assert set(np.unique(rows)) == {0.0, 2.0}
+    np.testing.assert_array_equal(rows, rows[:, :1] + np.zeros(3))
+    assert abs(np.mean(rows[:, 0] == 0) - 0.5) < 4 * np.sqrt(0.25 / 4096)
+    seen = jax.grad(lambda x: jnp.sum(cdb_jax.backdrop(x, 0.5, axes=0, key=key)))(
+        jnp.ones((4096, 3))
+    )
+    assert abs(np.mean(np.asarray(seen)[:, 0] == 0) - 0.5) < 4 * np.sqrt(0.25 / 4096)
+    branch = jax.jit(lambda x: cdb_jax.drop_branch(jnp.sin, x, rate=0.5, key=key))
+    assert np.isfinite(branch(jnp.ones((4, 3)))).all()
+    kept = cdb_jax.sample_selection(
+        cdb_jax.Policy(0.5, key=key), {"kernel": jnp.ones((2, 4096))}, 0
+    )
+    assert abs(np.mean(np.asarray(kept["kernel"]) == 0) - 0.5) < 4 * np.sqrt(0.25 / 4096)
+
+
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_number_formats(dtype):
     """Masked, skipped and frozen agree, and give back the format they are given."""
+    with jax.enable_x64(dtype == jnp.float64):
+        check_number_format(dtype)
+
+
+def check_number_format(dtype):
     weights = params(dtype)
     full = jax.jit(jax.grad(loss))(weights, X)
     drop = cdb_jax.channel_drop_back(POLICY)
     masked, _ = drop.update(full, drop.init(full))
     skipped = jax.jit(cdb_jax.grad(loss, POLICY))(weights, X, count=0)
-    rounding = {jnp.bfloat16: 2e-2, jnp.float16: 2e-3}.get(dtype, 1e-5)
+    rounding = {jnp.bfloat16: 2e-2, jnp.float16: 2e-3, jnp.float64: 1e-12}.get(dtype, 1e-5)
     for x, y, z in zip(*map(jax.tree.leaves, (masked, skipped, full)), strict=True):
         assert x.dtype == y.dtype == z.dtype == dtype
         wide = [np.asarray(a).astype(np.complex128) for a in (x, y)]
