@@ -1,0 +1,147 @@
+"""The tasks: small, offline, each split into training, validation and test images by a seed.
+
+The test images are the same for all seeds; training and validation images are drawn by the seed
+from the rest. So tuning, which sees validation images only, never meets a test image, and runs of
+one seed see the same images whatever the method.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import models.resnet
+import models.vit
+from gp_textures import POWERS, texture
+
+HELD_OUT = 797  # Digits to test on; a thousand are left to train and validate on.
+WRONG = 0.3  # Share of the training labels that are drawn at random in `digits_noisy`.
+SIDE = 32  # Pixels of a texture.
+FINE, COARSE = (1.5, 2.25), (5.0, 8.75)  # Its length scales in pixels: the ratios of 128 pixels.
+
+
+class Images(NamedTuple):
+    """uint8 images, shape (count, height, width, 1), and int32 labels, shape (count,)."""
+
+    image: np.ndarray
+    label: np.ndarray
+
+    def take(self, index: np.ndarray) -> Images:
+        return Images(self.image[index], self.label[index])
+
+
+class Split(NamedTuple):
+    train: Images
+    validation: Images
+    test: Images
+
+
+class Task(NamedTuple):
+    """What to learn, with which model, for how long.
+
+    `start` names the task whose trained weights, all but the head, training starts from.
+    """
+
+    split: Callable[[int], Split]
+    num_classes: int
+    max_value: int
+    model: str
+    steps: int
+    batch_size: int
+    start: str = ""
+
+
+@functools.cache
+def _digits() -> tuple[Images, Images]:
+    """All digits but those to test on, and those."""
+    images, labels = load_digits(return_X_y=True)
+    whole = Images(images.reshape(-1, 8, 8, 1).astype(np.uint8), labels.astype(np.int32))
+    pool, test = train_test_split(
+        np.arange(len(labels)), test_size=HELD_OUT, stratify=labels, random_state=0
+    )
+    return whole.take(pool), whole.take(test)
+
+
+def _divide(pool: Images, train: int, validation: int, seed: int) -> tuple[Images, Images]:
+    parts = train_test_split(
+        np.arange(len(pool.label)),
+        train_size=train,
+        test_size=validation,
+        stratify=pool.label,
+        random_state=seed,
+    )
+    return pool.take(parts[0]), pool.take(parts[1])
+
+
+def digits(train: int, validation: int, wrong: float = 0.0) -> Callable[[int], Split]:
+    def split(seed: int) -> Split:
+        pool, test = _digits()
+        learned, validated = _divide(pool, train, validation, seed)
+        rng = np.random.default_rng(seed)
+        labels = np.where(
+            rng.random(train) < wrong, rng.integers(0, 10, train), learned.label
+        ).astype(np.int32)
+        return Split(learned._replace(label=labels), validated, test)
+
+    return split
+
+
+def half_of_digits(first: int, train: int, validation: int) -> Callable[[int], Split]:
+    """Five classes from `first` on, numbered from 0."""
+
+    def split(seed: int) -> Split:
+        def five(images: Images) -> Images:
+            found = images.take((images.label >= first) & (images.label < first + 5))
+            return found._replace(label=found.label - first)
+
+        pool, test = map(five, _digits())
+        return Split(*_divide(pool, train, validation, seed), test)
+
+    return split
+
+
+@functools.cache
+def _textures(key: int, count: int) -> Images:
+    """Sums of a fine and a coarse Gaussian process; bit 0 of the label is the fine length scale."""
+    labels = np.arange(count, dtype=np.int32) % 4
+
+    @jax.jit
+    @jax.vmap
+    def image(key: jax.Array, fine: jax.Array, coarse: jax.Array) -> jax.Array:
+        keys = jax.random.split(key)
+        small, large = texture(keys[0], SIDE, fine), texture(keys[1], SIDE, coarse)
+        return POWERS[0] * small + POWERS[1] * large
+
+    keys = jax.random.split(jax.random.key(key), count)
+    values = image(keys, np.float32(FINE)[labels % 2], np.float32(COARSE)[labels // 2])
+    # Three standard deviations of such a sum are 4.4.
+    pixels = np.clip(np.asarray(values) * (127.5 / 4.4) + 127.5, 0, 255)
+    return Images(pixels.astype(np.uint8)[..., None], labels)
+
+
+def textures(train: int, validation: int) -> Callable[[int], Split]:
+    def split(seed: int) -> Split:
+        return Split(*_divide(_textures(0, 1000), train, validation, seed), _textures(1, 800))
+
+    return split
+
+
+# Wide enough that there is work to save.
+models.resnet.RESNETS["resnet_wide"] = (models.resnet.BasicBlock, (1, 1, 1), 64)
+models.vit.VITS["vit_wide"] = (192, 3, 3)
+
+TASKS = {
+    "digits_few": Task(digits(200, 400), 10, 16, "resnet_small", 300, 50),
+    "digits_noisy": Task(digits(600, 400, WRONG), 10, 16, "vit_mini/4", 400, 60),
+    "finetune": Task(half_of_digits(5, 50, 200), 5, 16, "vit_mini/4", 200, 50, start="pretrain"),
+    "digits_all": Task(digits(800, 200), 10, 16, "resnet_small", 400, 50),
+    "textures": Task(textures(200, 400), 4, 255, "resnet_small", 200, 20),
+    # Not compared: where `finetune` starts.
+    "pretrain": Task(half_of_digits(0, 400, 90), 5, 16, "vit_mini/4", 400, 50),
+}
