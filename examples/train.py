@@ -44,6 +44,8 @@ class Config:
     vit_mini, vit_ti, vit_s, vit_b, vit_l with a patch size, as in vit_mini/2."""
     dataset: Literal["digits", "cifar10", "cifar100", "svhn_cropped", "imagenet2012"] = "digits"
     """digits comes with scikit-learn; the others are prepared once with examples/data.py."""
+    image_size: int | None = None
+    """Side of the images, resized to it; None: that of the data set."""
     method: Annotated[methods.Name, tyro.conf.arg(help=methods.HELP)] = "cdb"
     rate: float | None = None
     """Probability of dropping; None: that of the method, named above."""
@@ -62,7 +64,10 @@ class Config:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum 0.9."""
     learning_rate: float = 3e-3
-    """Peak, reached after a twentieth of the steps; then it falls to zero along a cosine."""
+    """The highest of the schedule."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """cosine: rises over a twentieth of the steps, then falls to zero.
+    step: times 0.1 after 30, 60 and 85 % of the steps."""
     weight_decay: float = 1e-2
     """Of kernels only: decoupled with adamw, added to the gradient with sgd."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -99,6 +104,8 @@ class Config:
                 raise UserError(f"{flag} {value} must be at least 0, and finite.")
         if self.workers > MOST_WORKERS:
             raise UserError(f"--workers {self.workers} must be at most {MOST_WORKERS}.")
+        if self.image_size is not None and not 0 < self.image_size <= LARGEST_IMAGE:
+            raise UserError(f"--image-size {self.image_size} must be 1 to {LARGEST_IMAGE}.")
         if self.rate is None:
             object.__setattr__(self, "rate", methods.METHODS[self.method].rate)
         if not 0.0 <= self.rate <= 1.0:
@@ -109,9 +116,11 @@ class Config:
 
 
 MOST_WORKERS = 512
+LARGEST_IMAGE = 4096
 # What may differ between a run and its continuation.
 NOT_SETTINGS = {"run_dir", "resume", "data_dir", "workers", "mesh"}
 NOT_SETTINGS |= {"distributed", "coordinator", "process_count", "process_id"}
+DEFAULTS = {x.name: x.default for x in dataclasses.fields(Config) if x.name not in NOT_SETTINGS}
 
 
 class State(NamedTuple):
@@ -181,7 +190,7 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
       StoppedError: if asked to stop, when everything is saved.
     """
     out = training.console()
-    dataset = data.load(config.dataset, config.data_dir)
+    dataset = data.load(config.dataset, config.data_dir, config.image_size)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     size, seed = config.batch_size, np.uint32(config.seed)
     mesh = training.make_mesh(config.mesh, size)
@@ -192,7 +201,7 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
         return models.create(
             config.model,
             num_classes=dataset.num_classes,
-            image_shape=dataset.recipe.image_shape,
+            image_shape=dataset.preprocessing.image_shape,
             dtype=config.dtype,
             **methods.model_settings(config),
             # Streams of their own, so that every method starts from the same parameters.
@@ -212,13 +221,15 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
         raise UserError(str(error)) from error
     tx = methods.make_optimizer(config, policy, total_steps, epoch_steps)
     layout = training.shardings(mesh, jax.eval_shape(initial_state, seed))
-    train_step, eval_step = make_steps(config, model, tx, policy, dataset.recipe.max_value, layout)
+    max_value = dataset.preprocessing.max_value
+    train_step, eval_step = make_steps(config, model, tx, policy, max_value, layout)
 
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
-    run = run_folder.Run(config.run_dir, settings, resume=config.resume)
+    run = run_folder.Run(config.run_dir, settings, DEFAULTS, resume=config.resume)
     if report and not brief:
         out.print(str(report), soft_wrap=True)
-    step, state = run.restore(training.on_mesh(mesh, initial_state, seed), epoch_steps)
+    state = training.on_mesh(mesh, initial_state, seed)
+    step, state = run.restore(state, epoch_steps)
     batches = data.train_batches(
         dataset, size, seed=config.seed, start_step=step, workers=config.workers, **share
     )
