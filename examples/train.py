@@ -32,6 +32,7 @@ import models
 import processes
 import run_folder
 import training
+import weights
 from data import UserError
 
 
@@ -46,6 +47,9 @@ class Config:
     """digits comes with scikit-learn; the others are prepared once with examples/data.py."""
     image_size: int | None = None
     """Side of the images, resized to it; None: that of the data set."""
+    weights: Path | None = None
+    """Pretrained weights to begin with: a .npz file for a
+    ViT, .safetensors for a ResNet. With another number of classes the head is new."""
     method: Annotated[methods.Name, tyro.conf.arg(help=methods.HELP)] = "cdb"
     rate: float | None = None
     """Probability of dropping; None: that of the method, named above."""
@@ -145,10 +149,11 @@ def make_steps(
     train_graph = nnx.graphdef(model)
     model.eval()
     eval_graph = nnx.graphdef(model)
+    mean, std = weights.pixel_statistics(config.weights)
 
     def scores(model: nnx.Module, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Loss and correctness of every image."""
-        logits = model(batch["image"].astype(jnp.float32) * (2.0 / max_value) - 1.0)
+        logits = model(batch["image"].astype(jnp.float32) * (1 / (max_value * std)) - mean / std)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return losses, (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
 
@@ -208,8 +213,10 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
             rngs=nnx.Rngs(jax.random.key(seed), **training.streams(seed, "backdrop", "drop_path")),
         )
 
-    def initial_state(seed: jax.Array) -> State:
-        _, params, rest = nnx.split(build(seed), nnx.Param, ...)
+    def initial_state(seed: jax.Array, pretrained: Any) -> State:
+        model = build(seed)
+        nnx.update(model, pretrained)
+        _, params, rest = nnx.split(model, nnx.Param, ...)
         return State(params, rest, tx.init(params), dict(zeros))
 
     zeros = dict.fromkeys(run_folder.STEP_METRICS, np.float32(0.0))
@@ -220,16 +227,21 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     tx = methods.make_optimizer(config, policy, total_steps, epoch_steps)
-    layout = training.shardings(mesh, jax.eval_shape(initial_state, seed))
+    pretrained = weights.read(config.weights, config.model, model)
+    layout = training.shardings(mesh, jax.eval_shape(initial_state, seed, pretrained.arrays))
     max_value = dataset.preprocessing.max_value
     train_step, eval_step = make_steps(config, model, tx, policy, max_value, layout)
 
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
+    settings = dataclasses.asdict(config) | {"weights": pretrained.digest}
+    settings = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
     run = run_folder.Run(config.run_dir, settings, DEFAULTS, resume=config.resume)
     if report and not brief:
         out.print(str(report), soft_wrap=True)
-    state = training.on_mesh(mesh, initial_state, seed)
+    state = training.on_mesh(mesh, initial_state, seed, pretrained.arrays)
     step, state = run.restore(state, epoch_steps)
+    if pretrained.summary and step == 0 and not brief:
+        out.print(pretrained.summary, soft_wrap=True)
+    del pretrained  # Large, and in the state if it is needed.
     batches = data.train_batches(
         dataset, size, seed=config.seed, start_step=step, workers=config.workers, **share
     )

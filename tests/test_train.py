@@ -374,6 +374,8 @@ MISTAKES = [
     (["--seed", "-1"], "--seed -1 must be at least 0"),
     (["--image-size", "-8"], "--image-size -8 must be 1 to 4096"),
     (["--image-size", "10"], "patch_size=4 does not divide images of 10x10"),
+    (["--weights", "w.npz"], r"--weights w.npz cannot be read: \[Errno 2\] No such file"),
+    (["--weights", "w.pth"], "--weights w.pth: vit_nano/4 takes a .npz file"),
     (["--dataset", "cifar10"], "data set 'cifar10' in .* is not prepared; prepare it once with"),
 ]
 
@@ -433,7 +435,7 @@ class TestRunFolder:
         train.train(config(epochs=1))
         file = tmp_path / "run/settings.json"
         settings = json.loads(file.read_text())
-        del settings["schedule"], settings["image_size"]
+        del settings["schedule"], settings["weights"], settings["image_size"]
         file.write_text(json.dumps(settings))
         message = r"holds a run with --image-size None \(now 16\), --schedule cosine \(now step\);"
         with pytest.raises(data.UserError, match=message):
