@@ -2,6 +2,7 @@
 
     python examples/train.py                                        # digits, offline, a minute
     python examples/train.py --model vit_s/4 --dataset cifar10 --method cdb --rate 0.3
+    python examples/train.py --recipe resnet50-cifar100             # a row of the paper's tables
     python examples/train.py --run-dir runs/a --resume              # go on after an interruption
 
 Everything is kept in the run folder: settings.json, metrics.jsonl, curves.png and checkpoints. All
@@ -10,9 +11,11 @@ devices share each batch; with several processes start one command on each host.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +33,7 @@ import data
 import methods
 import models
 import processes
+import recipes
 import run_folder
 import training
 import weights
@@ -40,6 +44,8 @@ from data import UserError
 class Config:
     """Train an image classifier with a stochastic backward pass, or without."""
 
+    recipe: str | None = None
+    """Flags for a row of the paper's tables: a file in examples/recipes. Flags given here win."""
     model: str = "resnet_small"
     """resnet_small, resnet18, resnet34, resnet50;
     vit_mini, vit_ti, vit_s, vit_b, vit_l with a patch size, as in vit_mini/2."""
@@ -48,7 +54,7 @@ class Config:
     image_size: int | None = None
     """Side of the images, resized to it; None: that of the data set."""
     weights: Path | None = None
-    """Pretrained weights to begin with: a .npz file for a
+    """Pretrained weights to begin with, as examples/recipes/README.md describes: a .npz file for a
     ViT, .safetensors for a ResNet. With another number of classes the head is new."""
     method: Annotated[methods.Name, tyro.conf.arg(help=methods.HELP)] = "cdb"
     rate: float | None = None
@@ -122,7 +128,7 @@ class Config:
 MOST_WORKERS = 512
 LARGEST_IMAGE = 4096
 # What may differ between a run and its continuation.
-NOT_SETTINGS = {"run_dir", "resume", "data_dir", "workers", "mesh"}
+NOT_SETTINGS = {"recipe", "run_dir", "resume", "data_dir", "workers", "mesh"}
 NOT_SETTINGS |= {"distributed", "coordinator", "process_count", "process_id"}
 DEFAULTS = {x.name: x.default for x in dataclasses.fields(Config) if x.name not in NOT_SETTINGS}
 
@@ -275,9 +281,18 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
     return run.rows
 
 
+def parse(arguments: list[str]) -> Config:
+    """What the command line asks for, on top of the recipe that it names."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe")
+    recipe = finder.parse_known_args(arguments)[0].recipe
+    given = [] if recipe is None else recipes.flags(recipe, Config)
+    return tyro.cli(Config, args=given + arguments)
+
+
 def main() -> None:
     try:
-        config = tyro.cli(Config)
+        config = parse(sys.argv[1:])
         given = (config.coordinator, config.process_count, config.process_id)
         if config.distributed or given != (None, None, None):
             processes.join(*given)
