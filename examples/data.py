@@ -66,22 +66,22 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": images[i], "label": int(labels[i])}
 
 
-class Recipe(NamedTuple):
+class Preprocessing(NamedTuple):
     """How the images of a set are brought to one size and augmented."""
 
     image_shape: tuple[int, int, int]
     max_value: int = 255
-    shift: int | None = None  # Random shift in pixels; None: random crop, resized.
+    shift: int | None = None  # Random shift in pixels of the file; None: random crop.
     flip: bool = False  # Mirrored digits are other signs, or none.
     test_split: str = "test"
 
 
-RECIPES = {
-    "digits": Recipe((8, 8, 1), max_value=16, shift=1),
-    "cifar10": Recipe((32, 32, 3), shift=4, flip=True),
-    "cifar100": Recipe((32, 32, 3), shift=4, flip=True),
-    "svhn_cropped": Recipe((32, 32, 3), shift=4),
-    "imagenet2012": Recipe((224, 224, 3), flip=True, test_split="validation"),
+PREPROCESSING = {
+    "digits": Preprocessing((8, 8, 1), max_value=16, shift=1),
+    "cifar10": Preprocessing((32, 32, 3), shift=4, flip=True),
+    "cifar100": Preprocessing((32, 32, 3), shift=4, flip=True),
+    "svhn_cropped": Preprocessing((32, 32, 3), shift=4),
+    "imagenet2012": Preprocessing((224, 224, 3), flip=True, test_split="validation"),
 }
 
 
@@ -92,21 +92,22 @@ class DataSet(NamedTuple):
     train: Sequence[dict[str, Any]]
     test: Sequence[dict[str, Any]]
     num_classes: int
-    recipe: Recipe
+    preprocessing: Preprocessing
 
 
-def load(name: str, data_dir: Path | None = None) -> DataSet:
+def load(name: str, data_dir: Path | None = None, image_size: int | None = None) -> DataSet:
     """Opens a prepared set for random access; prepares `digits`, which takes a second.
 
     Args:
-      name: one of `RECIPES`.
+      name: one of `PREPROCESSING`.
       data_dir: where TensorFlow Datasets keeps its sets; None for its default.
+      image_size: side of the images that a model sees; None for that of the set.
 
     Raises:
       UserError: if the set is unknown, not prepared, or not readable.
     """
-    if name not in RECIPES:
-        raise UserError(f"unknown data set {name!r}; choose one of {', '.join(RECIPES)}.")
+    if name not in PREPROCESSING:
+        raise UserError(f"unknown data set {name!r}; choose one of {', '.join(PREPROCESSING)}.")
     logging.set_verbosity(logging.ERROR)
     builder = None
     try:
@@ -114,7 +115,7 @@ def load(name: str, data_dir: Path | None = None) -> DataSet:
         if name == "digits" and not builder.is_prepared():
             _prepare_quietly(builder)
             builder = _builder(name, data_dir)
-        test_split = RECIPES[name].test_split
+        test_split = PREPROCESSING[name].test_split
         train, test = (builder.as_data_source(split) for split in ("train", test_split))
         _ = train[0], test[0]  # The files are opened only now.
     except Exception as error:
@@ -135,7 +136,11 @@ def load(name: str, data_dir: Path | None = None) -> DataSet:
             mend = f"remove its folder, and {mend}"
         raise UserError(f"data set {name!r} in {place}: {reason}; {mend}") from error
     num_classes = builder.info.features["label"].num_classes
-    return DataSet(name, train, test, num_classes, RECIPES[name])
+    preprocessing = PREPROCESSING[name]
+    if image_size is not None:
+        image_shape = (image_size, image_size, preprocessing.image_shape[-1])
+        preprocessing = preprocessing._replace(image_shape=image_shape)
+    return DataSet(name, train, test, num_classes, preprocessing)
 
 
 def _builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
@@ -192,7 +197,7 @@ def train_batches(
         # Drawn for the whole batch, so that the number of processes changes nothing.
         uniforms = rng.random((batch_size, 5))[share]
         records = _read(data, "train", indices[share])
-        images = augment([record["image"] for record in records], data.recipe, uniforms)
+        images = augment([record["image"] for record in records], data.preprocessing, uniforms)
         return {"image": images, "label": _labels(records)}
 
     batches = (
@@ -224,7 +229,7 @@ def test_batches(
         last = len(data.test) - 1
         records = _read(data, "test", np.minimum(indices, last))
         return {
-            "image": np.stack([fit(record["image"], data.recipe) for record in records]),
+            "image": np.stack([fit(record["image"], data.preprocessing) for record in records]),
             "label": _labels(records),
             "weight": (indices <= last).astype(np.float32),
         }
@@ -279,41 +284,48 @@ def steps_per_epoch(data: DataSet, batch_size: int) -> int:
     return len(data.train) // batch_size
 
 
-def augment(images: Sequence[np.ndarray], recipe: Recipe, uniforms: np.ndarray) -> np.ndarray:
-    """Random crops, and random flips where the recipe allows them.
+def augment(
+    images: Sequence[np.ndarray], preprocessing: Preprocessing, uniforms: np.ndarray
+) -> np.ndarray:
+    """Random crops, and random flips where the preprocessing allows them.
 
     Args:
-      images: uint8 (height, width, channels) each; of any size if the recipe resizes.
-      recipe: what to do.
+      images: uint8 (height, width, channels) each; of one size if they are shifted.
+      preprocessing: what to do.
       uniforms: float64 (images, 5), uniform in [0, 1): all the randomness there is.
 
     Returns:
-      uint8 (images, *recipe.image_shape).
+      uint8 (images, *preprocessing.image_shape).
     """
-    if recipe.shift is None:
+    if preprocessing.shift is None:
         boxes = [_random_box(image, u) for image, u in zip(images, uniforms, strict=True)]
-        crops = np.stack([_resize(x, recipe, box) for x, box in zip(images, boxes, strict=True)])
+        crops = [_resize(x, preprocessing, box) for x, box in zip(images, boxes, strict=True)]
+        crops = np.stack(crops)
     else:
-        margin, (height, width, _) = recipe.shift, recipe.image_shape
+        margin, (height, width, _) = preprocessing.shift, images[0].shape
         padding = ((0, 0), (margin, margin), (margin, margin), (0, 0))
         padded = np.pad(np.stack(images), padding)
         windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
         top, left = (uniforms[:, :2] * (2 * margin + 1)).astype(int).T
         crops = np.moveaxis(windows[np.arange(len(images)), top, left], 1, -1)
-    if recipe.flip:
+    if preprocessing.flip:
         flipped = uniforms[:, 4] < 0.5
         crops = np.where(flipped[:, None, None, None], crops[:, :, ::-1], crops)
+    if crops.shape[1:] != preprocessing.image_shape:
+        crops = np.stack([_resize(x, preprocessing) for x in crops])
     return np.ascontiguousarray(crops)
 
 
-def fit(image: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Brings a test image to the recipe's size: the central seven eighths of its shorter side."""
-    if image.shape == recipe.image_shape:
+def fit(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """Brings a test image to its size: where training crops, the central seven eighths."""
+    if image.shape == preprocessing.image_shape:
         return image
+    if preprocessing.shift is not None:
+        return _resize(image, preprocessing)
     height, width, _ = image.shape
     side = 0.875 * min(height, width)
     left, top = (width - side) / 2, (height - side) / 2
-    return _resize(image, recipe, (left, top, left + side, top + side))
+    return _resize(image, preprocessing, (left, top, left + side, top + side))
 
 
 def _random_box(image: np.ndarray, uniforms: np.ndarray) -> tuple[float, float, float, float]:
@@ -329,13 +341,17 @@ def _random_box(image: np.ndarray, uniforms: np.ndarray) -> tuple[float, float, 
 
 
 def _resize(
-    image: np.ndarray, recipe: Recipe, box: tuple[float, float, float, float]
+    image: np.ndarray,
+    preprocessing: Preprocessing,
+    box: tuple[float, float, float, float] | None = None,
 ) -> np.ndarray:
-    height, width, _ = recipe.image_shape
-    if image.shape[-1] == 1:
-        image = np.repeat(image, recipe.image_shape[-1], axis=-1)
+    """The box of an image, or all of it, at the size of `preprocessing`."""
+    height, width, channels = preprocessing.image_shape
+    if image.shape[-1] == 1:  # Pillow knows grey images without an axis of channels.
+        image = image[..., 0] if channels == 1 else np.repeat(image, channels, axis=-1)
     picture = PIL.Image.fromarray(image)
-    return np.asarray(picture.resize((width, height), PIL.Image.Resampling.BILINEAR, box=box))
+    resized = picture.resize((width, height), PIL.Image.Resampling.BILINEAR, box=box)
+    return np.asarray(resized).reshape(preprocessing.image_shape)
 
 
 def prepare(name: tyro.conf.Positional[str], data_dir: Path | None = None) -> None:
@@ -345,8 +361,8 @@ def prepare(name: tyro.conf.Positional[str], data_dir: Path | None = None) -> No
       name: digits, cifar10, cifar100, svhn_cropped or imagenet2012.
       data_dir: where TensorFlow Datasets keeps its sets.
     """
-    if name not in RECIPES:
-        raise UserError(f"unknown data set {name!r}; choose one of {', '.join(RECIPES)}.")
+    if name not in PREPROCESSING:
+        raise UserError(f"unknown data set {name!r}; choose one of {', '.join(PREPROCESSING)}.")
     try:
         _builder(name, data_dir).download_and_prepare()
     except ModuleNotFoundError as error:

@@ -113,9 +113,14 @@ def make_optimizer(
     config: Config, policy: cdb_jax.Policy | None, total_steps: int, epoch_steps: int
 ) -> optax.GradientTransformation:
     """The optimizer, and what the method puts around it."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, max(1, total_steps // 20), total_steps
-    )
+    if config.schedule == "step":
+        phases = [optax.constant_schedule(config.learning_rate * 0.1**i) for i in range(4)]
+        ends = [round(part * total_steps) for part in (0.3, 0.6, 0.85)]
+        schedule = optax.join_schedules(phases, ends)
+    else:
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, config.learning_rate, max(1, total_steps // 20), total_steps
+        )
     if config.method == "layer_drop_back":
         doubled = lambda count: 2 * base(count)
         base, schedule = (

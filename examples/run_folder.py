@@ -30,6 +30,7 @@ class Run:
     Args:
       folder: made if it does not exist.
       settings: what the results depend on, as JSON values. A run resumes only with equal ones.
+      defaults: what settings count as that the folder's run, of an earlier release, did not have.
       resume: whether to go on where the folder's run stopped, if it holds one.
 
     Raises:
@@ -37,7 +38,7 @@ class Run:
         with other settings.
     """
 
-    def __init__(self, folder: Path, settings: Row, *, resume: bool):
+    def __init__(self, folder: Path, settings: Row, defaults: Row, *, resume: bool):
         # Orbax logs at length what it raises as well, and so do the loops that it runs in.
         absl.logging.set_verbosity(absl.logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -50,7 +51,7 @@ class Run:
             if exists and not resume:
                 raise UserError(f"{folder} holds a run; go on with --resume, or choose --run-dir.")
             if exists:
-                _check_settings(folder, _read_settings(settings_file), settings)
+                _check_settings(folder, defaults | _read_settings(settings_file), settings)
             self.rows = _read_rows(self._metrics_file)
             checkpoints = self.folder / "checkpoints"
             checkpoints.mkdir(parents=True, exist_ok=True)
@@ -161,7 +162,8 @@ def _read_settings(file: Path) -> Row:
 
 
 def _check_settings(folder: Path, recorded: Row, settings: Row) -> None:
-    settings = json.loads(json.dumps(settings))  # As they were written: tuples are lists there.
+    # As they were written: tuples are lists there.
+    recorded, settings = (json.loads(json.dumps(x)) for x in (recorded, settings))
     differing = [
         f"--{name.replace('_', '-')} {recorded.get(name)} (now {settings.get(name)})"
         for name in sorted(recorded.keys() | settings.keys())

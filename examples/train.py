@@ -2,6 +2,7 @@
 
     python examples/train.py                                        # digits, offline, a minute
     python examples/train.py --model vit_s/4 --dataset cifar10 --method cdb --rate 0.3
+    python examples/train.py --recipe resnet50-cifar100             # a row of the paper's tables
     python examples/train.py --run-dir runs/a --resume              # go on after an interruption
 
 Everything is kept in the run folder: settings.json, metrics.jsonl, curves.png and checkpoints. All
@@ -10,9 +11,11 @@ devices share each batch; with several processes start one command on each host.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +33,10 @@ import data
 import methods
 import models
 import processes
+import recipes
 import run_folder
 import training
+import weights
 from data import UserError
 
 
@@ -39,11 +44,18 @@ from data import UserError
 class Config:
     """Train an image classifier with a stochastic backward pass, or without."""
 
+    recipe: str | None = None
+    """Flags for a row of the paper's tables: a file in examples/recipes. Flags given here win."""
     model: str = "resnet_small"
     """resnet_small, resnet18, resnet34, resnet50;
     vit_mini, vit_ti, vit_s, vit_b, vit_l with a patch size, as in vit_mini/2."""
     dataset: Literal["digits", "cifar10", "cifar100", "svhn_cropped", "imagenet2012"] = "digits"
     """digits comes with scikit-learn; the others are prepared once with examples/data.py."""
+    image_size: int | None = None
+    """Side of the images, resized to it; None: that of the data set."""
+    weights: Path | None = None
+    """Pretrained weights to begin with, as examples/recipes/README.md describes: a .npz file for a
+    ViT, .safetensors for a ResNet. With another number of classes the head is new."""
     method: Annotated[methods.Name, tyro.conf.arg(help=methods.HELP)] = "cdb"
     rate: float | None = None
     """Probability of dropping; None: that of the method, named above."""
@@ -62,7 +74,10 @@ class Config:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with Nesterov momentum 0.9."""
     learning_rate: float = 3e-3
-    """Peak, reached after a twentieth of the steps; then it falls to zero along a cosine."""
+    """The highest of the schedule."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """cosine: rises over a twentieth of the steps, then falls to zero.
+    step: times 0.1 after 30, 60 and 85 % of the steps."""
     weight_decay: float = 1e-2
     """Of kernels only: decoupled with adamw, added to the gradient with sgd."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -99,6 +114,8 @@ class Config:
                 raise UserError(f"{flag} {value} must be at least 0, and finite.")
         if self.workers > MOST_WORKERS:
             raise UserError(f"--workers {self.workers} must be at most {MOST_WORKERS}.")
+        if self.image_size is not None and not 0 < self.image_size <= LARGEST_IMAGE:
+            raise UserError(f"--image-size {self.image_size} must be 1 to {LARGEST_IMAGE}.")
         if self.rate is None:
             object.__setattr__(self, "rate", methods.METHODS[self.method].rate)
         if not 0.0 <= self.rate <= 1.0:
@@ -109,9 +126,11 @@ class Config:
 
 
 MOST_WORKERS = 512
+LARGEST_IMAGE = 4096
 # What may differ between a run and its continuation.
-NOT_SETTINGS = {"run_dir", "resume", "data_dir", "workers", "mesh"}
+NOT_SETTINGS = {"recipe", "run_dir", "resume", "data_dir", "workers", "mesh"}
 NOT_SETTINGS |= {"distributed", "coordinator", "process_count", "process_id"}
+DEFAULTS = {x.name: x.default for x in dataclasses.fields(Config) if x.name not in NOT_SETTINGS}
 
 
 class State(NamedTuple):
@@ -136,10 +155,11 @@ def make_steps(
     train_graph = nnx.graphdef(model)
     model.eval()
     eval_graph = nnx.graphdef(model)
+    mean, std = weights.pixel_statistics(config.weights)
 
     def scores(model: nnx.Module, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Loss and correctness of every image."""
-        logits = model(batch["image"].astype(jnp.float32) * (2.0 / max_value) - 1.0)
+        logits = model(batch["image"].astype(jnp.float32) * (1 / (max_value * std)) - mean / std)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return losses, (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
 
@@ -181,7 +201,7 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
       StoppedError: if asked to stop, when everything is saved.
     """
     out = training.console()
-    dataset = data.load(config.dataset, config.data_dir)
+    dataset = data.load(config.dataset, config.data_dir, config.image_size)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     size, seed = config.batch_size, np.uint32(config.seed)
     mesh = training.make_mesh(config.mesh, size)
@@ -192,15 +212,17 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
         return models.create(
             config.model,
             num_classes=dataset.num_classes,
-            image_shape=dataset.recipe.image_shape,
+            image_shape=dataset.preprocessing.image_shape,
             dtype=config.dtype,
             **methods.model_settings(config),
             # Streams of their own, so that every method starts from the same parameters.
             rngs=nnx.Rngs(jax.random.key(seed), **training.streams(seed, "backdrop", "drop_path")),
         )
 
-    def initial_state(seed: jax.Array) -> State:
-        _, params, rest = nnx.split(build(seed), nnx.Param, ...)
+    def initial_state(seed: jax.Array, pretrained: Any) -> State:
+        model = build(seed)
+        nnx.update(model, pretrained)
+        _, params, rest = nnx.split(model, nnx.Param, ...)
         return State(params, rest, tx.init(params), dict(zeros))
 
     zeros = dict.fromkeys(run_folder.STEP_METRICS, np.float32(0.0))
@@ -211,14 +233,21 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     tx = methods.make_optimizer(config, policy, total_steps, epoch_steps)
-    layout = training.shardings(mesh, jax.eval_shape(initial_state, seed))
-    train_step, eval_step = make_steps(config, model, tx, policy, dataset.recipe.max_value, layout)
+    pretrained = weights.read(config.weights, config.model, model)
+    layout = training.shardings(mesh, jax.eval_shape(initial_state, seed, pretrained.arrays))
+    max_value = dataset.preprocessing.max_value
+    train_step, eval_step = make_steps(config, model, tx, policy, max_value, layout)
 
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SETTINGS}
-    run = run_folder.Run(config.run_dir, settings, resume=config.resume)
+    settings = dataclasses.asdict(config) | {"weights": pretrained.digest}
+    settings = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
+    run = run_folder.Run(config.run_dir, settings, DEFAULTS, resume=config.resume)
     if report and not brief:
         out.print(str(report), soft_wrap=True)
-    step, state = run.restore(training.on_mesh(mesh, initial_state, seed), epoch_steps)
+    state = training.on_mesh(mesh, initial_state, seed, pretrained.arrays)
+    step, state = run.restore(state, epoch_steps)
+    if pretrained.summary and step == 0 and not brief:
+        out.print(pretrained.summary, soft_wrap=True)
+    del pretrained  # Large, and in the state if it is needed.
     batches = data.train_batches(
         dataset, size, seed=config.seed, start_step=step, workers=config.workers, **share
     )
@@ -252,9 +281,18 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
     return run.rows
 
 
+def parse(arguments: list[str]) -> Config:
+    """What the command line asks for, on top of the recipe that it names."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe")
+    recipe = finder.parse_known_args(arguments)[0].recipe
+    given = [] if recipe is None else recipes.flags(recipe, Config)
+    return tyro.cli(Config, args=given + arguments)
+
+
 def main() -> None:
     try:
-        config = tyro.cli(Config)
+        config = parse(sys.argv[1:])
         given = (config.coordinator, config.process_count, config.process_id)
         if config.distributed or given != (None, None, None):
             processes.join(*given)

@@ -16,13 +16,14 @@ class SeenError(Exception):
     """Ends a run that was resumed only to look at it."""
 
 
-def final_state(folder, data_dir):
+def final_state(folder, data_dir, **changes):
     """The newest checkpoint: its step, and its leaves by path, keys as their words.
 
-    Resumes the run on the devices at hand: only so is a checkpoint of others read.
+    Resumes the run on the devices at hand: only so is a checkpoint of others read. `changes` are
+    flags that cannot be read off its settings.
     """
     found = []
-    settings = json.loads((folder / "settings.json").read_text())
+    settings = json.loads((folder / "settings.json").read_text()) | changes
     settings["exempt"] = tuple(settings["exempt"])
     restore = run_folder.Run.restore
 
@@ -57,9 +58,10 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_runs(first, second, data_dir):
+def assert_same_runs(first, second, data_dir, **changes):
     """Bit for bit: parameters, optimizer state, keys, metrics; all but the speed."""
-    (step, leaves), (other_step, other) = (final_state(x, data_dir) for x in (first, second))
+    found = (final_state(x, data_dir, **changes) for x in (first, second))
+    (step, leaves), (other_step, other) = found
     assert step == other_step and leaves.keys() == other.keys() and leaves
     for path in leaves:
         assert leaves[path].tobytes() == other[path].tobytes(), path

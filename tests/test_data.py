@@ -33,7 +33,7 @@ def assert_equal(first, second):
 
 def plain(digits):
     """The set without augmentation, so that images can be recognised."""
-    return digits._replace(recipe=digits.recipe._replace(shift=0))
+    return digits._replace(preprocessing=digits.preprocessing._replace(shift=0))
 
 
 def multiset(images):
@@ -58,7 +58,7 @@ def test_a_batch_has_the_promised_shape_and_dtype(digits):
     assert batch.keys() == {"image", "label"}
     assert batch["image"].shape == (32, 8, 8, 1) and batch["image"].dtype == np.uint8
     assert batch["label"].shape == (32,) and batch["label"].dtype == np.int32
-    assert batch["image"].max() == digits.recipe.max_value
+    assert batch["image"].max() == digits.preprocessing.max_value
 
 
 def test_an_epoch_shows_no_image_twice_and_the_next_one_has_another_order(digits):
@@ -182,7 +182,7 @@ def test_the_same_code_reads_the_other_sets(name, num_classes, image_shape):
     with tfds.testing.mock_data(num_examples=12):
         dataset = data.load(name)
         assert dataset.num_classes == num_classes
-        assert dataset.recipe.image_shape == image_shape
+        assert dataset.preprocessing.image_shape == image_shape
         for batch in (
             *take(data.train_batches(dataset, 4, seed=0), 4),
             *data.test_batches(dataset, 5),
@@ -196,13 +196,13 @@ class TestAugmentation:
 
     def draws(self, name, image, count=200):
         uniforms = np.random.default_rng(0).random((count, 5))
-        return data.augment([image] * count, data.RECIPES[name], uniforms)
+        return data.augment([image] * count, data.PREPROCESSING[name], uniforms)
 
     def test_a_shift_moves_the_image_and_fills_with_zeros(self):
-        recipe = data.RECIPES["svhn_cropped"]
+        preprocessing = data.PREPROCESSING["svhn_cropped"]
         offsets = set()
         for draw in self.draws("svhn_cropped", self.image):
-            assert draw.shape == recipe.image_shape
+            assert draw.shape == preprocessing.image_shape
             values = draw[draw > 0]
             assert np.isin(values, self.image).all() and len(np.unique(values)) == len(values)
             row, column = np.argwhere(draw[..., 0] == self.image[16, 16, 0])[0]
@@ -222,7 +222,7 @@ class TestAugmentation:
             assert all(right)
 
     def test_digits_are_not_flipped(self, digits):
-        assert not digits.recipe.flip
+        assert not digits.preprocessing.flip
 
     def test_a_resized_crop_stays_inside_the_image(self):
         ramp = np.linspace(50, 200, 300).astype(np.uint8)
@@ -237,13 +237,39 @@ class TestAugmentation:
     def test_the_test_image_is_the_centre(self):
         image = np.zeros((100, 200, 3), np.uint8)
         image[:, 57:143] = 255  # The central 87.5 % of the shorter side are columns 56.25 to 143.75
-        fitted = data.fit(image, data.RECIPES["imagenet2012"])
+        fitted = data.fit(image, data.PREPROCESSING["imagenet2012"])
         assert fitted.shape == (224, 224, 3)
         assert (fitted[:, 5:-5] == 255).all() and (fitted[:, 0] < 255).all()
 
+    @pytest.mark.parametrize("name", ["digits", "cifar10"])
+    def test_small_images_are_shifted_and_then_resized(self, name):
+        known = data.PREPROCESSING[name]
+        side, channels = known.image_shape[0], known.image_shape[-1]
+        larger = known._replace(image_shape=(3 * side, 3 * side, channels))
+        image = np.zeros(known.image_shape, np.uint8)
+        image[side // 2, side // 2] = 15
+        uniforms = np.random.default_rng(0).random((50, 5))
+        small = data.augment([image] * 50, known, uniforms)
+        large = data.augment([image] * 50, larger, uniforms)
+        assert large.shape == (50, *larger.image_shape) and large.dtype == np.uint8
+        # The middle of each block of nine pixels is a pixel of the small image.
+        np.testing.assert_array_equal(large[:, 1::3, 1::3], small)
+        np.testing.assert_array_equal(data.fit(image, larger)[1::3, 1::3], image)
+
+    def test_the_image_size_is_that_of_all_batches(self, tmp_path):
+        for name, size in (("cifar10", 48), ("imagenet2012", 96)):
+            with tfds.testing.mock_data(num_examples=6):
+                dataset = data.load(name, image_size=size)
+                for batches in (
+                    data.train_batches(dataset, 4, seed=0),
+                    data.test_batches(dataset, 4),
+                ):
+                    (batch,) = take(batches, 1)
+                    assert batch["image"].shape == (4, size, size, 3)
+
     def test_grey_images_get_their_channels(self):
         grey = np.full((30, 40, 1), 7, np.uint8)
-        assert (data.fit(grey, data.RECIPES["imagenet2012"]) == 7).all()
+        assert (data.fit(grey, data.PREPROCESSING["imagenet2012"]) == 7).all()
 
 
 @pytest.mark.bad_input

@@ -303,7 +303,7 @@ def test_evaluation_is_the_mean_over_the_test_set(config, data_dir):
     model.head.kernel[...] = jax.random.normal(jax.random.key(0), (16, 10))
     _, params, rest = nnx.split(model, nnx.Param, ...)
     _, eval_step = train.make_steps(
-        config(), model, optax.identity(), None, dataset.recipe.max_value
+        config(), model, optax.identity(), None, dataset.preprocessing.max_value
     )
     state = train.State(params, rest, opt_state=None, sums={})
     mesh = training.make_mesh("", 96)  # Not a divisor of 500.
@@ -372,6 +372,10 @@ MISTAKES = [
     (["--epochs", "-1"], "--epochs -1 must be positive"),
     (["--learning-rate", "0"], "--learning-rate 0.0 must be positive"),
     (["--seed", "-1"], "--seed -1 must be at least 0"),
+    (["--image-size", "-8"], "--image-size -8 must be 1 to 4096"),
+    (["--image-size", "10"], "patch_size=4 does not divide images of 10x10"),
+    (["--weights", "w.npz"], r"--weights w.npz cannot be read: \[Errno 2\] No such file"),
+    (["--weights", "w.pth"], "--weights w.pth: vit_nano/4 takes a .npz file"),
     (["--dataset", "cifar10"], "data set 'cifar10' in .* is not prepared; prepare it once with"),
 ]
 
@@ -426,6 +430,17 @@ class TestRunFolder:
         message = r"holds a run with --model vit_nano/4 \(now resnet_nano\), --rate 0.3 \(now 0.1\)"
         with pytest.raises(data.UserError, match=message):
             train.train(config(epochs=1, resume=True, model="resnet_nano", rate=0.1))
+
+    def test_settings_that_an_earlier_release_did_not_have(self, config, tmp_path):
+        train.train(config(epochs=1))
+        file = tmp_path / "run/settings.json"
+        settings = json.loads(file.read_text())
+        del settings["schedule"], settings["weights"], settings["image_size"]
+        file.write_text(json.dumps(settings))
+        message = r"holds a run with --image-size None \(now 16\), --schedule cosine \(now step\);"
+        with pytest.raises(data.UserError, match=message):
+            train.train(config(epochs=1, resume=True, schedule="step", image_size=16))
+        assert len(train.train(config(epochs=1, resume=True))) == 1
 
     def test_a_folder_that_cannot_be_made(self, config, tmp_path):
         (tmp_path / "file").touch()
