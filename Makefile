@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all soak gpu-check lint wheel clean
+.PHONY: demo test test-all soak gpu-check lint docs notebook wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,16 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs  ## The site, in build/docs; any warning is an error.
+	$(BIN)/python -m sphinx -W --keep-going -n -q -E docs build/docs
+
+notebook: $(VENV)/.docs  ## Runs docs/digits.ipynb and keeps its results in it.
+	JAX_PLATFORMS=cpu $(BIN)/jupyter execute --inplace docs/digits.ipynb
 
 wheel: $(VENV)/.installed  ## Builds the wheel, and imports it beside its core dependencies only.
 	rm -rf dist build/wheel-venv
