@@ -46,9 +46,10 @@ docs: $(VENV)/.docs  ## The site, in build/docs; any warning is an error.
 notebook: $(VENV)/.docs  ## Runs docs/digits.ipynb and keeps its results in it.
 	JAX_PLATFORMS=cpu $(BIN)/jupyter execute --inplace docs/digits.ipynb
 
-wheel: $(VENV)/.installed  ## Builds the wheel, and imports it beside its core dependencies only.
+wheel: $(VENV)/.installed  ## Builds sdist and wheel, and imports the wheel beside its core dependencies only.
 	rm -rf dist build/wheel-venv
-	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/wheel-venv
 	build/wheel-venv/bin/pip install --quiet dist/*.whl
 	cd build && JAX_PLATFORMS=cpu wheel-venv/bin/python -c "import sys, cdb_jax; assert 'flax' not in sys.modules; print('cdb_jax', cdb_jax.__version__)"
