@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all soak gpu-check lint wheel clean
+.PHONY: demo test test-all soak gpu-check lint docs notebook wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,9 +36,20 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-wheel: $(VENV)/.installed  ## Builds the wheel, and imports it beside its core dependencies only.
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs  ## The site, in build/docs; any warning is an error.
+	$(BIN)/python -m sphinx -W --keep-going -n -q -E docs build/docs
+
+notebook: $(VENV)/.docs  ## Runs docs/digits.ipynb and keeps its results in it.
+	JAX_PLATFORMS=cpu $(BIN)/jupyter execute --inplace docs/digits.ipynb
+
+wheel: $(VENV)/.installed  ## Builds sdist and wheel, and imports the wheel beside its core dependencies only.
 	rm -rf dist build/wheel-venv
-	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/wheel-venv
 	build/wheel-venv/bin/pip install --quiet dist/*.whl
 	cd build && JAX_PLATFORMS=cpu wheel-venv/bin/python -c "import sys, cdb_jax; assert 'flax' not in sys.modules; print('cdb_jax', cdb_jax.__version__)"

@@ -18,10 +18,16 @@ SlotAxes = Callable[[str, tuple[int, ...] | None, tuple[int, ...]], tuple[int | 
 
 
 class FreezeDroppedState(NamedTuple):
-    """State of `freeze_dropped`: that of the optimizer, and what `ChannelDropBackState` holds."""
+    """State of `freeze_dropped`: that of the optimizer, and what `ChannelDropBackState` holds.
 
-    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32: steps taken, the count of the next selection.
-    dropped_fraction: jax.Array  # shape=(), dtype=jnp.float32: of the last step, by parameters.
+    Attributes:
+      count: the steps taken, and so the count of the next selection; an int32 scalar.
+      dropped_fraction: of the last step, by parameters, as in `dropped_fraction`; a float32 scalar.
+      inner_state: the state of the optimizer inside.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
+    dropped_fraction: jax.Array  # shape=(), dtype=jnp.float32
     inner_state: Any
 
 

@@ -17,10 +17,14 @@ class ChannelDropBackState(NamedTuple):
 
     The key is part of the program and the count is all that changes, so the state can be saved
     by anything that saves arrays, and a restart continues with the same selections.
+
+    Attributes:
+      count: the steps taken, and so the count of the next selection; an int32 scalar.
+      dropped_fraction: of the last step, by parameters, as in `dropped_fraction`; a float32 scalar.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32: steps taken, the count of the next selection.
-    dropped_fraction: jax.Array  # shape=(), dtype=jnp.float32: of the last step, by parameters.
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
+    dropped_fraction: jax.Array  # shape=(), dtype=jnp.float32
 
 
 def channel_drop_back(

@@ -1,4 +1,4 @@
-"""Draws the pictures of methods.md, each from the library itself.
+"""Draws the pictures of methods.md and skipping.md, each from the library itself.
 
 python docs/figures.py
 """
@@ -136,7 +136,8 @@ def skip_update() -> None:
         )
     )
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3), layout="constrained")
-    shown = left.pcolormesh(factors[:48].T, cmap="Blues", edgecolors="w", linewidth=0.5)
+    grid = dict(edgecolors="w", linewidth=0.5)
+    shown = left.pcolormesh(factors[:48].T, cmap="Blues", vmin=0, vmax=2, **grid)
     figure.colorbar(shown, ax=left, label="factor on the update", ticks=[0, 2])
     left.set(xlabel="step", ylabel="output channel")
     means = np.cumsum(factors, axis=0) / np.arange(1, steps + 1)[:, None]
@@ -146,6 +147,58 @@ def skip_update() -> None:
     save(figure, "skip_update")
 
 
+def skipping() -> None:
+    """The three products of a dense layer in a training step, with a window of channels kept."""
+    batch, inputs, outputs = 4, 6, 12
+    policy = cdb_jax.Policy(0.5, key=0, channel_choice="window")
+    tree = {"kernel": jnp.zeros((inputs, outputs))}
+    kept = np.asarray(cdb_jax.sample_selection(policy, tree, 2)["kernel"]) > 0
+    full = lambda rows, columns: np.ones((rows, columns), bool)
+    part = lambda rows: np.broadcast_to(kept, (rows, outputs))
+    x, w, y = full(batch, inputs), full(inputs, outputs), full(batch, outputs)
+    rows = {
+        "forward: y = x w, in full": (("y", y), ("x", x), ("w", w)),
+        "backward to x: dx = dy wᵀ, in full": (("dx", x), ("dy", y), ("wᵀ", w.T)),
+        "backward to w: dw = xᵀ dy, kept channels only": (
+            ("dw", part(inputs)),
+            ("xᵀ", x.T),
+            ("dy", part(batch)),
+        ),
+    }
+    height, gap = outputs - 0.7, 2.2
+    figure, panel = pyplot.subplots(figsize=(10, 6.3), layout="constrained")
+    for row, (title, matrices) in enumerate(rows.items()):
+        middle = -row * height
+        panel.text(-13, middle, title.replace(": ", ":\n"), va="center", fontsize=11)
+        left = 2.0
+        for (name, cells), sign in zip(matrices, ("=", "·", ""), strict=True):
+            top = middle + len(cells) / 2
+            for (i, j), computed in np.ndenumerate(cells):
+                panel.add_patch(
+                    pyplot.Rectangle(
+                        (left + j, top - i - 1),
+                        1,
+                        1,
+                        facecolor="C0" if computed else "0.95",
+                        alpha=0.75 if computed else 1.0,
+                        hatch="" if computed else "////",
+                        edgecolor="w" if computed else "0.75",
+                        linewidth=1,
+                    )
+                )
+            width = cells.shape[1]
+            panel.text(left + width / 2, top + 0.3, name, ha="center", va="bottom", fontsize=12)
+            left += width + gap
+            panel.text(left - gap / 2, middle, sign, ha="center", va="center", fontsize=14)
+    computed = pyplot.Rectangle((0, 0), 1, 1, facecolor="C0", alpha=0.75)
+    dropped = pyplot.Rectangle((0, 0), 1, 1, facecolor="0.95", hatch="////", edgecolor="0.75")
+    labels = ["computed or read", "dw: zero, not computed; dy: not read"]
+    figure.legend([computed, dropped], labels, loc="outside lower center", ncols=2, frameon=False)
+    panel.set(xlim=(-13, 37.5), ylim=(-2 * height - 4, 5.5), aspect="equal")
+    panel.axis("off")
+    save(figure, "skipping")
+
+
 if __name__ == "__main__":
-    for draw in (freezing, backdrop, stochastic_depth, layer_drop_back, skip_update):
+    for draw in (freezing, backdrop, stochastic_depth, layer_drop_back, skip_update, skipping):
         draw()
