@@ -93,7 +93,11 @@ ABLATIONS = {
 def config_of(contender: Contender, **settings: Any) -> SimpleNamespace:
     """What `examples/methods.py` reads of a configuration; numbers may be traced."""
     defaults = dict(
-        layer_rate=1.0, channel_choice="bernoulli", skip_dropped=False, exempt=("head",)
+        layer_rate=1.0,
+        channel_choice="bernoulli",
+        skip_dropped=False,
+        exempt=("head",),
+        schedule="cosine",
     )
     return SimpleNamespace(method=contender.method, **defaults | contender.settings | settings)
 
