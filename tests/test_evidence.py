@@ -3,7 +3,6 @@
 import grid
 import jax
 import numpy as np
-import pandas
 import pytest
 import report
 import run
@@ -97,11 +96,11 @@ def test_a_grid_goes_on_where_it_stopped(short, tmp_path):
     assert grid.chosen(cell, run.read(file)) is None
     final = Job(jobs[0].program, SETTINGS)
     run.train_all([final], file)
-    last = run.read(file).iloc[-1]
-    assert last.trial == -1 and 0 <= last.test_accuracy <= 1 and last.flops > 0
+    last = run.read(file)[-1]
+    assert last["trial"] == -1 and 0 <= last["test_accuracy"] <= 1 and last["flops"] > 0
     again = trial.run(final.program, final.settings, test=True)
-    assert last.test_nll == pytest.approx(again["test_nll"], rel=1e-4)
-    assert last.curve == again["curve"] and len(last.curve.split()) == trial.EVALUATIONS
+    assert last["test_nll"] == pytest.approx(again["test_nll"], rel=1e-4)
+    assert last["curve"] == again["curve"] and len(last["curve"].split()) == trial.EVALUATIONS
 
 
 def test_every_contender_has_the_same_budget():
@@ -143,7 +142,7 @@ def planted(effects, spread=0.01):
                 | {"flops": 2.0, "curve": ""}
             )
     cells = [Cell("digits_few", name, "m") for name in ("none", *effects)]
-    return cells, pandas.DataFrame(rows)
+    return cells, rows
 
 
 def test_the_report_finds_what_is_there_and_nothing_else():
@@ -163,7 +162,7 @@ def test_the_report_finds_what_is_there_and_nothing_else():
 
 def test_a_row_with_a_run_missing_is_not_run():
     cells, runs = planted({"better": 0.02})
-    rows = report.compare(cells, runs.iloc[:-1])
+    rows = report.compare(cells, runs[:-1])
     assert [row["run"] for row in rows] == [True, False]
     assert "| better | *not run*" in report.markdown(rows)
 
@@ -173,6 +172,12 @@ def test_false_alarms_are_rare():
     alarms = [report.p_value(rng.standard_normal(20)) < 0.05 for _ in range(200)]
     assert abs(np.mean(alarms) - 0.05) < 4 * np.sqrt(0.05 * 0.95 / 200)
     assert report.p_value(np.zeros(20)) == 1.0
+
+
+def test_correction_for_the_number_of_comparisons():
+    # Worked by hand: 3 * 0.01, then 2 * 0.02, then 0.03, which may not be less.
+    assert report.holm([0.02, 0.03, 0.01]) == pytest.approx([0.04, 0.04, 0.03])
+    assert report.holm([0.6, 0.5]) == [1.0, 1.0] and report.holm([]) == []
 
 
 def test_calibration_error():

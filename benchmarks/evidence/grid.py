@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import pandas
+import numpy as np
 from contenders import ABLATIONS, CONTENDERS, CORE, SAVING
 from scipy.stats import qmc
 from tasks import TASKS
@@ -20,6 +20,10 @@ RANGES = {  # Of learning rate and weight decay, searched on logarithmic scales.
 }
 
 
+Row = dict[str, Any]  # A finished run: its settings and its metrics.
+KEY = ("task", "model", "optimizer", "ablation", "contender", "trial", "seed")
+
+
 class Job(NamedTuple):
     """One run. `trial` is the number of the setting that tuning tries; -1 is the chosen one."""
 
@@ -30,8 +34,11 @@ class Job(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         """What a finished run is recognised by, whatever was chosen for it."""
-        p = self.program
-        return (p.task, p.model, p.optimizer, p.ablation, p.contender, self.trial, self.settings[0])
+        return key_of({**self.program._asdict(), "trial": self.trial, "seed": self.settings.seed})
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
 
 
 class Cell(NamedTuple):
@@ -91,44 +98,49 @@ def tuning_jobs(cell: Cell) -> list[Job]:
     return jobs
 
 
-def chosen(cell: Cell, runs: pandas.DataFrame) -> pandas.Series | None:
-    """The setting whose runs have the best mean accuracy on validation images, then likelihood.
+def chosen(cell: Cell, runs: Sequence[Row]) -> Row | None:
+    """A run with the setting that has the best mean accuracy on validation images, then likelihood.
 
-    None until all of them are there.
+    None until all settings are tried.
     """
-    found = runs_of(cell, runs)
-    found = found[(found.trial >= 0) & ~found.ablation]
+    found = [run for run in runs_of(cell, runs) if run["trial"] >= 0]
     if len(found) < TRIALS * len(TUNING_SEEDS):
         return None
-    score = ["validation_accuracy", "validation_nll"]
-    means = found.groupby("trial")[score].mean().sort_values(score, ascending=[False, True])
-    return found[found.trial == means.index[0]].iloc[0]
+
+    def score(trial: int) -> tuple[float, float]:
+        same = [run for run in found if run["trial"] == trial]
+        mean = lambda name: float(np.mean([run[name] for run in same]))
+        return mean("validation_accuracy"), -mean("validation_nll")
+
+    best = max(range(TRIALS), key=score)
+    return next(run for run in found if run["trial"] == best)
 
 
-def final_jobs(cell: Cell, best: pandas.Series) -> list[Job]:
-    program = Program(*_parts(cell), float(best.rate), float(best.dropout))
-    return [Job(program, Settings(seed, best.learning_rate, best.weight_decay)) for seed in SEEDS]
+def final_jobs(cell: Cell, best: Row) -> list[Job]:
+    program = Program(*_parts(cell), best["rate"], best["dropout"])
+    numbers = best["learning_rate"], best["weight_decay"]
+    return [Job(program, Settings(seed, *numbers)) for seed in SEEDS]
 
 
 ABLATED = Cell("digits_noisy", "CDB before", TASKS["digits_noisy"].model)
 ABLATION_RATE = 0.5
 
 
-def ablation_jobs(best: pandas.Series) -> list[Job]:
+def ablation_jobs(best: Row) -> list[Job]:
     """All at the learning rate and weight decay that were chosen for the row they change."""
     return [
         Job(
             Program(*_parts(ABLATED._replace(contender=name)), ABLATION_RATE, ablation=True),
-            Settings(seed, best.learning_rate, best.weight_decay),
+            Settings(seed, best["learning_rate"], best["weight_decay"]),
         )
         for name in ABLATIONS
         for seed in SEEDS
     ]
 
 
-def runs_of(cell: Cell, runs: pandas.DataFrame) -> pandas.DataFrame:
-    same = [runs[name] == value for name, value in cell._asdict().items()]
-    return runs[pandas.concat(same, axis=1).all(axis=1)]
+def runs_of(cell: Cell, runs: Sequence[Row], ablation: bool = False) -> list[Row]:
+    wanted = {**cell._asdict(), "ablation": ablation}
+    return [run for run in runs if all(run[name] == value for name, value in wanted.items())]
 
 
 def _parts(cell: Cell) -> tuple[str, str, str, str]:

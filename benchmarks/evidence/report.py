@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
-import pandas
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [
@@ -30,7 +28,8 @@ sys.path[:0] = [
 ]
 
 matplotlib.use("Agg")
-from grid import ABLATED, GRIDS, SEEDS, Cell, runs_of  # noqa: E402
+from contenders import ABLATIONS  # noqa: E402
+from grid import ABLATED, GRIDS, SEEDS, Cell, Row, runs_of  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
 from overhead import results_file  # noqa: E402
 from run import read  # noqa: E402
@@ -63,43 +62,54 @@ def p_value(differences: np.ndarray) -> float:
     return float(test.pvalue)
 
 
-def finals(cell: Cell, runs: pandas.DataFrame, ablation: bool = False) -> pandas.DataFrame:
-    """The runs with the chosen setting, in order of seeds; empty until all are there."""
-    found = runs_of(cell, runs)
-    found = found[(found.trial < 0) & (found.ablation == ablation)].set_index("seed").sort_index()
-    return found if list(found.index) == list(SEEDS) else found.iloc[:0]
+def holm(values: list[float]) -> list[float]:
+    """p values corrected for their number by the step-down method of Holm (1979)."""
+    order = np.argsort(values)
+    scaled = np.array(values)[order] * np.arange(len(values), 0, -1)
+    corrected = np.empty(len(values))
+    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return corrected.tolist()
+
+
+def finals(cell: Cell, runs: Sequence[Row], ablation: bool = False) -> list[Row]:
+    """The runs with the chosen setting, in order of seeds; none until all are there."""
+    found = [run for run in runs_of(cell, runs, ablation) if run["trial"] < 0]
+    found.sort(key=lambda run: run["seed"])
+    return found if [run["seed"] for run in found] == list(SEEDS) else []
+
+
+def column(runs: Sequence[Row], name: str) -> np.ndarray:
+    return np.array([run[name] for run in runs])
 
 
 def compare(
-    cells: list[Cell], runs: pandas.DataFrame, baseline: str = BASELINE, ablation: bool = False
-) -> list[dict[str, Any]]:
+    cells: Sequence[Cell], runs: Sequence[Row], baseline: str = BASELINE, ablation: bool = False
+) -> list[Row]:
     """One row for each cell: the chosen setting, the measures, and their differences."""
     rows = []
     for cell in cells:
         own = finals(cell, runs, ablation)
         base = finals(cell._replace(contender=baseline), runs, ablation)
-        if own.empty or base.empty:
+        if not own or not base:
             rows.append(cell._asdict() | {"run": False})
             continue
-        first = own.iloc[0]
-        row = cell._asdict() | {"run": True, "flops": first.flops / base.iloc[0].flops}
-        row |= {x: float(first[x]) for x in ("learning_rate", "weight_decay", "rate", "dropout")}
+        row = cell._asdict() | {"run": True, "flops": own[0]["flops"] / base[0]["flops"]}
+        row |= {x: own[0][x] for x in ("learning_rate", "weight_decay", "rate", "dropout")}
         for measure in MEASURES:
-            values = own[f"test_{measure}"].to_numpy()
+            values = column(own, f"test_{measure}")
+            differences = values - column(base, f"test_{measure}")
             row[measure] = interval(values)
-            row[f"{measure}_difference"] = interval(values - base[f"test_{measure}"].to_numpy())
-        if cell.contender != baseline:
-            row["p"] = p_value((own.test_accuracy - base.test_accuracy).to_numpy())
+            row[f"{measure}_difference"] = interval(differences)
+            if measure == "accuracy" and cell.contender != baseline:
+                row["p"] = p_value(differences)
         rows.append(row)
     compared = [row for row in rows if "p" in row]
-    if compared:
-        corrected = multipletests([row["p"] for row in compared], method="holm")[1]
-        for row, p in zip(compared, corrected, strict=True):
-            row["p_corrected"] = float(p)
+    for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
+        row["p_corrected"] = p
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: Sequence[Row]) -> str:
     """A table for each task."""
     text = []
     for task in dict.fromkeys((row["task"], row["model"], row["optimizer"]) for row in rows):
@@ -143,7 +153,7 @@ def p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def draw(rows: list[dict[str, Any]], file: Path, title: str) -> None:
+def draw(rows: Sequence[Row], file: Path, title: str) -> None:
     """Differences in accuracy and their intervals, a panel for each task."""
     rows = [row for row in rows if row["run"] and "p" in row]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
@@ -192,8 +202,6 @@ def main() -> None:
         if any("p" in row for row in results[grid]):
             title = "Against the tuned baseline (coloured where p < 0.05, corrected)"
             draw(results[grid], arguments.runs.with_name(f"evidence-{grid}.png"), title)
-    from contenders import ABLATIONS
-
     cells = [ABLATED._replace(contender=name) for name in ABLATIONS]
     results["ablation"] = compare(cells, runs, ABLATION_BASELINE, ablation=True)
     text += ["## ablation", "", markdown(results["ablation"])]

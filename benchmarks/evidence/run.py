@@ -27,8 +27,17 @@ BENCHMARKS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(BENCHMARKS.parent), str(BENCHMARKS.parent / "examples"), str(BENCHMARKS)]
 
 import jax  # noqa: E402
-import pandas  # noqa: E402
-from grid import ABLATED, GRIDS, Job, ablation_jobs, chosen, final_jobs, tuning_jobs  # noqa: E402
+from grid import (  # noqa: E402
+    ABLATED,
+    GRIDS,
+    Job,
+    Row,
+    ablation_jobs,
+    chosen,
+    final_jobs,
+    key_of,
+    tuning_jobs,
+)
 from overhead import machine, results_file, versions  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 from trial import Program, Settings, compiled, run  # noqa: E402
@@ -40,14 +49,24 @@ COLUMNS = [*Program._fields, "trial", *Settings._fields, *METRICS, "train_accura
 COLUMNS += ["seconds", "curve"]
 
 
-def read(file: Path) -> pandas.DataFrame:
+TEXTS = ("task", "contender", "model", "optimizer", "curve")
+WHOLE = ("trial", "seed")
+
+
+def read(file: Path) -> list[Row]:
     """The runs that are done; each once, should two commands have run side by side."""
     if not file.exists():
-        return pandas.DataFrame(columns=COLUMNS).astype({"ablation": bool, "trial": int})
-    return pandas.read_csv(file).drop_duplicates(list(_KEY), keep="first")
+        return []
 
+    def value(name: str, text: str) -> Any:
+        if name == "ablation":
+            return text == "True"
+        kind = str if name in TEXTS else int if name in WHOLE else float
+        return kind(text) if text or kind is str else None
 
-_KEY = ("task", "model", "optimizer", "ablation", "contender", "trial", "seed")
+    with open(file, newline="") as lines:
+        rows = [{name: value(name, x) for name, x in row.items()} for row in csv.DictReader(lines)]
+    return list({key_of(row): row for row in reversed(rows)}.values())[::-1]
 
 
 def train_all(jobs: Sequence[Job], file: Path) -> int:
@@ -72,9 +91,9 @@ def append(file: Path, row: dict[str, Any]) -> None:
         out.write(line.getvalue().encode())
 
 
-def remaining(jobs: Sequence[Job], runs: pandas.DataFrame) -> list[Job]:
+def remaining(jobs: Sequence[Job], runs: Sequence[Row]) -> list[Job]:
     """Those that are not done yet, ordered by program."""
-    done = set(runs[list(_KEY)].itertuples(index=False, name=None))
+    done = {key_of(run) for run in runs}
     return sorted(job for job in jobs if job.key not in done)
 
 

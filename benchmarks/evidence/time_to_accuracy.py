@@ -20,8 +20,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
@@ -29,10 +29,9 @@ sys.path[:0] = [str(HERE.parent.parent / "examples")]
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-import pandas  # noqa: E402
-from grid import GRIDS, Cell, chosen, final_jobs  # noqa: E402
+from grid import GRIDS, Cell, Job, Row, chosen, final_jobs  # noqa: E402
 from overhead import median_interval, publish, results_file  # noqa: E402
-from report import BASELINE, RESAMPLES, difference, finals, interval  # noqa: E402
+from report import BASELINE, RESAMPLES, column, difference, finals, interval  # noqa: E402
 from run import read  # noqa: E402
 from tasks import TASKS  # noqa: E402
 from trial import EVALUATIONS, Settings, batches, compiled  # noqa: E402
@@ -40,7 +39,7 @@ from trial import EVALUATIONS, Settings, batches, compiled  # noqa: E402
 MARGIN = 0.003  # Of accuracy: 0.3 points.
 
 
-def time_steps(jobs: dict[str, Any], rounds: int) -> dict[str, np.ndarray]:
+def time_steps(jobs: dict[str, Job], rounds: int) -> dict[str, np.ndarray]:
     """Seconds for the steps of one epoch, by contender, in every round: all take turns."""
     runners = {}
     for name, job in jobs.items():
@@ -65,9 +64,9 @@ def time_steps(jobs: dict[str, Any], rounds: int) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def curves(runs: pandas.DataFrame) -> np.ndarray:
+def curves(runs: Sequence[Row]) -> np.ndarray:
     """Test accuracy in the course of every run: shape (seeds, evaluations)."""
-    return np.array([np.fromstring(text, sep=" ") for text in runs.curve])
+    return np.array([[float(x) for x in run["curve"].split()] for run in runs])
 
 
 def crossing(curve: np.ndarray, target: float) -> float:
@@ -95,7 +94,7 @@ def reach(own: np.ndarray, base: np.ndarray, cost: float) -> tuple[float, float,
     return of(np.arange(len(own))), float(low), float(high)
 
 
-def compare(cells: list[Cell], runs: pandas.DataFrame, rounds: int) -> list[dict[str, Any]]:
+def compare(cells: Sequence[Cell], runs: Sequence[Row], rounds: int) -> list[Row]:
     """Rows for the contenders on one task with one model."""
     jobs = {cell.contender: final_jobs(cell, chosen(cell, runs))[0] for cell in cells}
     seconds = time_steps(jobs, rounds)
@@ -105,8 +104,9 @@ def compare(cells: list[Cell], runs: pandas.DataFrame, rounds: int) -> list[dict
     for cell in cells:
         own = finals(cell, runs)
         ratio = median_interval(seconds[cell.contender] / seconds[BASELINE])
-        flops = float(own.iloc[0].flops / base.iloc[0].flops)
-        gap = interval((own.test_accuracy - base.test_accuracy).to_numpy())
+        flops = own[0]["flops"] / base[0]["flops"]
+        accuracy = column(own, "test_accuracy")
+        gap = interval(accuracy - column(base, "test_accuracy"))
         rows.append(
             cell._asdict()
             | {
@@ -115,7 +115,7 @@ def compare(cells: list[Cell], runs: pandas.DataFrame, rounds: int) -> list[dict
                 / (len(TASKS[cell.task].split(0).train.label) // TASKS[cell.task].batch_size),
                 "step_time": ratio,
                 "flops": flops,
-                "accuracy": interval(own.test_accuracy.to_numpy()),
+                "accuracy": interval(accuracy),
                 "difference": gap,
                 "non_inferior": gap[1] > -MARGIN,
                 "time_to_accuracy": reach(curves(own), curves(base), ratio[0]),
@@ -125,7 +125,7 @@ def compare(cells: list[Cell], runs: pandas.DataFrame, rounds: int) -> list[dict
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     lines = [
         "| task, model | method | time of a step | FLOPs | accuracy, % | difference, points | "
         "non-inferior | time to accuracy |",
