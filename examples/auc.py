@@ -21,8 +21,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
 import cdb_jax
-import training
-from data import UserError
+import display
+from errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +116,14 @@ def main() -> None:
         (
             f"backdrop {rate}" if rate else "without",
             f"{100 * found[:, 0].mean():.2f}",
-            training.percent(found[:, 1]),
-            "" if rate == base else training.percent(found[:, 1] - results[base][:, 1], "+"),
+            display.percent(found[:, 1]),
+            "" if rate == base else display.percent(found[:, 1] - results[base][:, 1], "+"),
         )
         for rate, found in results.items()
     ]
     columns = ("", "training AUC (%)", "held-out AUC (%)", f"against {lines[0][0]}")
     title = f"Is it an 8? {config.seeds} seeds, 95 % intervals, paired by seed"
-    training.console().print(training.results_table(title, columns, lines))
+    display.console().print(display.results_table(title, columns, lines))
 
 
 if __name__ == "__main__":

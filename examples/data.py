@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +24,7 @@ from absl import flags, logging
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-
-class UserError(Exception):
-    """A mistake that the user can mend; scripts show its message as one line."""
+from errors import UserError, first_line
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -156,12 +153,6 @@ def _prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
     except OSError:
         if not builder.is_prepared():  # Another process may have been faster.
             raise
-
-
-def first_line(error: Exception) -> str:
-    """What is worth showing of an error that may fill a page."""
-    line = str(error).strip().partition("\n")[0] or type(error).__name__
-    return textwrap.shorten(line.rstrip(".:"), 300, placeholder=" ...")
 
 
 def train_batches(

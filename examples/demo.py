@@ -15,11 +15,11 @@ import numpy as np
 import tyro
 from matplotlib import pyplot
 
+import display
 import processes
 import run_folder
 import train
-import training
-from data import UserError
+from errors import UserError
 
 METHODS = ("none", "cdb", "cdb_after")
 LEARNING_RATES = {"resnet_small": 3e-3, "vit_mini/4": 4e-3}
@@ -52,12 +52,12 @@ def compare(histories: dict[str, dict[str, list[list[run_folder.Row]]]]) -> list
         }
         for method, rows in last.items():
             same = method == "none"
-            difference = "" if same else training.percent(accuracy[method] - accuracy["none"], "+")
+            difference = "" if same else display.percent(accuracy[method] - accuracy["none"], "+")
             loss = np.mean([row["train_loss"] for row in rows])
             lines.append(
                 [
                     f"{model}, {method}",
-                    training.percent(accuracy[method]),
+                    display.percent(accuracy[method]),
                     difference,
                     f"{loss:.4f}",
                 ]
@@ -75,7 +75,7 @@ def plot_comparison(
     for panel, (model, methods) in zip(axes[0], histories.items(), strict=True):
         for position, runs in enumerate(methods.values()):
             values = np.array([100 * rows[-1]["test_accuracy"] for rows in runs])
-            mean, half = training.mean_interval(values)
+            mean, half = display.mean_interval(values)
             panel.plot([position] * len(values), values, "o", color="0.6")
             bar = half if np.isfinite(half) else None
             panel.errorbar(position + 0.15, mean, yerr=bar, fmt="s", color="C0", capsize=4)
@@ -91,7 +91,7 @@ def plot_comparison(
 
 def run_all(demo: Demo) -> dict[str, dict[str, list[list[run_folder.Row]]]]:
     """The metrics of every run, by model and method, in order of seeds."""
-    out = training.console()
+    out = display.console()
     histories: dict[str, dict[str, list[list[run_folder.Row]]]] = {}
     for model, learning_rate in LEARNING_RATES.items():
         name = model.partition("/")[0]
@@ -136,12 +136,12 @@ def main() -> None:
 
     (demo.run_dir / "results.json").write_text(json.dumps(histories, indent=1) + "\n")
     for model, methods in histories.items():
-        training.plot_curves(methods, demo.run_dir / f"{model}.png", f"{model} on digits")
+        display.plot_curves(methods, demo.run_dir / f"{model}.png", f"{model} on digits")
     plot_comparison(histories, demo.run_dir / "comparison.png")
     columns = ("", "held-out accuracy (%)", "against none", "training loss")
     title = f"Last of {demo.epochs} epochs, {demo.seeds} seeds, 95 % intervals, paired by seed"
-    training.console().print(training.results_table(title, columns, compare(histories)))
-    training.console().print(
+    display.console().print(display.results_table(title, columns, compare(histories)))
+    display.console().print(
         f"pictures: {demo.run_dir}/comparison.png, "
         + ", ".join(f"{demo.run_dir}/{model}.png" for model in histories),
         soft_wrap=True,

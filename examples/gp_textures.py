@@ -24,8 +24,9 @@ import tyro
 from flax import nnx
 
 import cdb_jax.nnx
-import training
-from data import UserError
+import display
+from errors import UserError
+from gaussian_process import texture
 
 matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402
@@ -92,19 +93,6 @@ def length_scales(config: Config) -> tuple[tuple[float, float], tuple[float, flo
     ratio = config.fine_ratio or (FINE[1] / FINE[0] if config.size >= FULL_SIZE else 1.5)
     fine = (FINE[1] / ratio, FINE[1])
     return tuple(shrink * x for x in fine), tuple(shrink * x for x in COARSE)
-
-
-def texture(key: jax.Array, size: int, scale: float) -> jax.Array:
-    """A standardised sample of a Gaussian process with a squared-exponential kernel, on a torus.
-
-    With kernel exp(-r^2 / (2 scale^2)) the spectral density falls as exp(-scale^2 k^2 / 2), so
-    white noise whose Fourier amplitudes are multiplied by its root is a sample.
-    """
-    noise = jax.random.normal(key, (size, size))
-    k = 2 * jnp.pi * jnp.fft.fftfreq(size)
-    square = k[:, None] ** 2 + k[None, : size // 2 + 1] ** 2
-    sample = jnp.fft.irfft2(jnp.fft.rfft2(noise) * jnp.exp(-(scale**2) * square / 4), s=noise.shape)
-    return (sample - sample.mean()) / sample.std()
 
 
 def textures(key: jax.Array, count: int, config: Config) -> tuple[jax.Array, jax.Array]:
@@ -259,7 +247,7 @@ def main() -> None:
         config = tyro.cli(Config)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    out = training.console()
+    out = display.console()
     config.run_dir.mkdir(parents=True, exist_ok=True)
     plain = dataclasses.replace(config, fine_rate=0.0, coarse_rate=0.0)
     kinds = {"without": plain, "Backdrop": config}
@@ -282,12 +270,12 @@ def main() -> None:
                 soft_wrap=True,
             )
     title = f"Two-scale textures, {config.size} px, {config.seeds} seeds"
-    training.plot_curves(histories, config.run_dir / "curves.png", title)
+    display.plot_curves(histories, config.run_dir / "curves.png", title)
     (config.run_dir / "results.json").write_text(json.dumps(histories, indent=1) + "\n")
     last = {
         kind: np.array([rows[-1]["test_accuracy"] for rows in histories[kind]]) for kind in kinds
     }
-    gain = training.percent(last["Backdrop"] - last["without"], "+")
+    gain = display.percent(last["Backdrop"] - last["without"], "+")
     out.print(f"held-out accuracy, Backdrop against without: {gain} points (95 % interval)")
     out.print(f"pictures: {config.run_dir}/textures.png, gradients.png, curves.png")
 

@@ -9,7 +9,7 @@ import optax
 
 import cdb_jax
 import models
-from data import UserError
+from errors import UserError
 
 if TYPE_CHECKING:
     from train import Config
@@ -91,10 +91,12 @@ def make_policy(config: Config, total_steps: int, epoch_steps: int) -> cdb_jax.P
                 exempt=exempt,
             )
         case "released":
-            first = "stem" if config.model.startswith("resnet") else "patch_embed"
+            # With `skip_init_layers` 3: the arrays of index 0 to 3 in PyTorch's order.
+            convolves = config.model.startswith("resnet")
+            first = ("stem", "blocks/0/conv1") if convolves else ("patch_embed",)
             schedule = cdb_jax.released_layer_rate(total_steps)
             return cdb_jax.released_code(
-                key=key, exempt=(first,), rate=config.rate, layer_rate=schedule
+                key=key, exempt=first, rate=config.rate, layer_rate=schedule
             )
         case "algorithm_1":
             return cdb_jax.algorithm_1(

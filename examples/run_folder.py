@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 import processes
-from data import UserError, first_line
+from errors import UserError, first_line
 
 Row = dict[str, Any]
 STEP_METRICS = ("train_loss", "train_accuracy", "dropped_fraction")

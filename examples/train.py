@@ -30,6 +30,7 @@ from flax import nnx
 
 import cdb_jax
 import data
+import display
 import methods
 import models
 import processes
@@ -37,7 +38,7 @@ import recipes
 import run_folder
 import training
 import weights
-from data import UserError
+from errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Config:
     skip_dropped: bool = False
     """Do not compute what is dropped: saves time."""
     exempt: tuple[str, ...] = ("head",)
-    """Paths of layers that always learn in full. released exempts the first layer instead."""
+    """Paths of layers that always learn in full. released exempts the first ones instead."""
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 64
@@ -200,7 +201,7 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
       UserError: if the configuration, the data set or the run folder does not allow it.
       StoppedError: if asked to stop, when everything is saved.
     """
-    out = training.console()
+    out = display.console()
     dataset = data.load(config.dataset, config.data_dir, config.image_size)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     size, seed = config.batch_size, np.uint32(config.seed)
@@ -255,7 +256,7 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
         for epoch in range(step // epoch_steps + 1, config.epochs + 1):
             start, first = time.perf_counter(), step
             title = f"{config.model}, {config.method}: epoch {epoch}/{config.epochs}"
-            with training.EpochProgress(out, title, epoch_steps) as progress:
+            with display.EpochProgress(out, title, epoch_steps) as progress:
                 while step < epoch * epoch_steps:
                     if stop.at(step):
                         run.save(step, state)
@@ -277,7 +278,7 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
             state = state._replace(sums=training.on_mesh(mesh, lambda: dict(zeros)))
             run.save(step, state)
             if not brief:
-                out.print(training.summary(row, config.epochs), soft_wrap=True)
+                out.print(display.summary(row, config.epochs), soft_wrap=True)
     return run.rows
 
 
@@ -297,9 +298,9 @@ def main() -> None:
         if config.distributed or given != (None, None, None):
             processes.join(*given)
         rows = train(config)
-        training.show_results(config.run_dir, f"{config.model}, {config.method}", rows)
+        display.show_results(config.run_dir, f"{config.model}, {config.method}", rows)
     except processes.StoppedError as stopped:
-        training.console().print(f"{stopped}; go on with --resume.")
+        display.console().print(f"{stopped}; go on with --resume.")
         raise SystemExit(128 + stopped.signal) from None
     except Exception as error:
         processes.leave(error)

@@ -20,7 +20,7 @@ from flax import nnx
 from scipy import ndimage
 
 import models
-from data import UserError, first_line
+from errors import UserError, first_line
 
 
 class Layout(NamedTuple):

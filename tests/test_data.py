@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 
 import data
+import errors
 
 EXAMPLES = Path(data.__file__).parent
 
@@ -275,30 +276,32 @@ class TestAugmentation:
 @pytest.mark.bad_input
 class TestMistakes:
     def test_an_unknown_set(self):
-        with pytest.raises(data.UserError, match="unknown data set 'mnist'; choose one of digits"):
+        with pytest.raises(
+            errors.UserError, match="unknown data set 'mnist'; choose one of digits"
+        ):
             data.load("mnist")
 
     def test_a_set_that_is_not_prepared(self, tmp_path):
         message = r"'cifar10' in .*: is not prepared; prepare it once with 'pip install tensorflow"
-        with pytest.raises(data.UserError, match=message) as caught:
+        with pytest.raises(errors.UserError, match=message) as caught:
             data.load("cifar10", tmp_path)
         assert "\n" not in str(caught.value)
         assert f"--data-dir {tmp_path}" in str(caught.value)
 
     def test_a_folder_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(data.UserError, match="another --data-dir that can be written"):
+        with pytest.raises(errors.UserError, match="another --data-dir that can be written"):
             data.load("digits", tmp_path / "file")
 
     def test_a_damaged_set(self, tmp_path):
         data.load("digits", tmp_path)
         next(tmp_path.rglob("digits-train*")).write_bytes(b"")
-        with pytest.raises(data.UserError, match="'digits' in .* remove that folder") as caught:
+        with pytest.raises(errors.UserError, match="'digits' in .* remove that folder") as caught:
             data.load("digits", tmp_path)
         assert "\n" not in str(caught.value)
 
     def test_a_batch_larger_than_the_set(self, digits):
-        with pytest.raises(data.UserError, match="--batch-size 1298 .* 1297 training images"):
+        with pytest.raises(errors.UserError, match="--batch-size 1298 .* 1297 training images"):
             data.steps_per_epoch(digits, 1298)
 
     def test_preparing_an_unknown_set(self, tmp_path):

@@ -121,8 +121,9 @@ def test_every_contender_has_the_same_budget():
 def test_every_contender_trains(short, name):
     ablation = name in ABLATIONS
     contender = (ABLATIONS if ablation else CONTENDERS)[name]
+    rate = 0.5 if ablation else contender.rates[-1]
     program = Program(
-        "finetune", name, short.model, "adamw", 0.5, contender.dropout[-1], ablation=ablation
+        "finetune", name, short.model, "adamw", rate, contender.dropout[-1], ablation=ablation
     )
     metrics = trial.run(program, SETTINGS, test=True)
     assert metrics["train_accuracy"] > 0.3 and np.isfinite(metrics["test_nll"])

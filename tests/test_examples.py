@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import auc
+import gaussian_process
 import gp_textures
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -22,7 +23,7 @@ def run(module, monkeypatch, *arguments):
 @pytest.mark.parametrize("scale", [2.0, 5.0])
 def test_textures_have_the_kernel_they_should(scale):
     keys = jax.random.split(jax.random.key(0), 200)
-    samples = np.asarray(jax.vmap(lambda key: gp_textures.texture(key, 64, scale))(keys))
+    samples = np.asarray(jax.vmap(lambda key: gaussian_process.texture(key, 64, scale))(keys))
     np.testing.assert_allclose(samples.mean(axis=(1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(samples.std(axis=(1, 2)), 1, rtol=1e-5)
     for lag in (0, 1, 2, 4, 8):

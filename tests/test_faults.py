@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from stored_runs import assert_same_runs, metrics
 
 import data
+import errors
 import models.vit
 import processes
 import run_folder
@@ -166,7 +167,7 @@ def test_a_run_folder(finished, run, name):
     damage, message = RUN_FAULTS[name]
     damage(run)
     before = contents(run)
-    with pytest.raises(data.UserError, match=message) as caught:
+    with pytest.raises(errors.UserError, match=message) as caught:
         train.train(train.Config(**finished[1], run_dir=run, resume=True))
     assert "\n" not in str(caught.value)
     assert contents(run) == before
@@ -177,7 +178,7 @@ def test_without_the_damaged_checkpoint_the_run_goes_on(finished, run, pattern):
     expected = metrics(run)
     rewrite(pattern, lambda x: b"")(run)
     config = train.Config(**finished[1], run_dir=run, resume=True)
-    with pytest.raises(data.UserError, match="Remove checkpoints/16"):
+    with pytest.raises(errors.UserError, match="Remove checkpoints/16"):
         train.train(config)
     shutil.rmtree(run / "checkpoints/16")
     train.train(config, brief=True)
@@ -348,7 +349,7 @@ def test_a_data_folder(images, tmp_path, name):
     assert read_everything("cifar10", folder) == 2
     damage, message = DATA_FAULTS[name]
     damage(folder)
-    with pytest.raises(data.UserError, match=message) as caught:
+    with pytest.raises(errors.UserError, match=message) as caught:
         read_everything("cifar10", folder)
     assert "\n" not in str(caught.value)
 
@@ -374,7 +375,7 @@ def test_an_image(tmp_path, name, workers):
     tfds.disable_progress_bar()
     folder = write_images(tmp_path, Spoiled)
     message = r"train image \d+ of cifar10 cannot be read: .*; prepare the set again, in another"
-    with pytest.raises(data.UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         read_everything("cifar10", folder, workers)
 
 

@@ -17,6 +17,8 @@ from stored_runs import assert_same_runs, final_state, metrics
 
 import data
 import demo
+import display
+import errors
 import methods
 import models.resnet
 import models.vit
@@ -422,13 +424,13 @@ def test_help_explains_every_flag(monkeypatch, capsys):
 class TestRunFolder:
     def test_a_run_is_not_overwritten(self, config):
         train.train(config(epochs=1))
-        with pytest.raises(data.UserError, match="holds a run; go on with --resume, or choose"):
+        with pytest.raises(errors.UserError, match="holds a run; go on with --resume, or choose"):
             train.train(config(epochs=1))
 
     def test_a_checkpoint_of_another_model(self, config):
         train.train(config(epochs=1))
         message = r"holds a run with --model vit_nano/4 \(now resnet_nano\), --rate 0.3 \(now 0.1\)"
-        with pytest.raises(data.UserError, match=message):
+        with pytest.raises(errors.UserError, match=message):
             train.train(config(epochs=1, resume=True, model="resnet_nano", rate=0.1))
 
     def test_settings_that_an_earlier_release_did_not_have(self, config, tmp_path):
@@ -438,13 +440,13 @@ class TestRunFolder:
         del settings["schedule"], settings["weights"], settings["image_size"]
         file.write_text(json.dumps(settings))
         message = r"holds a run with --image-size None \(now 16\), --schedule cosine \(now step\);"
-        with pytest.raises(data.UserError, match=message):
+        with pytest.raises(errors.UserError, match=message):
             train.train(config(epochs=1, resume=True, schedule="step", image_size=16))
         assert len(train.train(config(epochs=1, resume=True))) == 1
 
     def test_a_folder_that_cannot_be_made(self, config, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(data.UserError, match="--run-dir .*file cannot be used"):
+        with pytest.raises(errors.UserError, match="--run-dir .*file cannot be used"):
             train.train(config(run_dir=tmp_path / "file"))
 
 
@@ -489,6 +491,6 @@ def test_the_demo_compares_the_methods(tmp_path, monkeypatch, capsys):
 
 def test_intervals_of_the_demo():
     # t(0.975, 2) = 4.3027, standard error = 1 / sqrt(3).
-    mean, half = training.mean_interval(np.array([1.0, 2.0, 3.0]))
+    mean, half = display.mean_interval(np.array([1.0, 2.0, 3.0]))
     assert mean == 2.0 and half == pytest.approx(4.3027 / np.sqrt(3), rel=1e-4)
-    assert training.percent(np.array([0.5])) == "50.00"
+    assert display.percent(np.array([0.5])) == "50.00"

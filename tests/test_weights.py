@@ -23,7 +23,7 @@ from public_weights import (
 )
 from stored_runs import assert_same_runs
 
-import data
+import errors
 import models
 import models.resnet
 import models.vit
@@ -271,7 +271,7 @@ def test_a_run_goes_on_with_its_own_weights_alone(config, tmp_path, begun):
     assert re.fullmatch("sha256:[0-9a-f]{64}", settings["weights"])
     for changes, now in (({"weights": other}, "sha256:"), ({"weights": None}, "None")):
         message = rf"holds a run with --weights sha256:\w+ \(now {now}"
-        with pytest.raises(data.UserError, match=message):
+        with pytest.raises(errors.UserError, match=message):
             train.train(config(resume=True, **changes), brief=True)
 
 
@@ -352,7 +352,7 @@ VIT_FAULTS = {
 def test_arrays_of_a_vit(tmp_path, name):
     change, message = VIT_FAULTS[name]
     file = write(tmp_path / "w.npz", change(vit_arrays()))
-    with pytest.raises(data.UserError, match=f"^--weights {file}:? {message}") as caught:
+    with pytest.raises(errors.UserError, match=f"^--weights {file}:? {message}") as caught:
         read(file, "vit_nano/4")
     assert "\n" not in str(caught.value)
 
@@ -387,7 +387,7 @@ RESNET_FAULTS = {
 def test_arrays_of_a_resnet(tmp_path, name):
     change, message = RESNET_FAULTS[name]
     file = write(tmp_path / "w.safetensors", change(resnet_arrays("basic_nano")))
-    with pytest.raises(data.UserError, match=f"^--weights {file}:? {message}") as caught:
+    with pytest.raises(errors.UserError, match=f"^--weights {file}:? {message}") as caught:
         read(file, "basic_nano", side=SIDE, channels=3)
     assert "\n" not in str(caught.value)
 
@@ -397,7 +397,7 @@ def test_arrays_of_a_resnet(tmp_path, name):
 def test_images_of_another_kind(tmp_path, side, channels):
     file = write(tmp_path / "w.safetensors", resnet_arrays("basic_nano"))
     message = r"conv1.weight has shape \(4, 3, 7, 7\), and .* choose another --model, --image-size"
-    with pytest.raises(data.UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
         read(file, "basic_nano", side=side, channels=channels)
 
 
@@ -444,7 +444,7 @@ def test_files(tmp_path, suffix, content):
         if content == "a folder":
             file.mkdir()
     message = f"^--weights {file} cannot be read: .*; examples/recipes/README.md tells where"
-    with pytest.raises(data.UserError, match=message) as caught:
+    with pytest.raises(errors.UserError, match=message) as caught:
         read(file, name)
     assert "\n" not in str(caught.value) and not (tmp_path / "trace").exists()
 
@@ -460,7 +460,7 @@ def test_files(tmp_path, suffix, content):
     ],
 )
 def test_files_of_another_kind(name, file, takes):
-    with pytest.raises(data.UserError, match=f"^--weights {file}: {name} takes {takes}"):
+    with pytest.raises(errors.UserError, match=f"^--weights {file}: {name} takes {takes}"):
         read(weights.Path(file), name, side=SIDE, channels=3)
 
 

@@ -18,12 +18,13 @@ from sklearn.model_selection import train_test_split
 
 import models.resnet
 import models.vit
-from gp_textures import POWERS, texture
+from gaussian_process import texture
 
 HELD_OUT = 797  # Digits to test on; a thousand are left to train and validate on.
 WRONG = 0.3  # Share of the training labels that are drawn at random in `digits_noisy`.
 SIDE = 32  # Pixels of a texture.
-FINE, COARSE = (1.5, 2.25), (5.0, 8.75)  # Its length scales in pixels: the ratios of 128 pixels.
+# As in `examples/gp_textures.py`: weights and, in the ratios it has at 128 pixels, length scales.
+POWERS, FINE, COARSE = (0.75, 1.25), (1.5, 2.25), (5.0, 8.75)
 
 
 class Images(NamedTuple):

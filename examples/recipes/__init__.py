@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from data import UserError, first_line
+from errors import UserError, first_line
 
 FOLDER = Path(__file__).parent
 

@@ -1,0 +1,149 @@
+"""What is shown of training runs: progress, tables, curves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+from rich import progress, table
+from rich.console import Console
+from scipy import stats
+
+from run_folder import STEP_METRICS, Row
+
+matplotlib.use("Agg")  # Draws to files; no display is needed.
+from matplotlib import pyplot  # noqa: E402
+
+
+def console() -> Console:
+    """Where to print: one process speaks for all."""
+    return Console(quiet=jax.process_index() > 0, highlight=False)
+
+
+class EpochProgress:
+    """A bar for the steps of one epoch, which disappears when the epoch is over."""
+
+    def __init__(self, out: Console, title: str, steps: int):
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[now]}"),
+            console=out,
+            transient=True,
+            disable=not out.is_terminal or out.quiet,
+        )
+        self._task = self._bar.add_task(title, total=steps, now="")
+        self._shown = time.perf_counter()
+        self._step = 0
+
+    def __enter__(self) -> EpochProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, batch_size: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Shows the metrics of a step, a few times a second: reading them waits for the device."""
+        passed = time.perf_counter() - self._shown
+        if self._bar.disable or passed < 0.3:
+            return
+        loss, accuracy, dropped = (float(metrics[name]) for name in STEP_METRICS)
+        speed = (step - self._step) * batch_size / passed
+        self._bar.update(
+            self._task,
+            completed=step,
+            now=f"loss {loss:.3f}  accuracy {100 * accuracy:.1f} %  {speed:,.0f} images/s  "
+            f"dropped {100 * dropped:.0f} %",
+        )
+        self._shown, self._step = time.perf_counter(), step
+
+
+def summary(row: Row, epochs: int) -> str:
+    """One line for an epoch."""
+    return (
+        f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  "
+        f"accuracy {100 * row['train_accuracy']:.2f} %  held-out loss {row['test_loss']:.4f}  "
+        f"held-out accuracy {100 * row['test_accuracy']:.2f} %  "
+        f"{row['images_per_second']:,.0f} images/s  dropped {100 * row['dropped_fraction']:.1f} %"
+    )
+
+
+def show_results(folder: Path, title: str, rows: Sequence[Row]) -> None:
+    """Prints the final table and draws the curves of one run."""
+    if jax.process_index() > 0 or not rows:
+        return
+    last, best = rows[-1], max(rows, key=lambda row: row["test_accuracy"])
+    names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+    formats = ("{:.4f}", "{:.4f}", "{:.2%}", "{:.2%}")
+    lines = [
+        (label, str(row["epoch"]), *(f.format(row[n]) for n, f in zip(names, formats, strict=True)))
+        for label, row in (("last", last), ("best", best))
+    ]
+    columns = ("", "epoch", *(name.replace("_", " ") for name in names))
+    console().print(results_table(title, columns, lines))
+    plot_curves({title: [rows]}, folder / "curves.png", title)
+    console().print(f"metrics, curves and checkpoints are in {folder}", soft_wrap=True)
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float]:
+    """The mean and the half width of its 95 % t interval; infinite for a single value."""
+    if len(values) < 2:
+        return float(values.mean()), float("inf")
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return float(values.mean()), float(half)
+
+
+def percent(values: np.ndarray, sign: str = "") -> str:
+    """The mean and its interval as text, in percent or percentage points."""
+    mean, half = mean_interval(100 * values)
+    return f"{mean:{sign}.2f}" + (f" ± {half:.2f}" if len(values) > 1 else "")
+
+
+def results_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Any:
+    """A table to print: the first column holds names, the others numbers."""
+    result = table.Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
+    for line in lines:
+        result.add_row(*line)
+    return result
+
+
+def plot_curves(histories: Mapping[str, Sequence[Sequence[Row]]], file: Path, title: str) -> None:
+    """Draws training loss and held-out accuracy over epochs.
+
+    Args:
+      histories: for each label the metrics of one or more runs: their mean is drawn, and their
+        range as a band.
+      file: the PNG to write.
+      title: of the picture.
+    """
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    panels = (
+        (axes[0], "train_loss", 1.0, "training loss"),
+        (axes[1], "test_accuracy", 100.0, "held-out accuracy (%)"),
+    )
+    for panel, name, factor, label in panels:
+        for method, runs in histories.items():
+            epochs = [row["epoch"] for row in runs[0]]
+            values = factor * np.array([[row[name] for row in rows] for rows in runs])
+            (line,) = panel.plot(epochs, values.mean(axis=0), label=method)
+            low, high = values.min(axis=0), values.max(axis=0)
+            panel.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        panel.set_xlabel("epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[1].legend()
+    figure.suptitle(title)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
