@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all soak gpu-check lint docs notebook wheel clean
+.PHONY: demo test test-all soak evidence gpu-check lint docs notebook wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ test-all: $(VENV)/.installed  ## The slow tests too.
 
 soak: $(VENV)/.installed  ## Twenty kills, processes that die, twenty thousand steps: half an hour.
 	JAX_PLATFORMS=cpu $(BIN)/pytest -m soak -s
+
+evidence: $(VENV)/.installed  ## Hours: tunes and compares all methods; stopped, it goes on.
+	$(BIN)/python benchmarks/evidence/run.py core
+	$(BIN)/python benchmarks/evidence/report.py
 
 gpu-check:  ## Needs a GPU and a Python with jax, flax and optax: first the same results, then the times.
 	$(PYTHON) benchmarks/gpu_check.py
