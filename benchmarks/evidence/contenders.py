@@ -48,7 +48,7 @@ CONTENDERS = {
     "none": Contender(),
     "early stopping": Contender(stops_early=True),
     "dropout": Contender("dropout", UNITS),
-    "gradient noise": Contender(rates=(1e-6, 1e-5, 1e-4, 1e-3), adds_noise=True),
+    "gradient noise": Contender(rates=(1e-9, 1e-8, 1e-7, 1e-6), adds_noise=True),
     "CDB before": Contender("cdb", CHANNELS),
     "CDB after": Contender("cdb_after", CHANNELS),
     "CDB frozen": Contender("cdb_frozen", CHANNELS),
@@ -61,7 +61,7 @@ CONTENDERS = {
     "LayerDropBack": Contender("layer_drop_back", (0.1, 0.3, 0.5, 0.7)),
     "SkipUpdate": Contender("skip_update", CHANNELS),
 }
-CORE = list(CONTENDERS)[:8]
+CORE, REST = list(CONTENDERS)[:8], list(CONTENDERS)[8:]
 
 # What saves work, for the comparison by time.
 SAVING = {
@@ -70,7 +70,9 @@ SAVING = {
     ),
     "skip layers": Contender("cdb", (1.0,), settings={"skip_dropped": True, "layer_rate": 0.5}),
 }
-CONTENDERS |= SAVING
+# No weight gradient at all: what its program does not do, skipping can save.
+NOTHING = "skip everything"
+CONTENDERS |= SAVING | {NOTHING: Contender("cdb", (1.0,), settings={"skip_dropped": True})}
 
 # Rows of the ablation: one change each to "CDB before".
 ABLATIONS = {

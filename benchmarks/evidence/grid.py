@@ -6,39 +6,36 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from contenders import ABLATIONS, CONTENDERS, CORE, SAVING
+from contenders import CONTENDERS, CORE, REST, SAVING
 from scipy.stats import qmc
 from tasks import TASKS
 from trial import Program, Settings
 
-TRIALS = 16  # Settings that are tried of every contender, the baseline included.
-TUNING_SEEDS = range(3)
-SEEDS = range(1000, 1020)  # None of those that tuning saw.
+# Raise it when tasks, models or methods change: runs of an earlier one no longer count.
+VERSION = 1
+TRIALS = 16  # Settings that are tried of every contender, the baseline included,
+TUNING_SEEDS = range(3)  # with these seeds;
+FINALISTS = 4  # of which the best are tried again,
+MORE_SEEDS = range(3, 10)  # with more.
+SEEDS = range(1000, 1020)  # Of the comparison: none of those that tuning saw.
 RANGES = {  # Of learning rate and weight decay, searched on logarithmic scales.
-    "adamw": ((3e-4, 3e-2), (1e-3, 1.0)),
-    "sgd": ((3e-3, 1.0), (1e-6, 1e-2)),
+    "adamw": ((3e-5, 3e-2), (1e-3, 1.0)),
+    "sgd": ((3e-4, 1.0), (1e-6, 1e-2)),
 }
 
-
 Row = dict[str, Any]  # A finished run: its settings and its metrics.
-KEY = ("task", "model", "optimizer", "ablation", "contender", "trial", "seed")
 
 
 class Job(NamedTuple):
-    """One run. `trial` is the number of the setting that tuning tries; -1 is the chosen one."""
+    """One run: of tuning, or of the comparison, which alone sees test images."""
 
     program: Program
     settings: Settings
-    trial: int = -1
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What a finished run is recognised by, whatever was chosen for it."""
-        return key_of({**self.program._asdict(), "trial": self.trial, "seed": self.settings.seed})
+    tunes: bool = False
+    version: int = VERSION
 
 
-def key_of(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in KEY)
+Runs = dict[Job, Row]  # By all that a run depends on.
 
 
 class Cell(NamedTuple):
@@ -61,13 +58,13 @@ def cells(tasks: Sequence[str], contenders: Sequence[str], model: str = "", opti
 CORE_TASKS = ("digits_few", "digits_noisy", "finetune")
 GRIDS = {
     "core": cells(CORE_TASKS, CORE),
-    "methods": cells(CORE_TASKS, [name for name in CONTENDERS if name not in (*CORE, *SAVING)]),
+    "methods": cells(CORE_TASKS, ("none", *REST)),
     "tasks": cells(("digits_all", "textures"), CORE),
     "sgd": cells(CORE_TASKS, CORE, optimizer="sgd"),
     # What a run that skips work needs to be as good.
     "speed": [
         *cells(("digits_all",), ("none", *SAVING), model="vit_wide/4"),
-        *cells(("digits_noisy",), ("none", *SAVING), model="vit_wide/4"),
+        *cells(("finetune",), ("none", *SAVING), model="vit_wide/4"),
         *cells(("digits_all",), ("none", *SAVING), model="resnet_wide"),
     ],
     # For a GPU.
@@ -76,72 +73,60 @@ GRIDS = {
 }
 
 
-def tuning_jobs(cell: Cell) -> list[Job]:
+def trials(cell: Cell) -> list[tuple[Program, float, float]]:
     """Every contender tries the same learning rates and weight decays, and its own rates."""
     contender = CONTENDERS[cell.contender]
     (low, high), (least, most) = RANGES[cell.optimizer]
-    jobs = []
-    for trial, point in enumerate(qmc.Sobol(4, seed=0).random(TRIALS)):
-        learning_rate, weight_decay = (
-            float(f"{start * (stop / start) ** x:.3g}")
-            for x, start, stop in zip(point, (low, least), (high, most), strict=False)
-        )
-        rate, dropout = (
-            levels[int(x * len(levels))]
-            for x, levels in zip(point[2:], (contender.rates, contender.dropout), strict=True)
-        )
-        program = Program(*_parts(cell), rate, dropout)
-        jobs += [
-            Job(program, Settings(seed, learning_rate, weight_decay), trial)
-            for seed in TUNING_SEEDS
-        ]
+    found = []
+    for x, y, z, w in qmc.Sobol(4, rng=0).random(TRIALS):
+        rate = contender.rates[int(z * len(contender.rates))]
+        dropout = contender.dropout[int(w * len(contender.dropout))]
+        numbers = low * (high / low) ** x, least * (most / least) ** y
+        found.append((_program(cell, rate, dropout), *(float(f"{n:.3g}") for n in numbers)))
+    return found
+
+
+def tuning_jobs(cell: Cell, runs: Runs) -> list[Job]:
+    """All settings with a few seeds; when these are done, the best with more."""
+    jobs = [_tuning(trial, seed) for trial in trials(cell) for seed in TUNING_SEEDS]
+    if all(job in runs for job in jobs):
+        best = sorted(trials(cell), key=lambda trial: score(trial, TUNING_SEEDS, runs))
+        jobs += [_tuning(trial, seed) for trial in best[-FINALISTS:] for seed in MORE_SEEDS]
     return jobs
 
 
-def chosen(cell: Cell, runs: Sequence[Row]) -> Row | None:
-    """A run with the setting that has the best mean accuracy on validation images, then likelihood.
-
-    None until all settings are tried.
-    """
-    found = [run for run in runs_of(cell, runs) if run["trial"] >= 0]
-    if len(found) < TRIALS * len(TUNING_SEEDS):
-        return None
-
-    def score(trial: int) -> tuple[float, float]:
-        same = [run for run in found if run["trial"] == trial]
-        mean = lambda name: float(np.mean([run[name] for run in same]))
-        return mean("validation_accuracy"), -mean("validation_nll")
-
-    best = max(range(TRIALS), key=score)
-    return next(run for run in found if run["trial"] == best)
-
-
-def final_jobs(cell: Cell, best: Row) -> list[Job]:
-    program = Program(*_parts(cell), best["rate"], best["dropout"])
-    numbers = best["learning_rate"], best["weight_decay"]
+def final_jobs(cell: Cell, runs: Runs) -> list[Job]:
+    """With what tuning has chosen; none until it has."""
+    jobs = tuning_jobs(cell, runs)
+    seeds = [*TUNING_SEEDS, *MORE_SEEDS]
+    tried = [x for x in trials(cell) if all(_tuning(x, seed) in runs for seed in seeds)]
+    if len(tried) < FINALISTS or not all(job in runs for job in jobs):
+        return []
+    program, *numbers = max(tried, key=lambda trial: score(trial, seeds, runs))
     return [Job(program, Settings(seed, *numbers)) for seed in SEEDS]
+
+
+def score(trial: tuple[Program, float, float], seeds: Sequence[int], runs: Runs) -> Any:
+    """Mean accuracy on validation images, then likelihood: the higher the better."""
+    found = [runs[_tuning(trial, seed)] for seed in seeds]
+    mean = lambda name: float(np.mean([run[name] for run in found]))
+    return mean("validation_accuracy"), -mean("validation_nll")
+
+
+def _tuning(trial: tuple[Program, float, float], seed: int) -> Job:
+    program, *numbers = trial
+    return Job(program, Settings(seed, *numbers), tunes=True)
+
+
+def _program(cell: Cell, rate: float, dropout: float, ablation: bool = False) -> Program:
+    return Program(cell.task, cell.contender, cell.model, cell.optimizer, rate, dropout, ablation)
 
 
 ABLATED = Cell("digits_noisy", "CDB before", TASKS["digits_noisy"].model)
 ABLATION_RATE = 0.5
 
 
-def ablation_jobs(best: Row) -> list[Job]:
+def ablation_jobs(name: str, runs: Runs) -> list[Job]:
     """All at the learning rate and weight decay that were chosen for the row they change."""
-    return [
-        Job(
-            Program(*_parts(ABLATED._replace(contender=name)), ABLATION_RATE, ablation=True),
-            Settings(seed, best["learning_rate"], best["weight_decay"]),
-        )
-        for name in ABLATIONS
-        for seed in SEEDS
-    ]
-
-
-def runs_of(cell: Cell, runs: Sequence[Row], ablation: bool = False) -> list[Row]:
-    wanted = {**cell._asdict(), "ablation": ablation}
-    return [run for run in runs if all(run[name] == value for name, value in wanted.items())]
-
-
-def _parts(cell: Cell) -> tuple[str, str, str, str]:
-    return cell.task, cell.contender, cell.model, cell.optimizer
+    program = _program(ABLATED._replace(contender=name), ABLATION_RATE, 0.0, ablation=True)
+    return [Job(program, job.settings) for job in final_jobs(ABLATED, runs)]

@@ -13,75 +13,71 @@ import argparse
 import csv
 import io
 import itertools
-import json
 import multiprocessing
 import os
-import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(BENCHMARKS.parent), str(BENCHMARKS.parent / "examples"), str(BENCHMARKS)]
-
-import jax  # noqa: E402
-from grid import (  # noqa: E402
-    ABLATED,
-    GRIDS,
-    Job,
-    Row,
-    ablation_jobs,
-    chosen,
-    final_jobs,
-    key_of,
-    tuning_jobs,
-)
-from overhead import machine, results_file, versions  # noqa: E402
-from rich.progress import Progress  # noqa: E402
-from trial import Program, Settings, compiled, run  # noqa: E402
+import jax
+import paths  # noqa: F401
+from contenders import ABLATIONS
+from grid import ABLATED, GRIDS, Job, Row, Runs, ablation_jobs, final_jobs, tuning_jobs
+from overhead import machine, results_file, versions
+from rich.progress import Progress
+from trial import Program, Settings, compiled, run
 
 METRICS = [
     f"{part}_{metric}" for part in ("validation", "test") for metric in ("accuracy", "nll", "ece")
 ]
-COLUMNS = [*Program._fields, "trial", *Settings._fields, *METRICS, "train_accuracy", "flops"]
-COLUMNS += ["seconds", "curve"]
+COLUMNS = [*Program._fields, *Settings._fields, "tunes", "version", *METRICS, "train_accuracy"]
+COLUMNS += ["curve", "flops", "machine", "versions"]
+TEXTS = ("task", "contender", "model", "optimizer", "curve", "machine", "versions")
+WHOLE, FLAGS = ("seed", "version"), ("ablation", "tunes")
 
 
-TEXTS = ("task", "contender", "model", "optimizer", "curve")
-WHOLE = ("trial", "seed")
-
-
-def read(file: Path) -> list[Row]:
-    """The runs that are done; each once, should two commands have run side by side."""
+def read(file: Path) -> Runs:
+    """The runs that are done."""
     if not file.exists():
-        return []
+        return {}
+    text = file.read_text()
+    complete = text[: text.rfind("\n") + 1]  # A last line may be cut off.
+    runs = {}
+    for number, row in enumerate(csv.DictReader(io.StringIO(complete)), 2):
+        try:
+            row = {name: _value(name, row[name]) for name in COLUMNS}
+        except (KeyError, TypeError, ValueError) as error:
+            raise SystemExit(f"error: {file}, line {number}: {error!r}; remove it.") from None
+        program = Program(*(row[name] for name in Program._fields))
+        settings = Settings(*(row[name] for name in Settings._fields))
+        runs[Job(program, settings, row["tunes"], row["version"])] = row
+    return runs
 
-    def value(name: str, text: str) -> Any:
-        if name == "ablation":
-            return text == "True"
-        kind = str if name in TEXTS else int if name in WHOLE else float
-        return kind(text) if text or kind is str else None
 
-    with open(file, newline="") as lines:
-        rows = [{name: value(name, x) for name, x in row.items()} for row in csv.DictReader(lines)]
-    return list({key_of(row): row for row in reversed(rows)}.values())[::-1]
+def _value(name: str, text: str) -> Any:
+    if name in TEXTS:
+        return text
+    if name in FLAGS:
+        return {"True": True, "False": False}[text]
+    return (int if name in WHOLE else float)(text) if text else None
 
 
 def train_all(jobs: Sequence[Job], file: Path) -> int:
     """Runs jobs of one program one after another; writes a line for each as it ends."""
     for job in jobs:
+        metrics = run(job.program, job.settings, test=not job.tunes)
         flops = compiled(job.program).step.cost_analysis()["flops"]
-        start = time.perf_counter()
-        metrics = run(job.program, job.settings, test=job.trial < 0)
-        row = job.program._asdict() | {"trial": job.trial} | job.settings._asdict() | metrics
-        row |= {"flops": flops, "seconds": round(time.perf_counter() - start, 3)}
+        about = machine()
+        row = job.program._asdict() | job.settings._asdict() | metrics
+        row |= {"tunes": job.tunes, "version": job.version, "flops": flops}
+        row |= {"machine": f"{about['device']}, {about['cpu_count']} cores, {about['cpu']}"}
+        row |= {"versions": ", ".join(f"{name} {x}" for name, x in versions().items())}
         append(file, row)
     return len(jobs)
 
 
-def append(file: Path, row: dict[str, Any]) -> None:
+def append(file: Path, row: Row) -> None:
     """Adds a line with one write, which other processes cannot come between."""
     line = io.StringIO()
     csv.DictWriter(line, COLUMNS, lineterminator="\n").writerow(
@@ -91,24 +87,44 @@ def append(file: Path, row: dict[str, Any]) -> None:
         out.write(line.getvalue().encode())
 
 
-def remaining(jobs: Sequence[Job], runs: Sequence[Row]) -> list[Job]:
-    """Those that are not done yet, ordered by program."""
-    done = {key_of(run) for run in runs}
-    return sorted(job for job in jobs if job.key not in done)
+def start(file: Path) -> None:
+    """Makes the file, or gets rid of a last line that was cut off."""
+    header = ",".join(COLUMNS)
+    if not file.exists():
+        file.write_text(header + "\n")
+    text = file.read_text()
+    if text.partition("\n")[0] != header:
+        raise SystemExit(f"error: {file} has other columns; give another --output.")
+    if not text.endswith("\n"):
+        file.write_text(text[: text.rfind("\n") + 1])
+
+
+def remaining(jobs: Sequence[Job], runs: Runs) -> list[list[Job]]:
+    """Those that are not done yet, by program."""
+    left = sorted(set(jobs) - runs.keys())
+    return [list(group) for _, group in itertools.groupby(left, lambda job: job.program)]
 
 
 def execute(jobs: Sequence[Job], file: Path, workers: int, title: str) -> None:
     """Runs the jobs that are not done yet."""
-    if not file.exists():
-        file.write_text(",".join(COLUMNS) + "\n")
-    open_jobs = remaining(jobs, read(file))
-    groups = [list(x) for _, x in itertools.groupby(open_jobs, lambda job: job.program)]
+    groups = remaining(jobs, read(file))
     context = multiprocessing.get_context("spawn")
     with Progress() as progress, ProcessPoolExecutor(workers, context) as pool:
-        task = progress.add_task(title, total=len(open_jobs))
+        task = progress.add_task(title, total=sum(map(len, groups)))
         futures = [pool.submit(train_all, group, file) for group in groups]
-        for ended in as_completed(futures):
-            progress.update(task, advance=ended.result())
+        try:
+            for ended in as_completed(futures):
+                progress.update(task, advance=ended.result())
+        finally:  # A failure is told at once, not after hours.
+            pool.shutdown(cancel_futures=True)
+
+
+def planned(name: str, runs: Runs) -> list[Job]:
+    """All jobs of a grid that the runs so far allow."""
+    if name == "ablation":
+        tuning = tuning_jobs(ABLATED, runs)
+        return tuning + [job for row in ABLATIONS for job in ablation_jobs(row, runs)]
+    return [job for cell in GRIDS[name] for job in tuning_jobs(cell, runs) + final_jobs(cell, runs)]
 
 
 def main() -> None:
@@ -121,21 +137,16 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if jax.default_backend() == "cpu":  # One thread each: these models are too small for more.
-        os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+        os.environ["XLA_FLAGS"] = (
+            os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+        )
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # Workers share a GPU.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path("runs/evidence/cache").absolute())
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-    file, workers = arguments.output, arguments.workers
-
-    cells = GRIDS.get(arguments.grid, [ABLATED])
-    jobs = [job for cell in cells for job in tuning_jobs(cell)]
-    execute(jobs, file, workers, f"{arguments.grid}: tuning")
-    best = {cell: chosen(cell, read(file)) for cell in cells}
-    jobs = [job for cell in cells for job in final_jobs(cell, best[cell])]
-    if arguments.grid == "ablation":
-        jobs = ablation_jobs(best[ABLATED])
-    execute(jobs, file, workers, f"{arguments.grid}: chosen settings")
-    about = {"machine": machine(), "versions": versions()}
-    file.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
+    start(arguments.output)
+    for stage in ("tuning", "finalists", "chosen settings"):
+        jobs = planned(arguments.grid, read(arguments.output))
+        execute(jobs, arguments.output, arguments.workers, f"{arguments.grid}: {stage}")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,10 @@ class Task(NamedTuple):
     batch_size: int
     start: str = ""
 
+    @property
+    def epoch_steps(self) -> int:
+        return len(self.split(0).train.label) // self.batch_size
+
 
 @functools.cache
 def _digits() -> tuple[Images, Images]:

@@ -112,7 +112,7 @@ def contender_of(program: Program) -> Any:
 def batches(task: Any, seed: int) -> Iterator[np.ndarray]:
     """Indices of every step's images: each image once in an epoch, in an order of the seed's."""
     rng, count = np.random.default_rng(seed), len(task.split(seed).train.label)
-    per_epoch = count // task.batch_size
+    per_epoch = task.epoch_steps
     for step in range(task.steps):
         if step % per_epoch == 0:
             order = rng.permutation(count)
@@ -124,7 +124,7 @@ def batches(task: Any, seed: int) -> Iterator[np.ndarray]:
 def compiled(program: Program) -> Compiled:
     task, contender = TASKS[program.task], contender_of(program)
     train = task.split(0).train
-    steps = (task.steps, len(train.label) // task.batch_size)
+    steps = (task.steps, task.epoch_steps)
     numbers = Settings(np.uint32(0), np.float32(0.0), np.float32(0.0))
 
     def parts(numbers: Settings) -> tuple[Any, Any, Any]:
