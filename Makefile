@@ -23,7 +23,7 @@ test-all: $(VENV)/.installed  ## The slow tests too.
 soak: $(VENV)/.installed  ## Twenty kills, processes that die, twenty thousand steps: half an hour.
 	JAX_PLATFORMS=cpu $(BIN)/pytest -m soak -s
 
-evidence: $(VENV)/.installed  ## Hours: tunes and compares all methods; stopped, it goes on.
+evidence: $(VENV)/.installed  ## Hours: the core grid, tuned and compared; stopped, it goes on.
 	$(BIN)/python benchmarks/evidence/run.py core
 	$(BIN)/python benchmarks/evidence/report.py
 

@@ -456,12 +456,17 @@ def _kernel_axes(name: str, parent: str, rank: int) -> tuple[tuple[int, ...], ..
 
 
 def _cannot_settle(direction: str, path: str, shape: tuple[int, ...]) -> str:
+    axis = -1 if direction == "output" else -2
+    rules = {f"Axes({axis})": f"channels on axis {axis}"}
+    if len(shape) > 2:
+        rules["Axes((-2, -1))"] = "channels on the last two axes: heads and their features"
+        rules[f"Axes({axis}, stack=0)"] = "the same, of layers stacked on axis 0"
+    rows = "".join(f"    cdb_jax.{rule:22}  # {meaning}\n" for rule, meaning in rules.items())
     return (
         f"channel_axes: name and rank do not settle which axis of {path!r}, shape {shape}, holds "
-        f"the {direction} channels. Say it with a rule, for example\n"
-        "    channel_axes=lambda path, leaf: (\n"
-        f"        cdb_jax.Axes(cdb_jax.{direction}_channels, stack=0)  # layers stacked on axis 0\n"
-        f"        if path == {path!r} else cdb_jax.{direction}_channels)\n"
-        f"where Axes(-1), Axes((-2, -1)) or None (leave it alone) may stand as well, or name it in "
-        f"exempt=({path!r},)."
+        f"the {direction} channels. Say it with a rule:\n"
+        f"    channel_axes=lambda path, leaf: RULE if path == {path!r} else "
+        f"cdb_jax.{direction}_channels\n"
+        f"where RULE is one of\n{rows}"
+        f"or leave it alone with exempt=({path!r},)."
     )

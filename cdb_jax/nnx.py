@@ -62,9 +62,9 @@ def value_and_grad(
       Array([[0.25, 0.  , 0.  , 0.25],
              [0.25, 0.  , 0.  , 0.25]], dtype=float32)
     """
+    skipping.check_function(f)
     policy = as_policy(policy, settings)
     skipping.check_policy(policy)
-    skipping.check_function(f)
     single = isinstance(argnums, (int, nnx.DiffState))
     several = [argnums] if isinstance(argnums, (int, nnx.DiffState)) else list(argnums)
     wanted = [nnx.DiffState(x, nnx.Param) if isinstance(x, int) else x for x in several]

@@ -145,6 +145,16 @@ def as_policy(rate: Rate | Policy, settings: Mapping[str, Any]) -> Policy:
     return rate
 
 
+def require_policy(policy: Any) -> Policy:
+    """The policy itself, where a rate alone would leave the key unsaid."""
+    if not isinstance(policy, Policy):
+        raise TypeError(
+            f"policy must be a cdb_jax.Policy, got {policy!r}; write Policy(0.3, key=0), say, and "
+            "give the same one to everything that uses it."
+        )
+    return policy
+
+
 def check_rate(name: str, rate: Any, *, schedule: bool = True) -> Any:
     """Python and NumPy numbers become floats; schedules and JAX arrays stay what they are."""
     if callable(rate) and schedule:

@@ -31,7 +31,7 @@ def released_code(
       key: as in `channel_drop_back`.
       exempt: path patterns of the first layers. The released code skips the parameters with index
         0 to `skip_init_layers` (3 by default), in order of definition. A JAX tree has no such
-        order, so they are named: `("stem",)`, say, or `()` for none.
+        order, so they are named: `("stem", "blocks/0/conv1")`, say, for a ResNet, or `()` for none.
       rate: drop probability of a channel in a masked layer.
       layer_rate: probability that a layer is masked; `released_layer_rate` is its schedule.
 
@@ -68,7 +68,7 @@ def released_layer_rate(
     """The released code's schedule of the layer rate, in three phases.
 
     `initial` for the first 30 % of the steps, `final / 2` until 60 %, then `final`. There the phase
-    changes between epochs, so choose `total_steps` as a multiple of ten epochs to meet it exactly.
+    changes between epochs, one or two epochs later.
 
     Args:
       total_steps: length of training in steps, at least 1.

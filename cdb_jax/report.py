@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from cdb_jax import channels, products, selection, skipping
-from cdb_jax.policy import Policy
+from cdb_jax.policy import Policy, require_policy
 
 
 class ChannelRow(NamedTuple):
@@ -105,12 +105,7 @@ def channel_report(
       >>> [row.gradient for row in cdb_jax.channel_report(params, policy, loss, x).rows]
       ['in full', 'skipped']
     """
-    if not isinstance(policy, Policy):
-        raise TypeError(
-            f"policy must be a cdb_jax.Policy, got {policy!r}; write Policy(0.3, key=0), say, and "
-            "give the same one to channel_drop_back."
-        )
-    layout = policy.layout(params)
+    layout = require_policy(policy).layout(params)
     selection.check_layers(policy, layout)
     rows = [_row(leaf, policy) for leaf in layout.leaves]
     if fun is not None:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cdb_jax import channels, scaling
-from cdb_jax.policy import Policy
+from cdb_jax.policy import Policy, require_policy
 
 Selection = dict[str, jax.Array]
 
@@ -54,7 +54,7 @@ def sample_selection(policy: Policy, updates: Any, count: jax.typing.ArrayLike) 
       >>> cdb_jax.sample_selection(policy, {"kernel": jnp.ones((3, 4))}, count=7)
       {'kernel': Array([0., 1., 0., 1.], dtype=float32)}
     """
-    return as_selection(draw(policy, policy.layout(updates), count))
+    return as_selection(draw(policy, require_policy(policy).layout(updates), count))
 
 
 def dropped_fraction(policy: Policy, updates: Any, count: jax.typing.ArrayLike) -> jax.Array:
@@ -77,7 +77,7 @@ def dropped_fraction(policy: Policy, updates: Any, count: jax.typing.ArrayLike) 
       >>> cdb_jax.dropped_fraction(policy, {"kernel": jnp.ones((3, 8))}, count=7)
       Array(0.25, dtype=float32)
     """
-    layout = policy.layout(updates)
+    layout = require_policy(policy).layout(updates)
     return fraction_of(draw(policy, layout, count), layout)
 
 
@@ -110,7 +110,7 @@ def apply_selection(updates: Any, selection: Mapping[str, Any], policy: Policy) 
       {'kernel': Array([[0., 1., 2.],
              [0., 1., 2.]], dtype=float32)}
     """
-    layout = policy.layout(updates)
+    layout = require_policy(policy).layout(updates)
     factors = {path: jnp.asarray(values, jnp.float32) for path, values in selection.items()}
     for leaf in layout.layers:
         if leaf.path not in factors:
@@ -277,9 +277,22 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
         )
 
 
+def check_count(count: Any) -> None:
+    """Raises a TypeError or ValueError if a count is no step."""
+    whole = hasattr(count, "dtype") and jnp.issubdtype(count.dtype, jnp.integer)
+    if not (isinstance(count, int) or (whole and count.shape == ())) or isinstance(count, bool):
+        raise TypeError(
+            f"count must be the step, an int or an integer scalar, got {count!r}; use count=step "
+            "or count=cdb_jax.selection_count(opt_state)."
+        )
+    if isinstance(count, (int, np.integer)) and not 0 <= count < 2**32:
+        raise ValueError(f"count={count} is not in [0, 2**32); count steps from 0.")
+
+
 def draw(policy: Policy, layout: channels.Layout, count: jax.typing.ArrayLike) -> list[Group]:
     """Draws the factors of every layer of a layout, grouped by number of channels."""
     check_layers(policy, layout)
+    check_count(count)
     by_channels: dict[int, list[channels.Leaf]] = {}
     for layer in sorted(layout.layers, key=lambda layer: (layer.channels, layer.path)):
         by_channels.setdefault(layer.channels, []).append(layer)

@@ -81,9 +81,9 @@ def value_and_grad(
       ChannelDropBack, `arXiv 2411.10891 <https://arxiv.org/abs/2411.10891>`_; LayerDropBack,
       `arXiv 2412.18027 <https://arxiv.org/abs/2412.18027>`_.
     """
+    check_function(fun)
     policy = as_policy(policy, settings)
     check_policy(policy)
-    check_function(fun)
 
     def value_and_gradient(*args: Any, count: Any = None, **kwargs: Any) -> Any:
         if count is None:
@@ -178,6 +178,11 @@ def target_of(policy: Policy, leaf: channels.Leaf) -> products.Target:
 
 
 def check_function(fun: Callable[..., Any]) -> None:
+    if not callable(fun):
+        raise TypeError(
+            f"fun must be a function of the parameters that returns a loss, got {fun!r}; the "
+            "policy is the second argument."
+        )
     try:
         names = inspect.signature(fun).parameters
     except (TypeError, ValueError):

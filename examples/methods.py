@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import jax
@@ -30,30 +31,34 @@ Name = Literal[
 
 
 class Method(NamedTuple):
-    """A line of help, the paper's rate, and whether --skip-dropped can save its work."""
+    """A line of help, the paper's rate, the flags that it reads beside --rate."""
 
     help: str
     rate: float
-    skips: bool = False
+    reads: tuple[str, ...] = ()
+    skips: bool = False  # Whether --skip-dropped can save its work.
 
 
+CHANNELS = ("exempt", "channel_choice", "layer_rate")
 METHODS: dict[str, Method] = {
     "none": Method("the optimizer alone", 0.0),
     "dropout": Method("zeroes units in the forward pass", 0.3),
-    "cdb": Method("masks channels of the gradient, before the optimizer", 0.3, True),
-    "cdb_after": Method("masks channels of the update, after the optimizer", 0.3),
-    "cdb_frozen": Method("dropped channels keep weights and optimizer state", 0.3, True),
+    "cdb": Method("masks channels of the gradient, before the optimizer", 0.3, CHANNELS, True),
+    "cdb_after": Method("masks channels of the update, after the optimizer", 0.3, CHANNELS),
+    "cdb_frozen": Method("dropped channels keep weights and optimizer state", 0.3, CHANNELS, True),
     "released": Method("rules and schedule of the ChannelDropBack authors' code", 0.3),
-    "algorithm_1": Method("of one layer a step, masks channels (arXiv 2411.10891)", 0.3, True),
-    "layer_drop_back": Method(
-        "tensors stand still on every second epoch (arXiv 2412.18027)",
-        0.5,
-        True,
+    "algorithm_1": Method(
+        "of one layer a step, masks channels (arXiv 2411.10891)", 0.3, CHANNELS[:2], True
     ),
-    "skip_update": Method("masks the update and makes up for it (arXiv 2602.15322)", 0.5),
+    "layer_drop_back": Method(
+        "tensors stand still on every second epoch (arXiv 2412.18027)", 0.5, CHANNELS[:1], True
+    ),
+    "skip_update": Method(
+        "masks the update and makes up for it (arXiv 2602.15322)", 0.5, CHANNELS[:1]
+    ),
     "backdrop": Method("masks positions of a feature map's gradient (arXiv 1806.01337)", 0.3),
     "stochastic_depth": Method(
-        "drops residual branches, the last at this rate (arXiv 1603.09382)", 0.5, True
+        "drops residual branches, the last at this rate (arXiv 1603.09382)", 0.5, skips=True
     ),
 }
 assert tuple(METHODS) == get_args(Name)
@@ -66,9 +71,17 @@ HELP = "\n".join(
 
 def check(config: Config) -> None:
     """Raises a UserError for settings that do not go together."""
+    method = METHODS[config.method]
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in CHANNELS:
+        if name not in method.reads and getattr(config, name) != defaults[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')} has no meaning for --method {config.method}; leave it "
+                "out."
+            )
     if not config.skip_dropped:
         return
-    if not METHODS[config.method].skips:
+    if not method.skips:
         able = ", ".join(name for name, method in METHODS.items() if method.skips)
         raise UserError(
             f"--skip-dropped: --method {config.method} cannot save work; these can: {able}."

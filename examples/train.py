@@ -11,7 +11,6 @@ devices share each batch; with several processes start one command on each host.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -282,18 +281,9 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
     return run.rows
 
 
-def parse(arguments: list[str]) -> Config:
-    """What the command line asks for, on top of the recipe that it names."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--recipe")
-    recipe = finder.parse_known_args(arguments)[0].recipe
-    given = [] if recipe is None else recipes.flags(recipe, Config)
-    return tyro.cli(Config, args=given + arguments)
-
-
 def main() -> None:
     try:
-        config = parse(sys.argv[1:])
+        config = recipes.parse(Config, sys.argv[1:])
         given = (config.coordinator, config.process_count, config.process_id)
         if config.distributed or given != (None, None, None):
             processes.join(*given)

@@ -1,6 +1,7 @@
 """Bad input: every mistake gets an error that names the argument, the value and the mend."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-import cdb_jax
+import cdb_jax.nnx
 from cdb_jax import Axes, Policy, channel_drop_back
 
 DENSE = {"dense": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}}
@@ -224,3 +225,68 @@ def test_other_keys_differ_and_policies_can_be_changed():
     policy = Policy(0.3, key=keys[2], layer_choice="one", layer_weights={"b": 1, "a": 2})
     assert dataclasses.replace(policy, rate=0.3) == policy
     assert hash(policy) == hash(dataclasses.replace(policy))
+
+
+PARAMS = {"kernel": jnp.ones((2, 4))}
+POLICY = cdb_jax.Policy(0.5, key=0, channel_choice="window")
+LOSS = lambda params: jnp.sum(params["kernel"])
+COUNTS = {
+    1.5: "TypeError: count must be the step, an int or an integer scalar, got 1.5; use count=step",
+    True: "TypeError: count must be the step",
+    "state": "TypeError: count must be the step",
+    "array": "TypeError: count must be the step",
+    -1: "ValueError: count=-1 is not in .0, 2..32.; count steps from 0",
+    2**32: "ValueError: count=4294967296 is not in",
+}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("count", COUNTS, ids=str)
+def test_a_count_that_is_no_step(count):
+    name, _, message = COUNTS[count].partition(": ")
+    values = {"state": optax.adam(0.1).init(PARAMS), "array": jnp.arange(2)}
+    count = values.get(count, count)
+    calls = [
+        lambda: cdb_jax.sample_selection(POLICY, PARAMS, count),
+        lambda: cdb_jax.dropped_fraction(POLICY, PARAMS, count),
+        lambda: cdb_jax.value_and_grad(LOSS, POLICY)(PARAMS, count=count),
+    ]
+    for call in calls:
+        with pytest.raises((TypeError, ValueError), match=message) as caught:
+            call()
+        assert caught.type.__name__ == name
+
+
+@pytest.mark.bad_input
+def test_arguments_in_each_others_place():
+    for module in (cdb_jax, cdb_jax.nnx):
+        with pytest.raises(TypeError, match="fun must be .*; the policy is the second argument"):
+            module.value_and_grad(POLICY, LOSS)
+    calls = [
+        lambda: cdb_jax.sample_selection(0.5, PARAMS, 0),
+        lambda: cdb_jax.dropped_fraction(0.5, PARAMS, 0),
+        lambda: cdb_jax.apply_selection(PARAMS, {}, 0.5),
+        lambda: cdb_jax.channel_report(PARAMS, 0.5),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"policy must be a cdb_jax.Policy, got 0.5; write Pol"):
+            call()
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("axes", ["output_channels", "input_channels"])
+@pytest.mark.parametrize("shape", [(4, 8), (3, 4, 8)])
+def test_the_rules_that_an_error_shows_settle_it(shape, axes):
+    tree = {"layers": {"w": jnp.ones(shape)}, "kernel": jnp.ones((2, 3))}
+    axes = getattr(cdb_jax, axes)
+    with pytest.raises(ValueError, match="do not settle which axis of 'layers/w'") as caught:
+        cdb_jax.channel_report(tree, cdb_jax.Policy(0.5, key=0, channel_axes=axes))
+    rules = re.findall(r"^    (cdb_jax\.Axes\(.*\)) +# ", str(caught.value), re.MULTILINE)
+    assert len(rules) == (1 if len(shape) == 2 else 3)
+    for rule in rules:
+        made = eval(rule, {"cdb_jax": cdb_jax})
+        choose = lambda path, leaf, made=made: made if path == "layers/w" else axes
+        policy = cdb_jax.Policy(0.5, key=0, channel_axes=choose)
+        assert "2 layers" in str(cdb_jax.channel_report(tree, policy)) or "stack=0" in rule
+    text = str(cdb_jax.channel_report(tree, cdb_jax.Policy(0.5, key=0, exempt=("layers/w",))))
+    assert "1 layer," in text

@@ -56,7 +56,7 @@ def test_the_paper_is_quoted_and_nothing_else_is_claimed(name):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_a_recipe_sets_what_its_name_says(name):
-    config = train.parse(["--recipe", name])
+    config = recipes.parse(train.Config, ["--recipe", name])
     assert config.recipe == name and config.run_dir == Path("runs", name)
     assert config.model.replace("/", "") == name.partition("-")[0]
     data_set = re.search("svhn|cifar100?|imagenet", name)[0]
@@ -84,7 +84,7 @@ def params_of(model, side, classes):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_a_recipe_builds_its_model_and_policy(name):
-    config = train.parse([f"--recipe={name}"])
+    config = recipes.parse(train.Config, [f"--recipe={name}"])
     params = params_of(config.model, config.image_size or 32, CLASSES[config.dataset])
     steps = config.epochs * 100
     policy = methods.make_policy(config, steps, 100)
@@ -96,11 +96,11 @@ def test_a_recipe_builds_its_model_and_policy(name):
 
 def test_flags_win():
     flags = "--method layer_drop_back --epochs 3 --run-dir a --weights None --exempt head fc"
-    config = train.parse([*flags.split(), "--recipe", "vit_b16-cifar10"])
+    config = recipes.parse(train.Config, [*flags.split(), "--recipe", "vit_b16-cifar10"])
     assert (config.method, config.rate, config.epochs) == ("layer_drop_back", 0.5, 3)
     assert (config.run_dir, config.weights, config.batch_size) == (Path("a"), None, 1024)
     assert config.exempt == ("head", "fc")
-    assert train.parse([]) == train.Config()
+    assert recipes.parse(train.Config, []) == train.Config()
 
 
 def test_the_learning_rate_falls_in_steps():

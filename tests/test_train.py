@@ -119,9 +119,9 @@ def test_skipping_trains_as_masking_does(config, tmp_path, changes):
 
 def test_layer_drop_back_doubles_the_learning_rate_on_epochs_with_dropping(config):
     params = {"kernel": jnp.ones((2, 2))}
-    settings = dict(optimizer="sgd", weight_decay=0.0, rate=0.0, exempt=())
+    settings = dict(optimizer="sgd", weight_decay=0.0, rate=0.0)
     plain = methods.make_optimizer(config(method="none", **settings), None, 40, 10)
-    doubling = config(method="layer_drop_back", **settings)
+    doubling = config(method="layer_drop_back", exempt=(), **settings)
     policy = methods.make_policy(doubling, 40, 10)
     tx = methods.make_optimizer(doubling, policy, 40, 10)
     state, plain_state, factors = tx.init(params), plain.init(params), []
@@ -350,6 +350,11 @@ def test_the_command_leaves_table_plot_metrics_and_settings(
 
 
 MISTAKES = [
+    (
+        ["--method", "released", "--layer-rate", "0.5"],
+        "--layer-rate has no meaning for --method released; leave it out",
+    ),
+    (["--method", "none", "--exempt", "stem"], "--exempt has no meaning for --method none"),
     (["--model", "vgg"], "unknown model 'vgg'; choose one of resnet_small"),
     (
         ["--model", "resnet_nano", "--method", "stochastic_depth", "--skip-dropped"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import tomllib
@@ -18,6 +19,15 @@ FOLDER = Path(__file__).parent
 def names() -> list[str]:
     """All recipes."""
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
+
+
+def parse(config: type, arguments: list[str]) -> Any:
+    """What the command line asks for, on top of the recipe that it names."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe")
+    recipe = finder.parse_known_args(arguments)[0].recipe
+    given = [] if recipe is None else flags(recipe, config)
+    return tyro.cli(config, args=given + arguments)
 
 
 def flags(name: str, config: type) -> list[str]:
