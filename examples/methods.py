@@ -39,22 +39,27 @@ class Method(NamedTuple):
     skips: bool = False  # Whether --skip-dropped can save its work.
 
 
-CHANNELS = ("exempt", "channel_choice", "layer_rate")
+POLICY_FLAGS = ("exempt", "channel_choice", "layer_rate")
 METHODS: dict[str, Method] = {
     "none": Method("the optimizer alone", 0.0),
     "dropout": Method("zeroes units in the forward pass", 0.3),
-    "cdb": Method("masks channels of the gradient, before the optimizer", 0.3, CHANNELS, True),
-    "cdb_after": Method("masks channels of the update, after the optimizer", 0.3, CHANNELS),
-    "cdb_frozen": Method("dropped channels keep weights and optimizer state", 0.3, CHANNELS, True),
+    "cdb": Method("masks channels of the gradient, before the optimizer", 0.3, POLICY_FLAGS, True),
+    "cdb_after": Method("masks channels of the update, after the optimizer", 0.3, POLICY_FLAGS),
+    "cdb_frozen": Method(
+        "dropped channels keep weights and optimizer state", 0.3, POLICY_FLAGS, True
+    ),
     "released": Method("rules and schedule of the ChannelDropBack authors' code", 0.3),
     "algorithm_1": Method(
-        "of one layer a step, masks channels (arXiv 2411.10891)", 0.3, CHANNELS[:2], True
+        "of one layer a step, masks channels (arXiv 2411.10891)",
+        0.3,
+        ("exempt", "channel_choice"),
+        True,
     ),
     "layer_drop_back": Method(
-        "tensors stand still on every second epoch (arXiv 2412.18027)", 0.5, CHANNELS[:1], True
+        "tensors stand still on every second epoch (arXiv 2412.18027)", 0.5, ("exempt",), True
     ),
     "skip_update": Method(
-        "masks the update and makes up for it (arXiv 2602.15322)", 0.5, CHANNELS[:1]
+        "masks the update and makes up for it (arXiv 2602.15322)", 0.5, ("exempt",)
     ),
     "backdrop": Method("masks positions of a feature map's gradient (arXiv 1806.01337)", 0.3),
     "stochastic_depth": Method(
@@ -73,7 +78,7 @@ def check(config: Config) -> None:
     """Raises a UserError for settings that do not go together."""
     method = METHODS[config.method]
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name in CHANNELS:
+    for name in POLICY_FLAGS:
         if name not in method.reads and getattr(config, name) != defaults[name]:
             raise UserError(
                 f"--{name.replace('_', '-')} has no meaning for --method {config.method}; leave it "

@@ -9,7 +9,7 @@ import numpy as np
 from contenders import CONTENDERS, CORE, REST, SAVING
 from scipy.stats import qmc
 from tasks import TASKS
-from trial import Program, Settings
+from trial import Program, Settings, score
 
 # Raise it when tasks, models or methods change: runs of an earlier one no longer count.
 VERSION = 1
@@ -47,7 +47,10 @@ class Cell(NamedTuple):
     optimizer: str = "adamw"
 
 
-def cells(tasks: Sequence[str], contenders: Sequence[str], model: str = "", optimizer="adamw"):
+def cells(
+    tasks: Sequence[str], contenders: Sequence[str], model: str = "", optimizer: str = "adamw"
+) -> list[Cell]:
+    """Every contender on every task, with the task's own model if none is given."""
     return [
         Cell(task, contender, model or TASKS[task].model, optimizer)
         for task in tasks
@@ -90,27 +93,26 @@ def tuning_jobs(cell: Cell, runs: Runs) -> list[Job]:
     """All settings with a few seeds; when these are done, the best with more."""
     jobs = [_tuning(trial, seed) for trial in trials(cell) for seed in TUNING_SEEDS]
     if all(job in runs for job in jobs):
-        best = sorted(trials(cell), key=lambda trial: score(trial, TUNING_SEEDS, runs))
+        best = sorted(trials(cell), key=lambda trial: mean_score(trial, TUNING_SEEDS, runs))
         jobs += [_tuning(trial, seed) for trial in best[-FINALISTS:] for seed in MORE_SEEDS]
     return jobs
 
 
 def final_jobs(cell: Cell, runs: Runs) -> list[Job]:
     """With what tuning has chosen; none until it has."""
-    jobs = tuning_jobs(cell, runs)
-    seeds = [*TUNING_SEEDS, *MORE_SEEDS]
-    tried = [x for x in trials(cell) if all(_tuning(x, seed) in runs for seed in seeds)]
-    if len(tried) < FINALISTS or not all(job in runs for job in jobs):
+    if not all(job in runs for job in tuning_jobs(cell, runs)):
         return []
-    program, *numbers = max(tried, key=lambda trial: score(trial, seeds, runs))
+    seeds = [*TUNING_SEEDS, *MORE_SEEDS]
+    finalists = [x for x in trials(cell) if all(_tuning(x, seed) in runs for seed in seeds)]
+    program, *numbers = max(finalists, key=lambda trial: mean_score(trial, seeds, runs))
     return [Job(program, Settings(seed, *numbers)) for seed in SEEDS]
 
 
-def score(trial: tuple[Program, float, float], seeds: Sequence[int], runs: Runs) -> Any:
-    """Mean accuracy on validation images, then likelihood: the higher the better."""
+def mean_score(trial: tuple[Program, float, float], seeds: Sequence[int], runs: Runs) -> Any:
+    """The score of mean accuracy and mean likelihood on validation images."""
     found = [runs[_tuning(trial, seed)] for seed in seeds]
-    mean = lambda name: float(np.mean([run[name] for run in found]))
-    return mean("validation_accuracy"), -mean("validation_nll")
+    mean = lambda name: float(np.mean([run[f"validation_{name}"] for run in found]))
+    return score({"accuracy": mean("accuracy"), "nll": mean("nll")})
 
 
 def _tuning(trial: tuple[Program, float, float], seed: int) -> Job:

@@ -41,10 +41,8 @@ def read(file: Path) -> Runs:
     """The runs that are done."""
     if not file.exists():
         return {}
-    text = file.read_text()
-    complete = text[: text.rfind("\n") + 1]  # A last line may be cut off.
     runs = {}
-    for number, row in enumerate(csv.DictReader(io.StringIO(complete)), 2):
+    for number, row in enumerate(csv.DictReader(io.StringIO(_complete(file.read_text()))), 2):
         try:
             row = {name: _value(name, row[name]) for name in COLUMNS}
         except (KeyError, TypeError, ValueError) as error:
@@ -53,6 +51,11 @@ def read(file: Path) -> Runs:
         settings = Settings(*(row[name] for name in Settings._fields))
         runs[Job(program, settings, row["tunes"], row["version"])] = row
     return runs
+
+
+def _complete(text: str) -> str:
+    """Without a last line that was cut off."""
+    return text[: text.rfind("\n") + 1]
 
 
 def _value(name: str, text: str) -> Any:
@@ -88,15 +91,12 @@ def append(file: Path, row: Row) -> None:
 
 
 def start(file: Path) -> None:
-    """Makes the file, or gets rid of a last line that was cut off."""
-    header = ",".join(COLUMNS)
-    if not file.exists():
-        file.write_text(header + "\n")
-    text = file.read_text()
-    if text.partition("\n")[0] != header:
+    """Makes the file, or makes it ready for more lines."""
+    header = ",".join(COLUMNS) + "\n"
+    text = _complete(file.read_text()) if file.exists() else header
+    if not text.startswith(header):
         raise SystemExit(f"error: {file} has other columns; give another --output.")
-    if not text.endswith("\n"):
-        file.write_text(text[: text.rfind("\n") + 1])
+    file.write_text(text)
 
 
 def remaining(jobs: Sequence[Job], runs: Runs) -> list[list[Job]]:

@@ -63,7 +63,7 @@ def run(program: Program, settings: Settings, *, test: bool) -> dict[str, Any]:
     split, curve = TASKS[program.task].split(settings.seed), []
     predict = compiled(program).predict
     watch = lambda state: curve.append(measure(predict, state, split.test)["accuracy"])
-    state = fit(program, settings, split, watch if test else lambda state: None)
+    state = fit(program, settings, split, watch if test else None)
     metrics = {"train_accuracy": measure(predict, state, split.train)["accuracy"]}
     for name in ("validation", "test") if test else ("validation",):
         for metric, value in measure(predict, state, getattr(split, name)).items():
@@ -75,7 +75,7 @@ def fit(
     program: Program,
     settings: Settings,
     split: Split,
-    watch: Callable[[State], None] = lambda state: None,
+    watch: Callable[[State], None] | None = None,
 ) -> State:
     """The weights at the end, or those of the best evaluation if the contender stops early.
 
@@ -92,7 +92,8 @@ def fit(
         state = step(numbers, state, *split.train.take(index))
         if number % (task.steps // EVALUATIONS):
             continue
-        watch(state)
+        if watch:
+            watch(state)
         if stops_early:
             now = score(measure(predict, state, split.validation))
             if now > best:
