@@ -20,8 +20,8 @@ test: $(VENV)/.installed  ## What every change must pass.
 test-all: $(VENV)/.installed  ## The slow tests too.
 	JAX_PLATFORMS=cpu $(BIN)/pytest -n 2 --dist worksteal -m "not soak"
 
-soak: $(VENV)/.installed  ## Twenty kills, processes that die, twenty thousand steps: half an hour.
-	JAX_PLATFORMS=cpu $(BIN)/pytest -m soak -s
+soak: $(VENV)/.installed  ## Twenty kills, processes that die, twenty thousand steps: twenty minutes.
+	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/soak.py
 
 evidence: $(VENV)/.installed  ## Hours: the core grid, tuned and compared; stopped, it goes on.
 	$(BIN)/python benchmarks/evidence/run.py core
