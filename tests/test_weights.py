@@ -309,6 +309,12 @@ def with_array(name, array):
     return lambda arrays: arrays | {name: array}
 
 
+def assert_refused(message, file, *model, **image):
+    with pytest.raises(errors.UserError, match=f"^--weights {file}:? {message}") as caught:
+        read(file, *model, **image)
+    assert "\n" not in str(caught.value)
+
+
 VIT_FAULTS = {
     "one missing": (
         without("Transformer/encoderblock_1/LayerNorm_2/bias"),
@@ -352,9 +358,7 @@ VIT_FAULTS = {
 def test_arrays_of_a_vit(tmp_path, name):
     change, message = VIT_FAULTS[name]
     file = write(tmp_path / "w.npz", change(vit_arrays()))
-    with pytest.raises(errors.UserError, match=f"^--weights {file}:? {message}") as caught:
-        read(file, "vit_nano/4")
-    assert "\n" not in str(caught.value)
+    assert_refused(message, file, "vit_nano/4")
 
 
 RESNET_FAULTS = {
@@ -387,9 +391,7 @@ RESNET_FAULTS = {
 def test_arrays_of_a_resnet(tmp_path, name):
     change, message = RESNET_FAULTS[name]
     file = write(tmp_path / "w.safetensors", change(resnet_arrays("basic_nano")))
-    with pytest.raises(errors.UserError, match=f"^--weights {file}:? {message}") as caught:
-        read(file, "basic_nano", side=SIDE, channels=3)
-    assert "\n" not in str(caught.value)
+    assert_refused(message, file, "basic_nano", side=SIDE, channels=3)
 
 
 @pytest.mark.bad_input
