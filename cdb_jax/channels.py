@@ -124,6 +124,7 @@ class Layout(NamedTuple):
 EXEMPT = "exempt"  # The reason of a leaf that the user named, as against one that has no channels.
 NO_VALUES = "no floating-point values"
 FEW_DIMENSIONS = "fewer than two dimensions"
+UNSETTLED = {x: f"name and rank do not settle its {x} channels" for x in ("output", "input")}
 
 
 def resolve(
@@ -161,6 +162,9 @@ def resolve(
     spec_of = _spec_lookup(channel_axes, paths, masked, partial)
 
     leaves = [_resolve_leaf(path, x, spec_of, exempt) for path, x in arrays]
+    for direction, reason in UNSETTLED.items():
+        if unsettled := [leaf for leaf in leaves if leaf.reason == reason]:
+            raise ValueError(_cannot_settle(direction, unsettled))
     if share_with_bias:
         by_path = {leaf.path: leaf for leaf in leaves}
         leaves = [_follow_kernel(leaf, by_path, masked) for leaf in leaves]
@@ -426,7 +430,7 @@ def _by_convention(direction: str, path: str, shape: tuple[int, ...]) -> tuple[i
 
     axes = _kernel_axes(name, parent, len(shape))
     if axes is None:
-        raise ValueError(_cannot_settle(direction, path, shape))
+        return UNSETTLED[direction]
     output, input = axes
     if direction == "output":
         return output
@@ -455,18 +459,21 @@ def _kernel_axes(name: str, parent: str, rank: int) -> tuple[tuple[int, ...], ..
     return None
 
 
-def _cannot_settle(direction: str, path: str, shape: tuple[int, ...]) -> str:
+def _cannot_settle(direction: str, leaves: Sequence[Leaf], most: int = 12) -> str:
     axis = -1 if direction == "output" else -2
     rules = {f"Axes({axis})": f"channels on axis {axis}"}
-    if len(shape) > 2:
+    if any(len(leaf.shape) > 2 for leaf in leaves):
         rules["Axes((-2, -1))"] = "channels on the last two axes: heads and their features"
-        rules[f"Axes({axis}, stack=0)"] = "the same, of layers stacked on axis 0"
+        rules[f"Axes({axis}, stack=0)"] = f"channels on axis {axis} of layers stacked on axis 0"
     rows = "".join(f"    cdb_jax.{rule:22}  # {meaning}\n" for rule, meaning in rules.items())
+    listing = "".join(f"    {leaf.path!r} of shape {leaf.shape}\n" for leaf in leaves[:most])
+    if len(leaves) > most:
+        listing += f"    and {len(leaves) - most} more\n"
     return (
-        f"channel_axes: name and rank do not settle which axis of {path!r}, shape {shape}, holds "
-        f"the {direction} channels. Say it with a rule:\n"
-        f"    channel_axes=lambda path, leaf: RULE if path == {path!r} else "
+        f"channel_axes: name and rank do not settle which axis holds the {direction} channels of\n"
+        f"{listing}Say it with a rule:\n"
+        f"    channel_axes=lambda path, leaf: RULE if path == {leaves[0].path!r} else "
         f"cdb_jax.{direction}_channels\n"
         f"where RULE is one of\n{rows}"
-        f"or leave it alone with exempt=({path!r},)."
+        f"or leave it alone with exempt=({leaves[0].path!r},)."
     )

@@ -140,7 +140,8 @@ def as_policy(rate: Rate | Policy, settings: Mapping[str, Any]) -> Policy:
         if type(value) is not type(default) or value != default:
             raise TypeError(
                 f"{name}={value!r} was given beside a Policy; put it into the policy: "
-                f"dataclasses.replace(policy, {name}=...)."
+                f"dataclasses.replace(policy, {name}=...). optax.inject_hyperparams gives every "
+                "number as an argument: give it the rate and the settings, and no Policy."
             )
     return rate
 

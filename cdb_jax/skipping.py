@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -223,6 +224,13 @@ def _differentiated(
             given[i] = value
         return fun(*given, **kwargs)
 
+    nnx = sys.modules.get("flax.nnx")  # If there is a model of it, it is loaded.
+    is_model = lambda x: nnx is not None and isinstance(x, nnx.Module)
+    if any(is_model(x) for x in jax.tree.leaves(params, is_leaf=is_model)):
+        raise TypeError(
+            f"argnums={argnums!r} names an nnx.Module, whose batch statistics and keys would be "
+            "lost; use cdb_jax.nnx.value_and_grad, which keeps what fun changes in its models."
+        )
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError(

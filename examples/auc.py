@@ -73,7 +73,7 @@ def ranking_loss(scores: jax.Array, positive: jax.Array) -> jax.Array:
 
 
 def train(config: Config, rate: float, seed: int) -> tuple[float, float]:
-    """Area under the ROC curve of the training and of the held-out images."""
+    """Area under the ROC curve of the training and of the test images."""
     digits = load_digits()
     split = train_test_split(
         (digits.data / 16).astype(np.float32),
@@ -121,7 +121,7 @@ def main() -> None:
         )
         for rate, found in results.items()
     ]
-    columns = ("", "training AUC (%)", "held-out AUC (%)", f"against {lines[0][0]}")
+    columns = ("", "training AUC (%)", "test AUC (%)", f"against {lines[0][0]}")
     title = f"Is it an 8? {config.seeds} seeds, 95 % intervals, paired by seed"
     display.console().print(display.results_table(title, columns, lines))
 

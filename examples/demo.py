@@ -83,7 +83,7 @@ def plot_comparison(
         panel.set_xlim(-0.5, len(methods) - 0.5)
         panel.set_title(model)
         panel.grid(axis="y", alpha=0.3)
-    axes[0, 0].set_ylabel("held-out accuracy (%)")
+    axes[0, 0].set_ylabel("test accuracy (%)")
     figure.suptitle("Last epoch: seeds (dots), mean and 95 % interval (squares)")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
@@ -113,7 +113,7 @@ def run_all(demo: Demo) -> dict[str, dict[str, list[list[run_folder.Row]]]]:
                 rows = train.train(config, brief=True)
                 histories[name][method].append(rows)
                 out.print(
-                    f"{name}, {method}, seed {seed}: held-out accuracy "
+                    f"{name}, {method}, seed {seed}: test accuracy "
                     f"{rows[-1]['test_accuracy']:.2%} after {time.perf_counter() - start:.0f} s",
                     soft_wrap=True,
                 )
@@ -138,7 +138,7 @@ def main() -> None:
     for model, methods in histories.items():
         display.plot_curves(methods, demo.run_dir / f"{model}.png", f"{model} on digits")
     plot_comparison(histories, demo.run_dir / "comparison.png")
-    columns = ("", "held-out accuracy (%)", "against none", "training loss")
+    columns = ("", "test accuracy (%)", "against none", "training loss")
     title = f"Last of {demo.epochs} epochs, {demo.seeds} seeds, 95 % intervals, paired by seed"
     display.console().print(display.results_table(title, columns, compare(histories)))
     display.console().print(

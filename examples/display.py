@@ -70,8 +70,8 @@ def summary(row: Row, epochs: int) -> str:
     """One line for an epoch."""
     return (
         f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  "
-        f"accuracy {100 * row['train_accuracy']:.2f} %  held-out loss {row['test_loss']:.4f}  "
-        f"held-out accuracy {100 * row['test_accuracy']:.2f} %  "
+        f"accuracy {100 * row['train_accuracy']:.2f} %  test loss {row['test_loss']:.4f}  "
+        f"test accuracy {100 * row['test_accuracy']:.2f} %  "
         f"{row['images_per_second']:,.0f} images/s  dropped {100 * row['dropped_fraction']:.1f} %"
     )
 
@@ -118,7 +118,7 @@ def results_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[s
 
 
 def plot_curves(histories: Mapping[str, Sequence[Sequence[Row]]], file: Path, title: str) -> None:
-    """Draws training loss and held-out accuracy over epochs.
+    """Draws training loss and test accuracy over epochs.
 
     Args:
       histories: for each label the metrics of one or more runs: their mean is drawn, and their
@@ -129,7 +129,7 @@ def plot_curves(histories: Mapping[str, Sequence[Sequence[Row]]], file: Path, ti
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     panels = (
         (axes[0], "train_loss", 1.0, "training loss"),
-        (axes[1], "test_accuracy", 100.0, "held-out accuracy (%)"),
+        (axes[1], "test_accuracy", 100.0, "test accuracy (%)"),
     )
     for panel, name, factor, label in panels:
         for method, runs in histories.items():

@@ -48,7 +48,7 @@ class Config:
     images: int = 40
     """Training images, a quarter of each class."""
     test_images: int = 200
-    """Held-out images."""
+    """Test images."""
     fine_rate: float = 0.85
     """Drop probability of the mask at the fine scale; 0 for none."""
     coarse_rate: float = 0.95
@@ -265,7 +265,7 @@ def main() -> None:
             histories[kind].append(train(settings, seed, data))
             row = histories[kind][-1][-1]
             out.print(
-                f"seed {seed}, {kind}: training loss {row['train_loss']:.4f}, held-out accuracy "
+                f"seed {seed}, {kind}: training loss {row['train_loss']:.4f}, test accuracy "
                 f"{row['test_accuracy']:.2%}",
                 soft_wrap=True,
             )
@@ -276,7 +276,7 @@ def main() -> None:
         kind: np.array([rows[-1]["test_accuracy"] for rows in histories[kind]]) for kind in kinds
     }
     gain = display.percent(last["Backdrop"] - last["without"], "+")
-    out.print(f"held-out accuracy, Backdrop against without: {gain} points (95 % interval)")
+    out.print(f"test accuracy, Backdrop against without: {gain} points (95 % interval)")
     out.print(f"pictures: {config.run_dir}/textures.png, gradients.png, curves.png")
 
 

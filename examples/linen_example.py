@@ -61,7 +61,7 @@ def main() -> None:
     for epoch in range(1, 11):
         for batch in rng.permutation(len(images)).reshape(-1, 56):
             state = train_step(state, images[batch], labels[batch])
-        print(f"epoch {epoch:2}  held-out accuracy {accuracy(state, test_images, test_labels):.2%}")
+        print(f"epoch {epoch:2}  test accuracy {accuracy(state, test_images, test_labels):.2%}")
 
 
 if __name__ == "__main__":

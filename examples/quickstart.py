@@ -37,4 +37,4 @@ for _ in range(400):
     batch = order.integers(len(train_x), size=128)
     loss = step(model, optimizer, train_x[batch], train_y[batch])
 accuracy = (model(test_x).argmax(-1) == test_y).mean()
-print(f"loss {loss:.3f}, held-out accuracy {100 * accuracy:.1f} %")
+print(f"loss {loss:.3f}, test accuracy {100 * accuracy:.1f} %")

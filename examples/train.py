@@ -201,6 +201,7 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
       StoppedError: if asked to stop, when everything is saved.
     """
     out = display.console()
+    weights.check(config.weights, config.model)
     dataset = data.load(config.dataset, config.data_dir, config.image_size)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     size, seed = config.batch_size, np.uint32(config.seed)

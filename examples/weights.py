@@ -104,6 +104,22 @@ def pixel_statistics(file: Path | None) -> tuple[Any, Any]:
     return IMAGENET if file and file.suffix == TORCHVISION.suffix else GENERIC
 
 
+def check(file: Path | None, name: str) -> None:
+    """Raises an error for a file of the wrong kind, or that is not there, before anything else."""
+    if file is None:
+        return
+    layout, _ = _layout(name)
+    if file.suffix != layout.suffix:
+        raise UserError(
+            f"--weights {file}: {name} takes a {layout.suffix} file of {layout.project}'s layout."
+        )
+    if not file.exists():
+        raise UserError(
+            f"--weights {file}: there is no such file; examples/recipes/README.md tells where to "
+            "get it."
+        )
+
+
 def read(file: Path | None, name: str, model: nnx.Module) -> Pretrained:
     """Reads the weights of a model; None reads nothing.
 
@@ -111,7 +127,7 @@ def read(file: Path | None, name: str, model: nnx.Module) -> Pretrained:
     out, so that the model keeps its own. Everything else must be there, and have a place.
 
     Args:
-      file: `--weights`.
+      file: `--weights`, checked.
       name: of the model, as in `models.create`.
       model: the model; shapes are enough.
 
@@ -120,14 +136,7 @@ def read(file: Path | None, name: str, model: nnx.Module) -> Pretrained:
     """
     if file is None:
         return Pretrained({}, None, "")
-    layout, blocks = VISION_TRANSFORMER, []
-    if (family := name.partition("/")[0]) in models.RESNETS:
-        layout, depths = TORCHVISION, models.RESNETS[family][1]
-        blocks = [f"layer{i}/{j}" for i, depth in enumerate(depths, 1) for j in range(depth)]
-    if file.suffix != layout.suffix:
-        raise UserError(
-            f"--weights {file}: {name} takes a {layout.suffix} file of {layout.project}'s layout."
-        )
+    layout, blocks = _layout(name)
     arrays, digest = _read(file)
     state = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     wanted = {path: _stored(path, leaf.shape, layout, blocks) for path, leaf in state.items()}
@@ -157,6 +166,15 @@ def read(file: Path | None, name: str, model: nnx.Module) -> Pretrained:
         told = {re.sub(r"^.*(?=\.num_batches_tracked$)", "*", x) for x in unused}
         summary += f"; not used: {', '.join(sorted(told))}"
     return Pretrained(nested, digest, summary)
+
+
+def _layout(name: str) -> tuple[Layout, list[str]]:
+    """Whose layout the weights of a model have, and what blocks are called there."""
+    family = name.partition("/")[0]
+    if family not in models.RESNETS:
+        return VISION_TRANSFORMER, []
+    depths = models.RESNETS[family][1]
+    return TORCHVISION, [f"layer{i}/{j}" for i, depth in enumerate(depths, 1) for j in range(depth)]
 
 
 def _read(file: Path) -> tuple[dict[str, np.ndarray], str]:

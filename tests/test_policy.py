@@ -113,8 +113,8 @@ ON_A_TREE = {
     "exempt matches nothing": (DENSE, dict(exempt=("haed",)), "'haed' matches none.*dense/kernel"),
     "nothing left": (DENSE, dict(exempt=("dense",)), "leave nothing to drop"),
     "only biases": ({"bias": jnp.zeros(3)}, {}, "leave nothing to drop"),
-    "stack or convolution": (STACK, {}, r"name and rank.*fc/kernel.*\(3, 8, 8\)(.|\n)*stack=0"),
-    "unknown name": ({"w": jnp.zeros((3, 4))}, {}, r"name and rank.*'w'.*\(3, 4\)"),
+    "stack or convolution": (STACK, {}, r"name and rank(.|\n)*fc/kernel.*\(3, 8, 8\)(.|\n)*stack=0"),
+    "unknown name": ({"w": jnp.zeros((3, 4))}, {}, r"name and rank(.|\n)*'w'.*\(3, 4\)"),
     "two leaves, one path": (
         {"params": {"kernel": jnp.zeros((2, 2))}, "kernel": jnp.zeros((2, 2))},
         {},
@@ -183,6 +183,8 @@ def test_mistakes_with_a_policy():
     policy = Policy(0.5, key=0)
     with pytest.raises(TypeError, match="layer_rate=0.5 was given beside a Policy"):
         channel_drop_back(policy, layer_rate=0.5)
+    with pytest.raises(TypeError, match="inject_hyperparams gives .* and no Policy"):
+        optax.inject_hyperparams(channel_drop_back)(policy).init(DENSE)
     with pytest.raises(TypeError, match="policy must be a cdb_jax.Policy, got 0.3"):
         cdb_jax.channel_report(DENSE, 0.3)
     with pytest.raises(ValueError, match="total_steps must be an int >= 1, got 0"):
@@ -279,7 +281,7 @@ def test_arguments_in_each_others_place():
 def test_the_rules_that_an_error_shows_settle_it(shape, axes):
     tree = {"layers": {"w": jnp.ones(shape)}, "kernel": jnp.ones((2, 3))}
     axes = getattr(cdb_jax, axes)
-    with pytest.raises(ValueError, match="do not settle which axis of 'layers/w'") as caught:
+    with pytest.raises(ValueError, match="do not settle which axis holds the") as caught:
         cdb_jax.channel_report(tree, cdb_jax.Policy(0.5, key=0, channel_axes=axes))
     rules = re.findall(r"^    (cdb_jax\.Axes\(.*\)) +# ", str(caught.value), re.MULTILINE)
     assert len(rules) == (1 if len(shape) == 2 else 3)
@@ -290,3 +292,13 @@ def test_the_rules_that_an_error_shows_settle_it(shape, axes):
         assert "2 layers" in str(cdb_jax.channel_report(tree, policy)) or "stack=0" in rule
     text = str(cdb_jax.channel_report(tree, cdb_jax.Policy(0.5, key=0, exempt=("layers/w",))))
     assert "1 layer," in text
+
+
+@pytest.mark.bad_input
+def test_all_arrays_that_are_not_settled_are_told_at_once():
+    tree = {f"w{i:02}": jnp.ones((2, 3)) for i in range(14)} | {"kernel": jnp.ones((2, 3))}
+    with pytest.raises(ValueError) as caught:
+        cdb_jax.channel_report(tree, cdb_jax.Policy(0.5, key=0))
+    told = re.findall(r"^    '(w\d+)' of shape \(2, 3\)$", str(caught.value), re.MULTILINE)
+    assert told == [f"w{i:02}" for i in range(12)]
+    assert "\n    and 2 more\n" in str(caught.value)

@@ -208,10 +208,9 @@ def test_an_unknown_recipe(monkeypatch, name):
 @pytest.mark.bad_input
 def test_a_recipe_without_its_weights(monkeypatch, tmp_path, data_dir):
     monkeypatch.chdir(tmp_path)
-    flags = ("--dataset", "digits", "--batch-size", "8", "--data-dir", data_dir)
-    message = "--weights ViT-B_16.npz cannot be read: .*No such file.*README.md tells where"
-    with pytest.raises(SystemExit, match=message):
-        run_main(monkeypatch, "--recipe", "vit_b16-cifar10", *flags)
+    message = "--weights ViT-B_16.npz: there is no such file.*README.md tells where"
+    with pytest.raises(SystemExit, match=message):  # Before the data are asked for.
+        run_main(monkeypatch, "--recipe", "vit_b16-cifar10", "--data-dir", data_dir)
     assert not (tmp_path / "runs").exists()
 
 

@@ -632,6 +632,9 @@ def test_nnx_filters_and_mistakes(standard_promotion):
     assert set(cdb_jax.nnx.grad(loss, policy, argnums=by_path)(2.0, model, x, count=0)) == {"conv"}
     (several,) = cdb_jax.nnx.grad(loss, policy, argnums=(1,))(2.0, model, x, count=0)
     assert set(several) == {"conv", "head", "norm"}
+    for argnums, args in ((1, (model,)), (1, ({"student": model},)), ((0, 1), (model,))):
+        with pytest.raises(TypeError, match="names an nnx.Module.*use cdb_jax.nnx.value_and_grad"):
+            cdb_jax.grad(loss, policy, argnums=argnums)(2.0, *args, x, count=0)
 
     def adds(model, x):
         model.extra = nnx.Param(jnp.ones(3))

@@ -381,7 +381,7 @@ MISTAKES = [
     (["--seed", "-1"], "--seed -1 must be at least 0"),
     (["--image-size", "-8"], "--image-size -8 must be 1 to 4096"),
     (["--image-size", "10"], "patch_size=4 does not divide images of 10x10"),
-    (["--weights", "w.npz"], r"--weights w.npz cannot be read: \[Errno 2\] No such file"),
+    (["--weights", "w.npz"], "--weights w.npz: there is no such file"),
     (["--weights", "w.pth"], "--weights w.pth: vit_nano/4 takes a .npz file"),
     (["--dataset", "cifar10"], "data set 'cifar10' in .* is not prepared; prepare it once with"),
 ]

@@ -463,7 +463,7 @@ def test_files(tmp_path, suffix, content):
 )
 def test_files_of_another_kind(name, file, takes):
     with pytest.raises(errors.UserError, match=f"^--weights {file}: {name} takes {takes}"):
-        read(weights.Path(file), name, side=SIDE, channels=3)
+        weights.check(weights.Path(file), name)
 
 
 def test_a_harmful_pickle_is_one(tmp_path):
