@@ -113,7 +113,11 @@ ON_A_TREE = {
     "exempt matches nothing": (DENSE, dict(exempt=("haed",)), "'haed' matches none.*dense/kernel"),
     "nothing left": (DENSE, dict(exempt=("dense",)), "leave nothing to drop"),
     "only biases": ({"bias": jnp.zeros(3)}, {}, "leave nothing to drop"),
-    "stack or convolution": (STACK, {}, r"name and rank(.|\n)*fc/kernel.*\(3, 8, 8\)(.|\n)*stack=0"),
+    "stack or convolution": (
+        STACK,
+        {},
+        r"name and rank(.|\n)*fc/kernel.*\(3, 8, 8\)(.|\n)*stack=0",
+    ),
     "unknown name": ({"w": jnp.zeros((3, 4))}, {}, r"name and rank(.|\n)*'w'.*\(3, 4\)"),
     "two leaves, one path": (
         {"params": {"kernel": jnp.zeros((2, 2))}, "kernel": jnp.zeros((2, 2))},
