@@ -68,7 +68,7 @@ GRIDS = {
     "speed": [
         *cells(("digits_all",), ("none", *SAVING), model="vit_wide/4"),
         *cells(("finetune",), ("none", *SAVING), model="vit_wide/4"),
-        *cells(("digits_all",), ("none", *SAVING), model="resnet_wide"),
+        *cells(("digits_few",), ("none", *SAVING), model="resnet_wide"),
     ],
     # For a GPU.
     "resnet18": cells((*CORE_TASKS, "digits_all", "textures"), CORE, model="resnet18"),

@@ -138,7 +138,7 @@ def textures(train: int, validation: int) -> Callable[[int], Split]:
 
 
 # Wide enough that there is work to save.
-models.resnet.RESNETS["resnet_wide"] = (models.resnet.BasicBlock, (1, 1, 1), 64)
+models.resnet.RESNETS["resnet_wide"] = (models.resnet.BasicBlock, (1, 1), 64)
 models.vit.VITS["vit_wide"] = (192, 3, 3)
 
 TASKS = {
