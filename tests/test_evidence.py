@@ -1,5 +1,8 @@
 """The evidence: fair comparisons, and statistics that find what is there and nothing else."""
 
+import json
+from pathlib import Path
+
 import grid
 import jax
 import numpy as np
@@ -16,6 +19,7 @@ from trial import Program, Settings, batches, calibration_error, compiled
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "compilation_cache")
 SETTINGS = Settings(3, 3e-3, 1e-2)
+RUNS = Path(__file__).parents[1] / "benchmarks/results/evidence-cpu.csv"
 
 
 @pytest.fixture
@@ -240,6 +244,20 @@ def test_a_row_with_a_run_missing_is_not_run_but_counts_as_a_comparison():
     assert not rows["worse"]["run"] and rows["better"]["run"]
     assert "| worse | *not run*" in report.markdown(list(rows.values()))
     assert rows["better"]["p_corrected"] == 2 * rows["better"]["p"] >= whole["better"]["p"]
+
+
+@pytest.mark.slow
+def test_the_committed_report_follows_from_the_committed_runs():
+    found = report.results(run.read(RUNS))
+    fresh = [{"grid": grid, **row} for grid, rows in found.items() for row in rows]
+    committed = json.loads(RUNS.with_suffix(".json").read_text())["rows"]
+    assert len(fresh) == len(committed)
+    for row, kept in zip(fresh, committed, strict=True):
+        assert row.keys() == kept.keys()
+        numbers = {name for name, x in row.items() if isinstance(x, (float, tuple))}
+        assert all(row[name] == kept[name] for name in row.keys() - numbers)
+        for name in numbers:  # Intervals to what another version of SciPy may change.
+            np.testing.assert_allclose(row[name], kept[name], rtol=0.02, atol=1e-4)
 
 
 def test_all_grids_are_reported_though_none_is_run():
