@@ -246,6 +246,17 @@ def test_a_row_with_a_run_missing_is_not_run_but_counts_as_a_comparison():
     assert rows["better"]["p_corrected"] == 2 * rows["better"]["p"] >= whole["better"]["p"]
 
 
+def test_a_choice_from_the_end_of_its_range_is_marked():
+    cell = Cell("digits_few", "CDB before + dropout", "resnet_small")
+    rates, decays = (sorted(trial[i] for trial in grid.trials(cell)) for i in (1, 2))
+    row = {"learning_rate": rates[3], "weight_decay": decays[3], "rate": 0.1, "dropout": 0.1}
+    assert report.at_the_edge(cell, row) == []
+    assert report.at_the_edge(cell, row | {"learning_rate": rates[0]}) == ["learning rate"]
+    assert report.at_the_edge(cell, row | {"weight_decay": decays[-1]}) == ["weight decay"]
+    assert report.at_the_edge(cell, row | {"rate": 0.8, "dropout": 0.5}) == ["rate", "dropout"]
+    assert report.at_the_edge(cell._replace(contender="none"), row | {"rate": 0.0}) == []
+
+
 @pytest.mark.slow
 def test_the_committed_report_follows_from_the_committed_runs():
     found = report.results(run.read(RUNS))
@@ -263,7 +274,8 @@ def test_the_committed_report_follows_from_the_committed_runs():
 def test_all_grids_are_reported_though_none_is_run():
     cell = Cell("digits_few", "none", "resnet_small")
     rows = report.results(made_up(grid.tuning_jobs(cell, {}), lambda job: 0.5))
-    assert rows.keys() == {*grid.GRIDS, "ablation"}
+    rivals = {"core-against-early-stopping", "core-against-dropout"}
+    assert rows.keys() == {*grid.GRIDS, *rivals, "ablation"}
     assert not any(row["run"] for found in rows.values() for row in found)
 
 

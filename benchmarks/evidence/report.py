@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import paths  # noqa: F401
-from contenders import ABLATIONS
+from contenders import ABLATIONS, CONTENDERS
 from grid import (
     ABLATED,
     GRIDS,
@@ -43,6 +43,12 @@ from matplotlib import pyplot  # noqa: E402
 
 RESAMPLES = 20_000
 BASELINE, ABLATION_BASELINE = "none", "before"
+# Other rows of the core grid to compare with: does a mask do more than to train less, and does it
+# add to Dropout?
+RIVALS = {
+    "early stopping": ("CDB before", "CDB after", "CDB frozen"),
+    "dropout": ("CDB before + dropout",),
+}
 MEASURES = ("accuracy", "nll", "ece")
 
 
@@ -115,6 +121,10 @@ def at_the_edge(cell: Cell, row: Row) -> list[str]:
         values = sorted(trial[i] for trial in tried)
         if row[name] in (values[0], values[-1]):
             edges.append(name.replace("_", " "))
+    contender = CONTENDERS[cell.contender]
+    for name, values in (("rate", contender.rates), ("dropout", contender.dropout)):
+        if len(values) > 1 and row[name] == values[-1]:  # Below the first lies the baseline.
+            edges.append(name)
     return edges
 
 
@@ -199,12 +209,17 @@ def draw(rows: Sequence[Row], file: Path, title: str) -> None:
 
 
 def results(runs: Runs) -> dict[str, list[Row]]:
-    """The rows of every grid."""
+    """The rows of every grid, and of the comparisons with a rival."""
     found = {}
+    chosen = lambda cells: {cell: finals(final_jobs(cell, runs), runs) for cell in cells}
     for grid, cells in GRIDS.items():
-        found[grid] = compare({cell: finals(final_jobs(cell, runs), runs) for cell in cells})
-        for cell, row in zip(cells, found[grid], strict=True):
-            row["edges"] = at_the_edge(cell, row) if row["run"] else []
+        found[grid] = compare(chosen(cells))
+    for rival, others in RIVALS.items():
+        cells = [cell for cell in GRIDS["core"] if cell.contender in (rival, *others)]
+        found[f"core-against-{rival.replace(' ', '-')}"] = compare(chosen(cells), rival)
+    for row in sum(found.values(), []):
+        cell = Cell(*(row[name] for name in Cell._fields))
+        row["edges"] = at_the_edge(cell, row) if row["run"] else []
     changed = {
         ABLATED._replace(contender=name): finals(ablation_jobs(name, runs), runs)
         for name in ABLATIONS
@@ -225,7 +240,8 @@ def main() -> None:
     for grid, rows in found.items():
         text += [f"## {grid}", "", markdown(rows)]
         if any(row["run"] and "p_corrected" in row for row in rows):
-            title = "Against the tuned baseline (coloured where p < 0.05, corrected)"
+            baseline = next(row["contender"] for row in rows if "p_corrected" not in row)
+            title = f"Against {baseline!r} (coloured where p < 0.05, corrected)"
             draw(rows, file.with_name(f"{file.stem}-{grid}.png"), title)
     about = {name: sorted({row[name] for row in runs.values()}) for name in ("machine", "versions")}
     rows = [{"grid": grid, **row} for grid, rows in found.items() for row in rows]
