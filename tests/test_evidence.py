@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import contenders
 import grid
 import jax
 import numpy as np
@@ -221,7 +222,9 @@ def planted(effects, spread=0.01):
 
 def test_the_report_finds_what_is_there_and_nothing_else(tmp_path):
     effects = {"better": 0.02, "worse": -0.02, "same": 0.0}
-    rows = {row["contender"]: row for row in report.compare(planted(effects))}
+    rows = {
+        row["contender"]: row for row in report.compare(report.against("none", planted(effects)))
+    }
     for name, effect in effects.items():
         mean, low, high = rows[name]["accuracy_difference"]
         assert low < mean < high and low < effect < high
@@ -238,9 +241,9 @@ def test_the_report_finds_what_is_there_and_nothing_else(tmp_path):
 
 def test_a_row_with_a_run_missing_is_not_run_but_counts_as_a_comparison():
     cells = planted({"better": 0.02, "worse": -0.02})
-    whole = {row["contender"]: row for row in report.compare(cells)}
+    whole = {row["contender"]: row for row in report.compare(report.against("none", cells))}
     cells[Cell("digits_few", "worse", "m")] = []
-    rows = {row["contender"]: row for row in report.compare(cells)}
+    rows = {row["contender"]: row for row in report.compare(report.against("none", cells))}
     assert not rows["worse"]["run"] and rows["better"]["run"]
     assert "| worse | *not run*" in report.markdown(list(rows.values()))
     assert rows["better"]["p_corrected"] == 2 * rows["better"]["p"] >= whole["better"]["p"]
@@ -255,6 +258,23 @@ def test_a_choice_from_the_end_of_its_range_is_marked():
     assert report.at_the_edge(cell, row | {"weight_decay": decays[-1]}) == ["weight decay"]
     assert report.at_the_edge(cell, row | {"rate": 0.8, "dropout": 0.5}) == ["rate", "dropout"]
     assert report.at_the_edge(cell._replace(contender="none"), row | {"rate": 0.0}) == []
+
+
+def test_a_mask_is_taken_out_and_all_else_stays():
+    cell = Cell("finetune", "CDB before + dropout", "vit_mini/4")
+    runs = made_up(grid.tuning_jobs(cell, {}), lambda job: job.settings.learning_rate)
+    runs |= made_up(grid.tuning_jobs(cell, runs), lambda job: job.settings.learning_rate)
+    chosen, unmasked = grid.final_jobs(cell, runs), grid.unmasked_jobs(cell, runs)
+    assert [job.settings for job in unmasked] == [job.settings for job in chosen]
+    ((with_mask,), (without,)) = ({job.program for job in jobs} for jobs in (chosen, unmasked))
+    assert (without.contender, without.rate, without.dropout) == ("dropout", with_mask.dropout, 0)
+    settings = [
+        contenders.model_settings(
+            contenders.config_of(CONTENDERS[x.contender], rate=x.rate), x.dropout
+        )
+        for x in (with_mask, without)
+    ]
+    assert settings[0] == settings[1]
 
 
 @pytest.mark.slow
@@ -275,7 +295,7 @@ def test_all_grids_are_reported_though_none_is_run():
     cell = Cell("digits_few", "none", "resnet_small")
     rows = report.results(made_up(grid.tuning_jobs(cell, {}), lambda job: 0.5))
     rivals = {"core-against-early-stopping", "core-against-dropout"}
-    assert rows.keys() == {*grid.GRIDS, *rivals, "ablation"}
+    assert rows.keys() == {*grid.GRIDS, *rivals, "masks", "ablation"}
     assert not any(row["run"] for found in rows.values() for row in found)
 
 

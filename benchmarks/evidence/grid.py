@@ -124,6 +124,19 @@ def _program(cell: Cell, rate: float, dropout: float, ablation: bool = False) ->
     return Program(cell.task, cell.contender, cell.model, cell.optimizer, rate, dropout, ablation)
 
 
+MASKED = [cell for cell in GRIDS["core"] if cell.contender.startswith("CDB")]
+
+
+def unmasked_jobs(cell: Cell, runs: Runs) -> list[Job]:
+    """What was chosen for a cell, Dropout included, with the mask alone taken out."""
+
+    def unmasked(program: Program) -> Program:
+        contender = "dropout" if program.dropout else "none"
+        return program._replace(contender=contender, rate=program.dropout, dropout=0.0)
+
+    return [job._replace(program=unmasked(job.program)) for job in final_jobs(cell, runs)]
+
+
 ABLATED = Cell("digits_noisy", "CDB before", TASKS["digits_noisy"].model)
 ABLATION_RATE = 0.5
 

@@ -23,6 +23,7 @@ from contenders import ABLATIONS, CONTENDERS
 from grid import (
     ABLATED,
     GRIDS,
+    MASKED,
     RANGES,
     SEEDS,
     TRIALS,
@@ -33,6 +34,7 @@ from grid import (
     ablation_jobs,
     final_jobs,
     trials,
+    unmasked_jobs,
 )
 from overhead import results_file
 from run import read
@@ -89,12 +91,19 @@ def column(runs: Sequence[Row], name: str) -> np.ndarray:
     return np.array([run[name] for run in runs])
 
 
-def compare(cells: dict[Cell, list[Row]], baseline: str = BASELINE) -> list[Row]:
-    """One row for each cell and its runs: the setting, the measures, and their differences."""
+Pairs = dict[Cell, tuple[list[Row], list[Row]]]  # A cell's runs, and those to compare with.
+
+
+def against(baseline: str, cells: dict[Cell, list[Row]]) -> Pairs:
+    """Pairs of every cell with the one that holds the baseline in its place."""
+    return {cell: (own, cells[cell._replace(contender=baseline)]) for cell, own in cells.items()}
+
+
+def compare(pairs: Pairs) -> list[Row]:
+    """One row for each cell: the setting, the measures, and their differences to the baseline."""
     rows = []
-    for cell, own in cells.items():
-        base = cells[cell._replace(contender=baseline)]
-        row = cell._asdict() | {"run": bool(own and base)}
+    for cell, (own, base) in pairs.items():
+        row = cell._asdict() | {"run": bool(own and base), "is_baseline": own is base}
         if row["run"]:
             row |= {"flops": own[0]["flops"] / base[0]["flops"]}
             row |= {x: own[0][x] for x in ("learning_rate", "weight_decay", "rate", "dropout")}
@@ -106,7 +115,7 @@ def compare(cells: dict[Cell, list[Row]], baseline: str = BASELINE) -> list[Row]
                 if measure == "accuracy":
                     row["p"] = p_value(differences)
         rows.append(row)
-    compared = [row for row in rows if row["contender"] != baseline]
+    compared = [row for row in rows if not row["is_baseline"]]
     corrected = holm([row.get("p", 1.0) for row in compared])
     for row, p in zip(compared, corrected, strict=True):
         row["p_corrected"] = p
@@ -141,7 +150,7 @@ def markdown(rows: Sequence[Row]) -> str:
             if not row["run"]:
                 text.append(f"| {row['contender']} | *not run* " + "| " * 6 + "|")
                 continue
-            same = "p_corrected" not in row
+            same = row["is_baseline"]
             setting = f"lr {row['learning_rate']:.2g}, decay {row['weight_decay']:.2g}"
             setting += f", rate {row['rate']:g}" * (row["rate"] > 0)
             setting += f", dropout {row['dropout']:g}" * (row["dropout"] > 0)
@@ -178,9 +187,16 @@ def p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def baseline_of(rows: Sequence[Row]) -> str:
+    names = {row["contender"] for row in rows if row["is_baseline"]}
+    if not names:
+        return "the same settings without the mask"
+    return "the tuned baseline" if names == {BASELINE} else f"{names.pop()!r}"
+
+
 def draw(rows: Sequence[Row], file: Path, title: str) -> None:
     """Differences in accuracy and their intervals, a panel for each task, model and optimizer."""
-    shown = panels([row for row in rows if row["run"] and "p_corrected" in row])
+    shown = panels([row for row in rows if row["run"] and not row["is_baseline"]])
     names = list(dict.fromkeys(row["contender"] for row in sum(shown.values(), [])))
     figure, axes = pyplot.subplots(
         1,
@@ -209,14 +225,14 @@ def draw(rows: Sequence[Row], file: Path, title: str) -> None:
 
 
 def results(runs: Runs) -> dict[str, list[Row]]:
-    """The rows of every grid, and of the comparisons with a rival."""
-    found = {}
+    """The rows of every table, by its title."""
     chosen = lambda cells: {cell: finals(final_jobs(cell, runs), runs) for cell in cells}
-    for grid, cells in GRIDS.items():
-        found[grid] = compare(chosen(cells))
+    found = {grid: compare(against(BASELINE, chosen(cells))) for grid, cells in GRIDS.items()}
     for rival, others in RIVALS.items():
         cells = [cell for cell in GRIDS["core"] if cell.contender in (rival, *others)]
-        found[f"core-against-{rival.replace(' ', '-')}"] = compare(chosen(cells), rival)
+        found[f"core-against-{rival.replace(' ', '-')}"] = compare(against(rival, chosen(cells)))
+    unmasked = {cell: finals(unmasked_jobs(cell, runs), runs) for cell in MASKED}
+    found["masks"] = compare({cell: (own, unmasked[cell]) for cell, own in chosen(MASKED).items()})
     for row in sum(found.values(), []):
         cell = Cell(*(row[name] for name in Cell._fields))
         row["edges"] = at_the_edge(cell, row) if row["run"] else []
@@ -224,7 +240,7 @@ def results(runs: Runs) -> dict[str, list[Row]]:
         ABLATED._replace(contender=name): finals(ablation_jobs(name, runs), runs)
         for name in ABLATIONS
     }
-    found["ablation"] = compare(changed, ABLATION_BASELINE)
+    found["ablation"] = compare(against(ABLATION_BASELINE, changed))
     return found
 
 
@@ -238,10 +254,9 @@ def main() -> None:
     found = results(runs)
     text = [f"{len(runs)} runs."]
     for grid, rows in found.items():
-        text += [f"## {grid}", "", markdown(rows)]
-        if any(row["run"] and "p_corrected" in row for row in rows):
-            baseline = next(row["contender"] for row in rows if "p_corrected" not in row)
-            title = f"Against {baseline!r} (coloured where p < 0.05, corrected)"
+        text += [f"## {grid}", "", f"Differences to {baseline_of(rows)}.", "", markdown(rows)]
+        if any(row["run"] and not row["is_baseline"] for row in rows):
+            title = f"Against {baseline_of(rows)} (coloured where p < 0.05, corrected)"
             draw(rows, file.with_name(f"{file.stem}-{grid}.png"), title)
     about = {name: sorted({row[name] for row in runs.values()}) for name in ("machine", "versions")}
     rows = [{"grid": grid, **row} for grid, rows in found.items() for row in rows]

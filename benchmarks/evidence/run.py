@@ -23,7 +23,18 @@ from typing import Any
 import jax
 import paths  # noqa: F401
 from contenders import ABLATIONS
-from grid import ABLATED, GRIDS, Job, Row, Runs, ablation_jobs, final_jobs, tuning_jobs
+from grid import (
+    ABLATED,
+    GRIDS,
+    MASKED,
+    Job,
+    Row,
+    Runs,
+    ablation_jobs,
+    final_jobs,
+    tuning_jobs,
+    unmasked_jobs,
+)
 from overhead import machine, results_file, versions
 from rich.progress import Progress
 from trial import Program, Settings, compiled, run
@@ -121,6 +132,13 @@ def execute(jobs: Sequence[Job], file: Path, workers: int, title: str) -> None:
 
 def planned(name: str, runs: Runs) -> list[Job]:
     """All jobs of a grid that the runs so far allow."""
+    if name == "masks":
+        return [
+            job
+            for cell in MASKED
+            for find in (tuning_jobs, final_jobs, unmasked_jobs)
+            for job in find(cell, runs)
+        ]
     if name == "ablation":
         tuning = tuning_jobs(ABLATED, runs)
         return tuning + [job for row in ABLATIONS for job in ablation_jobs(row, runs)]
@@ -131,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("grid", choices=[*GRIDS, "ablation"])
+    parser.add_argument("grid", choices=[*GRIDS, "masks", "ablation"])
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--output", type=Path, default=results_file("evidence").with_suffix(".csv"))
     arguments = parser.parse_args()
