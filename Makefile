@@ -23,9 +23,12 @@ test-all: $(VENV)/.installed  ## The slow tests too.
 soak: $(VENV)/.installed  ## Twenty kills, processes that die, twenty thousand steps: twenty minutes.
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/soak.py
 
-evidence: $(VENV)/.installed  ## Hours: the core grid, tuned and compared; stopped, it goes on.
-	$(BIN)/python benchmarks/evidence/run.py core
+evidence: $(VENV)/.installed  ## Hours: all methods tuned and compared; stopped, it goes on.
+	for grid in core masks ablation speed methods; do \
+	  $(BIN)/python benchmarks/evidence/run.py $$grid || exit 1; \
+	done
 	$(BIN)/python benchmarks/evidence/report.py
+	$(BIN)/python benchmarks/evidence/time_to_accuracy.py
 
 gpu-check:  ## Needs a GPU and a Python with jax, flax and optax: first the same results, then the times.
 	$(PYTHON) benchmarks/gpu_check.py

@@ -217,7 +217,8 @@ def draw(rows: Sequence[Row], file: Path, title: str) -> None:
         axis.set_title(panel.replace(", ", "\n", 1), fontsize="medium")
         axis.set_xlabel("points of test accuracy")
         axis.grid(axis="x", alpha=0.3)
-    axes[0, 0].set_yticks(range(len(names)), names)
+    labels = [name.replace("CDB", "ChannelDropBack") for name in names]
+    axes[0, 0].set_yticks(range(len(names)), labels)
     axes[0, 0].invert_yaxis()
     figure.suptitle(title)
     figure.savefig(file, dpi=120)
