@@ -171,8 +171,10 @@ def test_tuning_tries_the_best_again_and_chooses_the_best_of_these():
 
     runs = made_up(grid.tuning_jobs(cell, {}), accuracy)
     assert grid.final_jobs(cell, runs) == []
+    runs = made_up(grid.tuning_jobs(cell, runs), accuracy)
+    assert grid.final_jobs(cell, runs) == []
     jobs = grid.tuning_jobs(cell, runs)
-    assert len(jobs) == grid.TRIALS * 3 + grid.FINALISTS * 7
+    assert len(jobs) == grid.TRIALS * 3 + grid.FINALISTS * 7 + 3 * 10
     runs = made_up(jobs, accuracy)
     finals = grid.final_jobs(cell, runs)
     assert {job.program for job in finals} == {better[0]}
@@ -191,6 +193,28 @@ def test_every_contender_has_the_same_budget():
     assert min(learning_rates) < 6e-5 and max(learning_rates) > 1.5e-2
     rates = {trial[0].rate for trial in tried["CDB before"]}
     assert rates == set(CONTENDERS["CDB before"].rates)
+    for name, found in tried.items():
+        cell = Cell("digits_few", name, "resnet_small")
+        near = grid.nearby(cell, found[3])
+        assert len(set(near)) == 3 and found[3] not in near
+        changed = [sum(x != y for x, y in zip(t, found[3], strict=True)) for t in near]
+        assert changed == [1, 1, 1]
+
+
+def test_a_better_rate_near_the_best_is_chosen():
+    cell = Cell("digits_few", "CDB before", "m")
+    best = grid.trials(cell)[5]
+    near = grid.nearby(cell, best)[1]
+
+    def accuracy(job):
+        trial = (job.program, job.settings.learning_rate, job.settings.weight_decay)
+        return {best: 0.9, near: 0.91}.get(trial, 0.8)
+
+    runs = {}
+    for _ in range(3):
+        runs = made_up(grid.tuning_jobs(cell, runs), accuracy)
+    (job, *_) = grid.final_jobs(cell, runs)
+    assert job.program == near[0] != best[0] and job.settings.learning_rate == best[1]
 
 
 @pytest.mark.slow
@@ -263,7 +287,8 @@ def test_a_choice_from_the_end_of_its_range_is_marked():
 def test_a_mask_is_taken_out_and_all_else_stays():
     cell = Cell("finetune", "CDB before + dropout", "vit_mini/4")
     runs = made_up(grid.tuning_jobs(cell, {}), lambda job: job.settings.learning_rate)
-    runs |= made_up(grid.tuning_jobs(cell, runs), lambda job: job.settings.learning_rate)
+    for _ in range(2):
+        runs |= made_up(grid.tuning_jobs(cell, runs), lambda job: job.settings.learning_rate)
     chosen, unmasked = grid.final_jobs(cell, runs), grid.unmasked_jobs(cell, runs)
     assert [job.settings for job in unmasked] == [job.settings for job in chosen]
     ((with_mask,), (without,)) = ({job.program for job in jobs} for jobs in (chosen, unmasked))

@@ -16,13 +16,15 @@ VERSION = 1
 TRIALS = 16  # Settings that are tried of every contender, the baseline included,
 TUNING_SEEDS = range(3)  # with these seeds;
 FINALISTS = 4  # of which the best are tried again,
-MORE_SEEDS = range(3, 10)  # with more.
+MORE_SEEDS = range(3, 10)  # with more; then three settings near the best of these, with all.
+ALL_SEEDS = (*TUNING_SEEDS, *MORE_SEEDS)
 SEEDS = range(1000, 1020)  # Of the comparison: none of those that tuning saw.
 RANGES = {  # Of learning rate and weight decay, searched on logarithmic scales.
     "adamw": ((3e-5, 3e-2), (1e-3, 1.0)),
     "sgd": ((3e-4, 1.0), (1e-6, 1e-2)),
 }
 
+Trial = tuple[Program, float, float]  # With learning rate and weight decay.
 Row = dict[str, Any]  # A finished run: its settings and its metrics.
 
 
@@ -76,7 +78,7 @@ GRIDS = {
 }
 
 
-def trials(cell: Cell) -> list[tuple[Program, float, float]]:
+def trials(cell: Cell) -> list[Trial]:
     """Every contender tries the same learning rates and weight decays, and its own rates."""
     contender = CONTENDERS[cell.contender]
     (low, high), (least, most) = RANGES[cell.optimizer]
@@ -89,12 +91,30 @@ def trials(cell: Cell) -> list[tuple[Program, float, float]]:
     return found
 
 
+def nearby(cell: Cell, best: Trial) -> list[Trial]:
+    """A contender's other rates where it did best, which `trials` ties to one learning rate each.
+
+    One that has no rate of its own gets as many other numbers instead.
+    """
+    program, learning_rate, weight_decay = best
+    if others := [x for x in CONTENDERS[cell.contender].rates if x != program.rate]:
+        return [(program._replace(rate=x), learning_rate, weight_decay) for x in others]
+    return [
+        (program, learning_rate / 2, weight_decay),
+        (program, learning_rate * 2, weight_decay),
+        (program, learning_rate, weight_decay * 2),
+    ]
+
+
 def tuning_jobs(cell: Cell, runs: Runs) -> list[Job]:
-    """All settings with a few seeds; when these are done, the best with more."""
+    """All settings with a few seeds; when these are done, the best with more, then those nearby."""
     jobs = [_tuning(trial, seed) for trial in trials(cell) for seed in TUNING_SEEDS]
     if all(job in runs for job in jobs):
-        best = sorted(trials(cell), key=lambda trial: mean_score(trial, TUNING_SEEDS, runs))
-        jobs += [_tuning(trial, seed) for trial in best[-FINALISTS:] for seed in MORE_SEEDS]
+        finalists = _finalists(cell, runs)
+        jobs += [_tuning(trial, seed) for trial in finalists for seed in MORE_SEEDS]
+        if all(job in runs for job in jobs):
+            near = nearby(cell, _ranked(finalists, ALL_SEEDS, runs)[-1])
+            jobs += [_tuning(trial, seed) for trial in near for seed in ALL_SEEDS]
     return jobs
 
 
@@ -102,20 +122,29 @@ def final_jobs(cell: Cell, runs: Runs) -> list[Job]:
     """With what tuning has chosen; none until it has."""
     if not all(job in runs for job in tuning_jobs(cell, runs)):
         return []
-    seeds = [*TUNING_SEEDS, *MORE_SEEDS]
-    finalists = [x for x in trials(cell) if all(_tuning(x, seed) in runs for seed in seeds)]
-    program, *numbers = max(finalists, key=lambda trial: mean_score(trial, seeds, runs))
+    finalists = _finalists(cell, runs)
+    near = nearby(cell, _ranked(finalists, ALL_SEEDS, runs)[-1])
+    program, *numbers = _ranked([*finalists, *near], ALL_SEEDS, runs)[-1]
     return [Job(program, Settings(seed, *numbers)) for seed in SEEDS]
 
 
-def mean_score(trial: tuple[Program, float, float], seeds: Sequence[int], runs: Runs) -> Any:
+def _finalists(cell: Cell, runs: Runs) -> list[Trial]:
+    return _ranked(trials(cell), TUNING_SEEDS, runs)[-FINALISTS:]
+
+
+def _ranked(tried: Sequence[Trial], seeds: Sequence[int], runs: Runs) -> list[Trial]:
+    """From the worst to the best."""
+    return sorted(tried, key=lambda trial: mean_score(trial, seeds, runs))
+
+
+def mean_score(trial: Trial, seeds: Sequence[int], runs: Runs) -> Any:
     """The score of mean accuracy and mean likelihood on validation images."""
     found = [runs[_tuning(trial, seed)] for seed in seeds]
     mean = lambda name: float(np.mean([run[f"validation_{name}"] for run in found]))
     return score({"accuracy": mean("accuracy"), "nll": mean("nll")})
 
 
-def _tuning(trial: tuple[Program, float, float], seed: int) -> Job:
+def _tuning(trial: Trial, seed: int) -> Job:
     program, *numbers = trial
     return Job(program, Settings(seed, *numbers), tunes=True)
 

@@ -128,7 +128,7 @@ def at_the_edge(cell: Cell, row: Row) -> list[str]:
     edges = []
     for i, name in enumerate(("learning_rate", "weight_decay"), 1):
         values = sorted(trial[i] for trial in tried)
-        if row[name] in (values[0], values[-1]):
+        if not values[0] < row[name] < values[-1]:
             edges.append(name.replace("_", " "))
     contender = CONTENDERS[cell.contender]
     for name, values in (("rate", contender.rates), ("dropout", contender.dropout)):

@@ -160,9 +160,9 @@ def main() -> None:
         )
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # Workers share a GPU.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path("runs/evidence/cache").absolute())
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     start(arguments.output)
-    for stage in ("tuning", "finalists", "chosen settings"):
+    for stage in ("tuning", "finalists", "near the best", "chosen settings"):
         jobs = planned(arguments.grid, read(arguments.output))
         execute(jobs, arguments.output, arguments.workers, f"{arguments.grid}: {stage}")
 
