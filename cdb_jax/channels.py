@@ -11,7 +11,7 @@ import fnmatch
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -161,7 +161,8 @@ def resolve(
     _check_exempt(exempt, paths + masked, partial)
     spec_of = _spec_lookup(channel_axes, paths, masked, partial)
 
-    leaves = [_resolve_leaf(path, x, spec_of, exempt) for path, x in arrays]
+    shapes = {path: tuple(getattr(x, "shape", ())) for path, x in arrays}
+    leaves = [_resolve_leaf(path, x, spec_of, exempt, shapes) for path, x in arrays]
     for direction, reason in UNSETTLED.items():
         if unsettled := [leaf for leaf in leaves if leaf.reason == reason]:
             raise ValueError(_cannot_settle(direction, unsettled))
@@ -172,9 +173,12 @@ def resolve(
     _check_ids([layer.path for layer in layout.layers])
     if leaves and not layout.layers and not partial:
         listing = "\n".join(f"  {x.path or '(the tree itself)'}: {x.reason}" for x in leaves[:20])
+        mend = "name the channel axis, such as channel_axes=-1"
+        if any(leaf.reason == EXEMPT for leaf in leaves):
+            mend += ", or take a pattern out of exempt"
         raise ValueError(
             f"channel_axes={channel_axes!r} and exempt={tuple(exempt)!r} leave nothing to drop in "
-            f"this tree; name the channel axis, such as channel_axes=-1. Its leaves:\n{listing}"
+            f"this tree; {mend}. Its leaves:\n{listing}"
         )
     return layout
 
@@ -313,8 +317,9 @@ def _resolve_leaf(
     x: Any,
     spec_of: Callable[[str, Any], tuple[AxisSpec, bool]],
     exempt: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> Leaf:
-    shape = tuple(getattr(x, "shape", ()))
+    shape = shapes[path]
     dtype = getattr(x, "dtype", None)
     alone = Leaf(path, shape)
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact) or 0 in shape:
@@ -343,6 +348,8 @@ def _resolve_leaf(
         by_name = _by_convention(channel.direction, path, tuple(shape[axis] for axis in rest))
         if isinstance(by_name, str):
             return alone._replace(reason=by_name)
+        if not stack and _looks_stacked(shape, shapes.get(f"{path.rpartition('/')[0]}/bias", ())):
+            return alone._replace(reason=UNSETTLED[channel.direction])
         channel = tuple(rest[axis] for axis in by_name)
     channel = _normalise(channel, shape, path)
     if set(channel) & set(stack):
@@ -457,6 +464,16 @@ def _kernel_axes(name: str, parent: str, rank: int) -> tuple[tuple[int, ...], ..
     if name in ("weight", "weight_ih", "weight_hh") and (is_product or is_conv):
         return (0,), (1,)
     return None
+
+
+def _looks_stacked(shape: tuple[int, ...], bias: tuple[int, ...]) -> bool:
+    """Whether the bias beside a kernel tells that both hold several convolutions, on axis 0.
+
+    By its own shape a stack of them is one convolution with a spatial dimension more.
+    """
+    while len(bias) > 1 and bias[-1] == 1:  # Equinox keeps the spatial dimensions: (out, 1, 1).
+        bias = bias[:-1]
+    return len(shape) > 3 and len(bias) == 2 and bias[0] == shape[0] and bias[1] in shape[1:]
 
 
 def _cannot_settle(direction: str, leaves: Sequence[Leaf], most: int = 12) -> str:

@@ -177,7 +177,10 @@ def check_rate(name: str, rate: Any, *, schedule: bool = True) -> Any:
             f"scalar array, got {rate!r}."
         )
     if not 0.0 <= float(rate) <= 1.0:  # False for NaN too.
-        raise ValueError(f"{name} must be a drop probability between 0 and 1, got {rate!r}.")
+        raise ValueError(
+            f"{name} must be a drop probability between 0 and 1, got {rate!r}; to drop 30 % give "
+            "0.3, to keep 30 % 0.7."
+        )
     return float(rate)
 
 

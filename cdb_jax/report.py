@@ -105,6 +105,7 @@ def channel_report(
       >>> [row.gradient for row in cdb_jax.channel_report(params, policy, loss, x).rows]
       ['in full', 'skipped']
     """
+    skipping.check_no_module(params, "params is", "channel_report")
     layout = require_policy(policy).layout(params)
     selection.check_layers(policy, layout)
     rows = [_row(leaf, policy) for leaf in layout.leaves]

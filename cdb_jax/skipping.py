@@ -151,7 +151,8 @@ def check_policy(policy: Policy) -> None:
             'channel_choice="bernoulli" keeps another number of channels in every step, and '
             "programs have fixed shapes, so no work could be skipped. Use "
             'channel_choice="exact" (all subsets of k channels equally likely) or "window" (a run '
-            "of k, which is fastest); or jax.value_and_grad with channel_drop_back."
+            "of k, which is fastest), of a preset by dataclasses.replace(policy, "
+            "channel_choice=...); or jax.value_and_grad with channel_drop_back."
         )
 
 
@@ -224,13 +225,9 @@ def _differentiated(
             given[i] = value
         return fun(*given, **kwargs)
 
-    nnx = sys.modules.get("flax.nnx")  # If there is a model of it, it is loaded.
-    is_model = lambda x: nnx is not None and isinstance(x, nnx.Module)
-    if any(is_model(x) for x in jax.tree.leaves(params, is_leaf=is_model)):
-        raise TypeError(
-            f"argnums={argnums!r} names an nnx.Module, whose batch statistics and keys would be "
-            "lost; use cdb_jax.nnx.value_and_grad, which keeps what fun changes in its models."
-        )
+    check_no_module(
+        params, f"argnums={argnums!r} names", "value_and_grad, which keeps what fun changes in it"
+    )
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError(
@@ -242,9 +239,21 @@ def _differentiated(
             where = jax.tree_util.keystr(path, simple=True, separator="/") or "the argument itself"
             raise TypeError(
                 f"argnums={argnums!r}: {where} has dtype {dtype}, and only floats have a "
-                "gradient; keep counters and keys out of the parameters, or name another argument."
+                "gradient; keep counters, keys and functions out of the parameters (of an Equinox "
+                "model with eqx.partition(model, eqx.is_inexact_array)), or name another argument."
             )
     return params, call
+
+
+def check_no_module(tree: Any, found: str, instead: str) -> None:
+    """Raises an error if there is a model of Flax NNX, of which parameters are only a part."""
+    nnx = sys.modules.get("flax.nnx")  # If there is a model of it, it is loaded.
+    is_module = lambda x: nnx is not None and isinstance(x, nnx.Module)
+    if any(is_module(x) for x in jax.tree.leaves(tree, is_leaf=is_module)):
+        raise TypeError(
+            f"{found} an nnx.Module, which holds batch statistics and keys beside its parameters; "
+            f"use cdb_jax.nnx.{instead}."
+        )
 
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)

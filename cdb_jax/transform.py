@@ -165,6 +165,7 @@ def selection_count(opt_state: Any) -> jax.Array:
       The count, an int scalar.
 
     Raises:
+      TypeError: for an optimizer in place of its state.
       ValueError: if the state has no count, or several that need not agree: some inside and some
         outside of a wrapper that holds steps back, or outside of `jit` different numbers. Then
         count steps yourself.
@@ -176,6 +177,10 @@ def selection_count(opt_state: Any) -> jax.Array:
       Array(0, dtype=int32)
     """
     by_path = {}
+    if isinstance(opt_state, optax.GradientTransformation):
+        raise TypeError(
+            "opt_state is an optimizer; give its state, which tx.init and tx.update returned."
+        )
     for keys, x in jax.tree_util.tree_leaves_with_path(opt_state):
         path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
         by_path[path[:-1] if path[-1:] == ("value",) else path] = x  # NNX puts values into boxes.

@@ -302,6 +302,14 @@ def test_a_mask_is_taken_out_and_all_else_stays():
     assert settings[0] == settings[1]
 
 
+def test_the_tables_of_the_page_are_those_of_the_report():
+    page = RUNS.parents[2].joinpath("docs/evidence.md").read_text()
+    rows = json.loads(RUNS.with_suffix(".json").read_text())["rows"]
+    for grid_name in ("core", "masks", "core-against-early-stopping", "ablation"):
+        own = [row for row in rows if row["grid"] == grid_name]
+        assert report.overview(own, training=grid_name == "ablation") in page
+
+
 @pytest.mark.slow
 def test_the_committed_report_follows_from_the_committed_runs():
     found = report.results(run.read(RUNS))

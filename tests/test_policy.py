@@ -187,6 +187,12 @@ def test_mistakes_with_a_policy():
     policy = Policy(0.5, key=0)
     with pytest.raises(TypeError, match="layer_rate=0.5 was given beside a Policy"):
         channel_drop_back(policy, layer_rate=0.5)
+    with pytest.raises(ValueError, match="got 30; to drop 30 % give 0.3, to keep 30 % 0.7"):
+        Policy(30, key=0)
+    with pytest.raises(TypeError, match="opt_state is an optimizer; give its state"):
+        cdb_jax.selection_count(optax.adam(1e-3))
+    with pytest.raises(ValueError, match="leave nothing to drop.*take a pattern out of exempt"):
+        cdb_jax.channel_report(DENSE, Policy(0.5, key=0, exempt=("*",)))
     with pytest.raises(TypeError, match="inject_hyperparams gives .* and no Policy"):
         optax.inject_hyperparams(channel_drop_back)(policy).init(DENSE)
     with pytest.raises(TypeError, match="policy must be a cdb_jax.Policy, got 0.3"):
@@ -296,6 +302,36 @@ def test_the_rules_that_an_error_shows_settle_it(shape, axes):
         assert "2 layers" in str(cdb_jax.channel_report(tree, policy)) or "stack=0" in rule
     text = str(cdb_jax.channel_report(tree, cdb_jax.Policy(0.5, key=0, exempt=("layers/w",))))
     assert "1 layer," in text
+
+
+def stacked(model):
+    """What a vmapped constructor makes of a model's shapes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((6, *x.shape), x.dtype), model)
+
+
+CONVOLUTIONS = {  # Flax and Equinox; kernels of one and two dimensions, and their biases.
+    "flax 1-D": ("kernel", (3, 4, 8), (8,)),
+    "flax 2-D": ("kernel", (3, 3, 4, 8), (8,)),
+    "equinox 1-D": ("weight", (8, 4, 3), (8, 1)),
+    "equinox 2-D": ("weight", (8, 4, 3, 3), (8, 1, 1)),
+    "as many in as out": ("weight", (6, 6, 3, 3), (6, 1, 1)),
+}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("direction", ["output_channels", "input_channels"])
+@pytest.mark.parametrize("name, kernel, bias", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_stacked_convolutions_are_told_from_those_of_more_dimensions(name, kernel, bias, direction):
+    convention = getattr(cdb_jax, direction)
+    layer = {name: jnp.ones(kernel), "bias": jnp.ones(bias)}
+    policy = cdb_jax.Policy(0.5, key=0, channel_axes=convention)
+    text = str(cdb_jax.channel_report({"conv": layer}, policy))
+    assert f"{'x'.join(map(str, kernel))} " in text and "1 layer," in text
+    many = stacked({"conv": layer})
+    with pytest.raises(ValueError, match=rf"do not settle(.|\n)*'conv/{name}' of shape \(6, "):
+        cdb_jax.channel_report(many, policy)
+    policy = cdb_jax.Policy(0.5, key=0, channel_axes=cdb_jax.Axes(convention, stack=0))
+    assert "6 layers," in str(cdb_jax.channel_report(many, policy))
 
 
 @pytest.mark.bad_input

@@ -635,6 +635,8 @@ def test_nnx_filters_and_mistakes(standard_promotion):
     for argnums, args in ((1, (model,)), (1, ({"student": model},)), ((0, 1), (model,))):
         with pytest.raises(TypeError, match="names an nnx.Module.*use cdb_jax.nnx.value_and_grad"):
             cdb_jax.grad(loss, policy, argnums=argnums)(2.0, *args, x, count=0)
+    with pytest.raises(TypeError, match="params is an nnx.Module.*use cdb_jax.nnx.channel_report"):
+        cdb_jax.channel_report(model, policy)
 
     def adds(model, x):
         model.extra = nnx.Param(jnp.ones(3))

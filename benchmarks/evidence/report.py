@@ -49,7 +49,15 @@ BASELINE, ABLATION_BASELINE = "none", "before"
 # add to Dropout?
 RIVALS = {
     "early stopping": ("CDB before", "CDB after", "CDB frozen"),
-    "dropout": ("CDB before + dropout",),
+    "dropout": ("CDB before", "CDB after", "CDB frozen", "CDB before + dropout"),
+}
+LABELS = {
+    "none": "AdamW alone",
+    "dropout": "Dropout",
+    "CDB before": "ChannelDropBack before AdamW",
+    "CDB after": "after AdamW",
+    "CDB frozen": "frozen",
+    "CDB before + dropout": "before AdamW, with Dropout",
 }
 MEASURES = ("accuracy", "nll", "ece")
 
@@ -107,6 +115,7 @@ def compare(pairs: Pairs) -> list[Row]:
         if row["run"]:
             row |= {"flops": own[0]["flops"] / base[0]["flops"]}
             row |= {x: own[0][x] for x in ("learning_rate", "weight_decay", "rate", "dropout")}
+            row["train_accuracy"] = float(column(own, "train_accuracy").mean())
             for measure in MEASURES:
                 values = column(own, f"test_{measure}")
                 differences = values - column(base, f"test_{measure}")
@@ -118,7 +127,7 @@ def compare(pairs: Pairs) -> list[Row]:
     compared = [row for row in rows if not row["is_baseline"]]
     corrected = holm([row.get("p", 1.0) for row in compared])
     for row, p in zip(compared, corrected, strict=True):
-        row["p_corrected"] = p
+        row |= {"p_corrected": p} if row["run"] else {}
     return rows
 
 
@@ -139,16 +148,17 @@ def at_the_edge(cell: Cell, row: Row) -> list[str]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """A table for each task, model and optimizer."""
+    names = ("method", "accuracy, %", "difference, points", "p, Holm", "NLL", "ECE")
+    names += ("accuracy on training labels, %", "FLOPs", "chosen")
     text = []
     for panel, members in panels(rows).items():
-        text += [f"**{panel}**", ""]
-        text.append(
-            "| method | accuracy, % | difference, points | p, Holm | NLL | ECE | FLOPs | chosen |"
-        )
-        text.append("| --- " * 8 + "|")
+        if not any(row["run"] for row in members):
+            text += [f"**{panel}**: {len(members)} rows, *not run*", ""]
+            continue
+        text += [f"**{panel}**", "", header(names)]
         for row in members:
             if not row["run"]:
-                text.append(f"| {row['contender']} | *not run* " + "| " * 6 + "|")
+                text.append(f"| {row['contender']} | *not run* {'| ' * (len(names) - 2)}|")
                 continue
             same = row["is_baseline"]
             setting = f"lr {row['learning_rate']:.2g}, decay {row['weight_decay']:.2g}"
@@ -162,12 +172,43 @@ def markdown(rows: Sequence[Row]) -> str:
                 "" if same else p_text(row["p_corrected"]),
                 f"{row['nll'][0]:.3f}" if same else difference(row["nll_difference"], 1, 3),
                 f"{row['ece'][0]:.3f}" if same else difference(row["ece_difference"], 1, 3),
+                f"{100 * row['train_accuracy']:.1f}",
                 f"{row['flops']:.2f}",
                 setting,
             ]
             text.append("| " + " | ".join(cells) + " |")
         text.append("")
     return "\n".join(text)
+
+
+def header(names: Sequence[str]) -> str:
+    return "| " + " | ".join(names) + " |\n" + "| --- " * len(names) + "|"
+
+
+def overview(rows: Sequence[Row], *, training: bool = False) -> str:
+    """The differences of all tasks in one table, as `docs/evidence.md` shows them.
+
+    Bold: p < 0.05, corrected. †: chosen from the end of a range. With `training` also how many of
+    the training labels were learnt.
+    """
+    rows = [row for row in rows if row["run"]]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    names = [f"`{task}`" for task in tasks]
+    lines = [header(["", *names, *["training labels learnt"] * (training * len(tasks))])]
+    for contender in dict.fromkeys(row["contender"] for row in rows):
+        own = {row["task"]: row for row in rows if row["contender"] == contender}
+        cells = [entry(own[task]) if task in own else "" for task in tasks]
+        if training:
+            cells += [f"{100 * own[task]['train_accuracy']:.1f} %" for task in tasks]
+        lines.append("| " + " | ".join([LABELS.get(contender, contender), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def entry(row: Row) -> str:
+    if row["is_baseline"]:
+        return f"{100 * row['accuracy'][0]:.2f} %"
+    text = difference(row["accuracy_difference"], 100, 2)
+    return (f"**{text}**" if row["p_corrected"] < 0.05 else text) + " †" * bool(row.get("edges"))
 
 
 def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
