@@ -153,7 +153,7 @@ def made_up(jobs, accuracy):
         | job.settings._asdict()
         | {f"{part}_{metric}": 0.1 for part in ("validation", "test") for metric in ("nll", "ece")}
         | {"validation_accuracy": accuracy(job), "test_accuracy": accuracy(job)}
-        | {"flops": 2.0, "curve": "0.5 0.9", "machine": "m", "versions": "v"}
+        | {"flops": 2.0, "train_accuracy": 1.0, "curve": "0.5 0.9", "machine": "m", "versions": "v"}
         for job in jobs
     }
 
@@ -259,6 +259,10 @@ def test_the_report_finds_what_is_there_and_nothing_else(tmp_path):
     assert high - low < 2 * 2.5 * np.sqrt(2) * 0.01 / np.sqrt(len(SEEDS))
     text = report.markdown(list(rows.values()))
     assert "| better |" in text and "not run" not in text
+    table = report.overview(list(rows.values())).splitlines()
+    assert table[0] == "|  | `digits_few` |" and table[2].startswith("| AdamW alone | 8")
+    bold = {line.split(" | ")[0][2:] for line in table if "**" in line}
+    assert bold == {"better", "worse"} and len(table) == 6
     report.draw(list(rows.values()), tmp_path / "figure.png", "title")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
