@@ -6,19 +6,20 @@ Differences are to the tuned baseline, paired by seed: same images, same order, 
 Intervals are bootstrap intervals over seeds, p values those of all sign flips of the differences,
 corrected by Holm's method for all comparisons that a grid plans, whether they are run or not. They
 speak of the chosen settings and of these test images. Writes `evidence-<device>.md`, `.json`, and
-a figure for each grid, beside the runs.
+a figure for each grid, beside the runs, and the tables of `docs/evidence.md`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import paths  # noqa: F401
+import paths
 from contenders import ABLATIONS, CONTENDERS
 from grid import (
     ABLATED,
@@ -43,6 +44,7 @@ from scipy import stats
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
+PAGE = paths.BENCHMARKS.parent / "docs/evidence.md"
 RESAMPLES = 20_000
 BASELINE, ABLATION_BASELINE = "none", "before"
 # Other rows of the core grid to compare with: does a mask do more than to train less, and does it
@@ -286,6 +288,16 @@ def results(runs: Runs) -> dict[str, list[Row]]:
     return found
 
 
+def fill(page: str, found: dict[str, list[Row]]) -> str:
+    """The page with its tables drawn anew: what stands between `<!-- GRID -->` and `<!-- -->`."""
+
+    def table(match: re.Match[str]) -> str:
+        rows = found[match[1]]
+        return f"<!-- {match[1]} -->\n{overview(rows, training=match[1] == 'ablation')}\n<!-- -->"
+
+    return re.sub(r"<!-- (\S+) -->\n.*?<!-- -->", table, page, flags=re.DOTALL)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -305,6 +317,8 @@ def main() -> None:
     report = about | {"seeds": len(SEEDS), "trials": TRIALS, "ranges": RANGES, "rows": rows}
     file.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     file.with_suffix(".md").write_text("\n".join(text) + "\n")
+    if file.resolve() == paths.BENCHMARKS / "results/evidence-cpu.csv":
+        PAGE.write_text(fill(PAGE.read_text(), found))
     print("\n".join(text))
 
 
