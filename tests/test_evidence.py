@@ -387,7 +387,7 @@ def test_time_and_work_to_accuracy(short, monkeypatch):
         Cell("finetune", name, short.model) for name in ("none", "skip channels", "skip layers")
     ]
     runs = {}
-    for _ in range(3):
+    for _ in range(4):
         jobs = [j for c in cells for j in grid.tuning_jobs(c, runs) + grid.final_jobs(c, runs)]
         runs = made_up(jobs, lambda job: 0.8 + 1e-3 * (job.settings.seed % 7))
     for job, row in runs.items():
