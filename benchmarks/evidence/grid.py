@@ -113,7 +113,7 @@ def tuning_jobs(cell: Cell, runs: Runs) -> list[Job]:
         finalists = _finalists(cell, runs)
         jobs += [_tuning(trial, seed) for trial in finalists for seed in MORE_SEEDS]
         if all(job in runs for job in jobs):
-            near = nearby(cell, _ranked(finalists, ALL_SEEDS, runs)[-1])
+            near = nearby(cell, _best(finalists, runs))
             jobs += [_tuning(trial, seed) for trial in near for seed in ALL_SEEDS]
     return jobs
 
@@ -123,13 +123,17 @@ def final_jobs(cell: Cell, runs: Runs) -> list[Job]:
     if not all(job in runs for job in tuning_jobs(cell, runs)):
         return []
     finalists = _finalists(cell, runs)
-    near = nearby(cell, _ranked(finalists, ALL_SEEDS, runs)[-1])
-    program, *numbers = _ranked([*finalists, *near], ALL_SEEDS, runs)[-1]
+    near = nearby(cell, _best(finalists, runs))
+    program, *numbers = _best([*finalists, *near], runs)
     return [Job(program, Settings(seed, *numbers)) for seed in SEEDS]
 
 
 def _finalists(cell: Cell, runs: Runs) -> list[Trial]:
     return _ranked(trials(cell), TUNING_SEEDS, runs)[-FINALISTS:]
+
+
+def _best(tried: Sequence[Trial], runs: Runs) -> Trial:
+    return _ranked(tried, ALL_SEEDS, runs)[-1]
 
 
 def _ranked(tried: Sequence[Trial], seeds: Sequence[int], runs: Runs) -> list[Trial]:

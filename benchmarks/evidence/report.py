@@ -129,7 +129,8 @@ def compare(pairs: Pairs) -> list[Row]:
     compared = [row for row in rows if not row["is_baseline"]]
     corrected = holm([row.get("p", 1.0) for row in compared])
     for row, p in zip(compared, corrected, strict=True):
-        row |= {"p_corrected": p} if row["run"] else {}
+        if row["run"]:
+            row["p_corrected"] = p
     return rows
 
 

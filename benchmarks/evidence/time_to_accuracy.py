@@ -30,7 +30,7 @@ import paths  # noqa: F401
 from contenders import CONTENDERS, NOTHING
 from grid import GRIDS, Cell, Job, Row, Runs, final_jobs
 from overhead import publish, results_file
-from report import BASELINE, RESAMPLES, column, difference, finals, interval
+from report import BASELINE, RESAMPLES, column, difference, finals, header, interval
 from run import read
 from tasks import TASKS
 from trial import EVALUATIONS, Settings, batches, compiled
@@ -144,11 +144,8 @@ def compare(cells: Sequence[Cell], runs: Runs, rounds: int, comparisons: int) ->
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = [
-        "| task, model | method | time of a step | FLOPs | accuracy, % | difference, points | "
-        "non-inferior | time to accuracy |",
-        "| --- " * 8 + "|",
-    ]
+    names = ("task, model", "method", "time of a step", "FLOPs", "accuracy, %")
+    lines = [header((*names, "difference, points", "non-inferior", "time to accuracy"))]
     for row in rows:
         if not row["run"]:
             text = f"| {row['task']}, {row['model']} | {row['contender']} | *not run* "
