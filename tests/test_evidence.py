@@ -174,7 +174,7 @@ def test_tuning_tries_the_best_again_and_chooses_the_best_of_these():
     runs = made_up(grid.tuning_jobs(cell, runs), accuracy)
     assert grid.final_jobs(cell, runs) == []
     jobs = grid.tuning_jobs(cell, runs)
-    assert len(jobs) == grid.TRIALS * 3 + grid.FINALISTS * 7 + 3 * 10
+    assert len(jobs) == grid.TRIALS * 3 + grid.FINALISTS * 7 + 6 * 10
     runs = made_up(jobs, accuracy)
     finals = grid.final_jobs(cell, runs)
     assert {job.program for job in finals} == {better[0]}
@@ -196,15 +196,13 @@ def test_every_contender_has_the_same_budget():
     for name, found in tried.items():
         cell = Cell("digits_few", name, "resnet_small")
         near = grid.nearby(cell, found[3])
-        assert len(set(near)) == 3 and found[3] not in near
-        changed = [sum(x != y for x, y in zip(t, found[3], strict=True)) for t in near]
-        assert changed == [1, 1, 1]
+        assert len(set(near)) == 6 and found[3] not in near
 
 
 def test_a_better_rate_near_the_best_is_chosen():
     cell = Cell("digits_few", "CDB before", "m")
     best = grid.trials(cell)[5]
-    near = grid.nearby(cell, best)[1]
+    near = grid.nearby(cell, best)[4]
 
     def accuracy(job):
         trial = (job.program, job.settings.learning_rate, job.settings.weight_decay)

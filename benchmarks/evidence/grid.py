@@ -16,7 +16,7 @@ VERSION = 1
 TRIALS = 16  # Settings that are tried of every contender, the baseline included,
 TUNING_SEEDS = range(3)  # with these seeds;
 FINALISTS = 4  # of which the best are tried again,
-MORE_SEEDS = range(3, 10)  # with more; then three settings near the best of these, with all.
+MORE_SEEDS = range(3, 10)  # with more; then six settings near the best of these, with all.
 ALL_SEEDS = (*TUNING_SEEDS, *MORE_SEEDS)
 SEEDS = range(1000, 1020)  # Of the comparison: none of those that tuning saw.
 RANGES = {  # Of learning rate and weight decay, searched on logarithmic scales.
@@ -92,17 +92,16 @@ def trials(cell: Cell) -> list[Trial]:
 
 
 def nearby(cell: Cell, best: Trial) -> list[Trial]:
-    """A contender's other rates where it did best, which `trials` ties to one learning rate each.
+    """Other numbers where a contender did best, and its other rates there.
 
-    One that has no rate of its own gets as many other numbers instead.
+    `trials` ties each rate to a few of the numbers. A contender that has no rate of its own gets
+    more numbers instead.
     """
     program, learning_rate, weight_decay = best
-    if others := [x for x in CONTENDERS[cell.contender].rates if x != program.rate]:
-        return [(program._replace(rate=x), learning_rate, weight_decay) for x in others]
-    return [
-        (program, learning_rate / 2, weight_decay),
-        (program, learning_rate * 2, weight_decay),
-        (program, learning_rate, weight_decay * 2),
+    others = [x for x in CONTENDERS[cell.contender].rates if x != program.rate]
+    moves = [(0.5, 1), (2, 1), (1, 2)] + [(1, 0.5), (2, 2), (0.5, 2)] * (not others)
+    return [(program, x * learning_rate, y * weight_decay) for x, y in moves] + [
+        (program._replace(rate=rate), learning_rate, weight_decay) for rate in others
     ]
 
 
