@@ -197,6 +197,8 @@ def test_every_contender_has_the_same_budget():
         cell = Cell("digits_few", name, "resnet_small")
         near = grid.nearby(cell, found[3])
         assert len(set(near)) == 6 and found[3] not in near
+    for cell in grid.GRIDS["speed"]:  # All choose from the same there.
+        assert len(set(grid.trials(cell))) == grid.TRIALS and grid.nearby(cell, found[3]) == []
 
 
 def test_a_better_rate_near_the_best_is_chosen():
