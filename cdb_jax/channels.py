@@ -348,7 +348,8 @@ def _resolve_leaf(
         by_name = _by_convention(channel.direction, path, tuple(shape[axis] for axis in rest))
         if isinstance(by_name, str):
             return alone._replace(reason=by_name)
-        if not stack and _looks_stacked(shape, shapes.get(f"{path.rpartition('/')[0]}/bias", ())):
+        beside = f"{path.rpartition('/')[0]}/bias".lstrip("/")
+        if not stack and _looks_stacked(path, shape, shapes.get(beside, ())):
             return alone._replace(reason=UNSETTLED[channel.direction])
         channel = tuple(rest[axis] for axis in by_name)
     channel = _normalise(channel, shape, path)
@@ -419,10 +420,14 @@ _CONV = re.compile(r"conv", re.IGNORECASE)
 _DENSE = re.compile(r"dense|linear|einsum|^fc|proj|^(query|key|value|out)$", re.IGNORECASE)
 
 
+def _last_names(path: str) -> tuple[str, str]:
+    *_, parent, name = ["", *path.split("/")]
+    return parent, name
+
+
 def _by_convention(direction: str, path: str, shape: tuple[int, ...]) -> tuple[int, ...] | str:
     """Returns the channel axes of a leaf, or the reason why it has none."""
-    above, _, name = path.rpartition("/")
-    parent = above.rpartition("/")[2]
+    parent, name = _last_names(path)
     if len(shape) < 2:
         return FEW_DIMENSIONS
     if name in ("bias", "scale") or name.endswith("_bias"):
@@ -466,23 +471,40 @@ def _kernel_axes(name: str, parent: str, rank: int) -> tuple[tuple[int, ...], ..
     return None
 
 
-def _looks_stacked(shape: tuple[int, ...], bias: tuple[int, ...]) -> bool:
-    """Whether the bias beside a kernel tells that both hold several convolutions, on axis 0.
+def _looks_stacked(path: str, shape: tuple[int, ...], bias: tuple[int, ...]) -> bool:
+    """Whether the bias beside a kernel tells that both hold several layers, on axis 0.
 
-    By its own shape a stack of them is one convolution with a spatial dimension more.
+    By its own shape a stack of convolutions is one convolution with a spatial dimension more. A
+    kernel of rank 3 may be taken for a convolution, by its name; others have biases of rank 2.
     """
+    taken_for_conv = len(shape) > 3 or _CONV.search(_last_names(path)[0])
     while len(bias) > 1 and bias[-1] == 1:  # Equinox keeps the spatial dimensions: (out, 1, 1).
         bias = bias[:-1]
-    return len(shape) > 3 and len(bias) == 2 and bias[0] == shape[0] and bias[1] in shape[1:]
+    has_rows = len(bias) == 2 and bias[0] == shape[0] and bias[1] in shape[1:]
+    return has_rows and bool(taken_for_conv)
+
+
+def _rules_for(direction: str, leaf: Leaf) -> dict[str, str]:
+    """Rules that may be meant for a leaf that is not settled, with their meanings."""
+    is_weight = _last_names(leaf.path)[1].startswith("weight")
+    # Weights begin with (output, input); kernels end with (input, output).
+    steps = ["output", "input"].index(direction)
+    axis = steps if is_weight else -1 - steps
+    rules = {f"Axes({axis})": f"channels on axis {axis}"}
+    if len(leaf.shape) > 2:
+        if not is_weight:
+            heads = (axis - 1, axis)
+            rules[f"Axes({heads})"] = f"channels on axes {heads}: heads and their features"
+        is_settled = not isinstance(_by_convention(direction, leaf.path, leaf.shape[1:]), str)
+        of_each = f"cdb_jax.{direction}_channels" if is_settled else axis + is_weight
+        rules[f"Axes({of_each}, stack=0)"] = "layers stacked on axis 0"
+    return rules
 
 
 def _cannot_settle(direction: str, leaves: Sequence[Leaf], most: int = 12) -> str:
-    axis = -1 if direction == "output" else -2
-    rules = {f"Axes({axis})": f"channels on axis {axis}"}
-    if any(len(leaf.shape) > 2 for leaf in leaves):
-        rules["Axes((-2, -1))"] = "channels on the last two axes: heads and their features"
-        rules[f"Axes({axis}, stack=0)"] = f"channels on axis {axis} of layers stacked on axis 0"
-    rows = "".join(f"    cdb_jax.{rule:22}  # {meaning}\n" for rule, meaning in rules.items())
+    rules = _rules_for(direction, leaves[0])
+    width = max(map(len, rules))
+    rows = "".join(f"    cdb_jax.{rule:{width}}  # {x}\n" for rule, x in rules.items())
     listing = "".join(f"    {leaf.path!r} of shape {leaf.shape}\n" for leaf in leaves[:most])
     if len(leaves) > most:
         listing += f"    and {len(leaves) - most} more\n"

@@ -342,6 +342,9 @@ def test_p_values():
     # Of the eight ways to sign 1, 2 and 3, two have a sum as large as 6.
     assert report.p_value(np.array([1.0, 2.0, 3.0])) == 2 / 8
     assert report.p_value(np.zeros(20)) == 1.0
+    # As accuracies are written: multiples of a seven hundred and ninety-seventh, to six digits.
+    k = np.array([3, -1, 2, -4, 1, 5, 2, 3])
+    assert report.p_value((k / 797).round(6)) == report.p_value(k.astype(float))
     rng = np.random.default_rng(0)
     alarms = [report.p_value(rng.standard_normal(10)) < 0.05 for _ in range(2000)]
     assert abs(np.mean(alarms) - 0.05) < 4 * np.sqrt(0.05 * 0.95 / 2000)
@@ -376,28 +379,52 @@ def test_when_a_curve_reaches_a_target():
 
     mean, low, high = share(ahead, 0.5)
     assert mean == low == high and mean < 0.5 < share(base, 1.0)[0]
-    never = time_to_accuracy.finite([{"a": share(base - 0.2, 1.0), "b": "x"}])
-    assert never == [{"a": [None, None, None], "b": "x"}]
+    never = share(base - 0.2, 1.0)
+    assert time_to_accuracy.three(never) == "never [never, never]"
+    assert time_to_accuracy.finite([{"a": never, "b": "x"}]) == [{"a": [None] * 3, "b": "x"}]
+
+
+def test_what_counts_as_not_inferior():
+    rng = np.random.default_rng(0)
+    p = lambda mean: time_to_accuracy.at_least(mean + 1e-3 * rng.standard_normal(20), 0.003)
+    assert p(0.0) < 1e-3 and p(-0.002) < 0.01 and p(-0.004) > 0.99
+    alarms = [p(-0.003) < 0.05 for _ in range(400)]
+    assert abs(np.mean(alarms) - 0.05) < 4 * np.sqrt(0.05 * 0.95 / 400)
 
 
 def test_time_and_work_to_accuracy(short, monkeypatch):
     """On made-up accuracies, with real programs."""
-    monkeypatch.setitem(TASKS, "finetune", short)
-    cells = [
-        Cell("finetune", name, short.model) for name in ("none", "skip channels", "skip layers")
-    ]
+    monkeypatch.setattr(time_to_accuracy, "STEPS", 5)
+    names = ("none", "skip channels", "skip layers")
+    cells = [Cell("finetune", name, short.model) for name in names]
+    worse = {"none": 0.0, "skip channels": 0.001, "skip layers": 0.1}
+    accuracy = lambda job: 0.8 + 1e-3 * (job.settings.seed % 7) - worse[job.program.contender]
     runs = {}
     for _ in range(4):
         jobs = [j for c in cells for j in grid.tuning_jobs(c, runs) + grid.final_jobs(c, runs)]
-        runs = made_up(jobs, lambda job: 0.8 + 1e-3 * (job.settings.seed % 7))
+        runs = made_up(jobs, accuracy)
     for job, row in runs.items():
-        row["flops"] = compiled(job.program).step.cost_analysis()["flops"]
-    none, channels, layers = time_to_accuracy.compare(cells, runs, rounds=3, comparisons=2)
-    assert none["step_time"][0] == 1.0 and none["flops"] == 1.0
+        row["flops"] = trial.mean_flops(job.program)
+        end = 0.9 - worse[job.program.contender]
+        row["curve"] = f"{end - 0.4} {end}"
+    rows = time_to_accuracy.compare(cells, runs, rounds=3)
+    unrun = Cell("digits_few", "skip layers", "m")
+    rows += time_to_accuracy.compare([unrun._replace(contender="none"), unrun], {}, rounds=3)
+    time_to_accuracy.correct(rows)
+    none, channels, layers, *_ = rows
+    assert none["step_time"][0] == none["flops"] == none["time_ratio"][0] == 1.0
     # Half of the weights' gradients, which are a third of the work, of all layers but the head.
     for row in (channels, layers):
-        assert 0.8 < row["flops"] < 0.93 and row["non_inferior"] and row["step_time"][0] > 0
-    assert "| skip layers |" in time_to_accuracy.table([none, channels, layers])
+        assert 0.8 < row["flops"] < 0.93 and row["step_time"][0] > 0
+    assert channels["p_corrected"] < 1e-3 and layers["p_corrected"] == 1.0
+    # Between the points at half of a run and at its end: 0.897 lies between 0.5 and 0.9 here, and
+    # between 0.499 and 0.899 there.
+    ratio = (0.5 + 0.5 * 0.398 / 0.4) / (0.5 + 0.5 * 0.397 / 0.4)
+    assert channels["flops_ratio"] == pytest.approx((ratio * channels["flops"],) * 3)
+    assert np.isinf(layers["time_to_accuracy"]).all()
+    table = time_to_accuracy.table(rows)
+    assert "| skip layers | *not run* |" in table and "never [never, never]" in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 def test_core_grid_is_as_large_as_it_says():

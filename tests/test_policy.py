@@ -11,6 +11,7 @@ import pytest
 
 import cdb_jax.nnx
 from cdb_jax import Axes, Policy, channel_drop_back
+from cdb_jax.channels import resolve
 
 DENSE = {"dense": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)}}
 STACK = {"fc": {"kernel": jnp.zeros((3, 8, 8))}}
@@ -285,6 +286,37 @@ def test_arguments_in_each_others_place():
             call()
 
 
+def rules_in(error):
+    found = re.findall(r"^    (cdb_jax\.Axes\(.*\)) +# ", str(error), re.MULTILINE)
+    return [eval(rule, {"cdb_jax": cdb_jax}) for rule in found]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "name, shape, bias, outputs, inputs",
+    [
+        # Of each rule: the channel axes, of one layer or of a stack on axis 0.
+        ("conv/kernel", (6, 3, 3, 4, 8), (6, 8), [(4,), (3, 4), (4, 0)], [(3,), (2, 3), (3, 0)]),
+        ("conv/weight", (6, 8, 4, 3, 3), (6, 8, 1, 1), [(0,), (1, 0)], [(1,), (2, 0)]),
+        ("pwconv/kernel", (6, 4, 8), (6, 8), [(2,), (1, 2), (2, 0)], [(1,), (0, 1), (1, 0)]),
+        ("q/kernel", (16, 4, 8), (4, 8), [(2,), (1, 2), (2, 0)], [(1,), (0, 1), (1, 0)]),
+    ],
+)
+@pytest.mark.parametrize("direction", ["output", "input"])
+def test_the_rules_that_an_error_shows_name_channels(direction, name, shape, bias, outputs, inputs):
+    layer, weight = name.split("/")
+    tree = {layer: {weight: jnp.ones(shape), "bias": jnp.ones(bias)}}
+    convention = getattr(cdb_jax, f"{direction}_channels")
+    with pytest.raises(ValueError, match="do not settle") as caught:
+        cdb_jax.channel_report(tree, cdb_jax.Policy(0.5, key=0, channel_axes=convention))
+    found = []
+    for rule in rules_in(caught.value):
+        choose = lambda path, leaf, rule=rule: rule if path == name else convention
+        (leaf,) = [x for x in resolve(tree, choose).leaves if x.path == name]
+        found.append(leaf.channel + leaf.stack)
+    assert found == {"output": outputs, "input": inputs}[direction]
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize("axes", ["output_channels", "input_channels"])
 @pytest.mark.parametrize("shape", [(4, 8), (3, 4, 8)])
@@ -293,13 +325,13 @@ def test_the_rules_that_an_error_shows_settle_it(shape, axes):
     axes = getattr(cdb_jax, axes)
     with pytest.raises(ValueError, match="do not settle which axis holds the") as caught:
         cdb_jax.channel_report(tree, cdb_jax.Policy(0.5, key=0, channel_axes=axes))
-    rules = re.findall(r"^    (cdb_jax\.Axes\(.*\)) +# ", str(caught.value), re.MULTILINE)
+    rules = rules_in(caught.value)
     assert len(rules) == (1 if len(shape) == 2 else 3)
-    for rule in rules:
-        made = eval(rule, {"cdb_jax": cdb_jax})
+    for made in rules:
         choose = lambda path, leaf, made=made: made if path == "layers/w" else axes
         policy = cdb_jax.Policy(0.5, key=0, channel_axes=choose)
-        assert "2 layers" in str(cdb_jax.channel_report(tree, policy)) or "stack=0" in rule
+        count = 4 if made.stack == 0 else 2  # Three that are stacked, and the kernel beside them.
+        assert f"{count} layers" in str(cdb_jax.channel_report(tree, policy))
     text = str(cdb_jax.channel_report(tree, cdb_jax.Policy(0.5, key=0, exempt=("layers/w",))))
     assert "1 layer," in text
 
@@ -328,8 +360,9 @@ def test_stacked_convolutions_are_told_from_those_of_more_dimensions(name, kerne
     text = str(cdb_jax.channel_report({"conv": layer}, policy))
     assert f"{'x'.join(map(str, kernel))} " in text and "1 layer," in text
     many = stacked({"conv": layer})
-    with pytest.raises(ValueError, match=rf"do not settle(.|\n)*'conv/{name}' of shape \(6, "):
-        cdb_jax.channel_report(many, policy)
+    for tree, path in ((many, f"conv/{name}"), (many["conv"], name)):
+        with pytest.raises(ValueError, match=rf"do not settle(.|\n)*'{path}' of shape \(6, "):
+            cdb_jax.channel_report(tree, policy)
     policy = cdb_jax.Policy(0.5, key=0, channel_axes=cdb_jax.Axes(convention, stack=0))
     assert "6 layers," in str(cdb_jax.channel_report(many, policy))
 

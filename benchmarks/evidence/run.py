@@ -37,7 +37,7 @@ from grid import (
 )
 from overhead import machine, results_file, versions
 from rich.progress import Progress
-from trial import Program, Settings, compiled, run
+from trial import Program, Settings, mean_flops, run
 
 METRICS = [
     f"{part}_{metric}" for part in ("validation", "test") for metric in ("accuracy", "nll", "ece")
@@ -81,7 +81,7 @@ def train_all(jobs: Sequence[Job], file: Path) -> int:
     """Runs jobs of one program one after another; writes a line for each as it ends."""
     for job in jobs:
         metrics = run(job.program, job.settings, test=not job.tunes)
-        flops = compiled(job.program).step.cost_analysis()["flops"]
+        flops = mean_flops(job.program)
         about = machine()
         row = job.program._asdict() | job.settings._asdict() | metrics
         row |= {"tunes": job.tunes, "version": job.version, "flops": flops}
@@ -104,10 +104,13 @@ def append(file: Path, row: Row) -> None:
 def start(file: Path) -> None:
     """Makes the file, or makes it ready for more lines."""
     header = ",".join(COLUMNS) + "\n"
-    text = _complete(file.read_text()) if file.exists() else header
-    if not text.startswith(header):
+    text = file.read_text() if file.exists() else ""
+    if text and not text.startswith(header):
         raise SystemExit(f"error: {file} has other columns; give another --output.")
-    file.write_text(text)
+    if not text:
+        file.write_text(header)
+    elif not text.endswith("\n"):
+        os.truncate(file, len(_complete(text).encode()))
 
 
 def remaining(jobs: Sequence[Job], runs: Runs) -> list[list[Job]]:
@@ -126,7 +129,7 @@ def execute(jobs: Sequence[Job], file: Path, workers: int, title: str) -> None:
         try:
             for ended in as_completed(futures):
                 progress.update(task, advance=ended.result())
-        finally:  # A failure is told at once, not after hours.
+        finally:  # A failure ends the stage once the programs that run are done.
             pool.shutdown(cancel_futures=True)
 
 

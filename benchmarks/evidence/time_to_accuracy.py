@@ -4,13 +4,16 @@
     python benchmarks/evidence/time_to_accuracy.py
 
 Three answers for each task and model, from the runs of the grid "speed" (same number of steps,
-both tuned, paired by seed):
+the same settings tried of both, paired by seed):
 
-- time of a step against the baseline's, of both in turns in one process on this machine;
-- whether the accuracy at the end is at most 0.3 points lower: non-inferior, if the lower end of
-  the interval of the difference says so, at a level of 95 % for all comparisons together;
-- the share of the baseline's whole time after which the mean curve of the seeds reaches the
-  baseline's accuracy at the end, less those 0.3 points; and the same for the baseline itself.
+- the time of a step against the baseline's, of both in turns in one process on this machine. As
+  both take the same steps, that of a whole run;
+- whether a run's accuracy is at most 0.3 points lower at its end: p of the one-sided test of
+  non-inferiority, by sign flips as in the report, corrected by Holm's method for all comparisons.
+  A large p says that this is not shown, not that the accuracy is lower;
+- when the mean curve of the seeds first reaches the baseline's accuracy at the end, less those 0.3
+  points: as a share of the baseline's whole time, and against the baseline's own. The learning rate
+  falls over the whole run, so that a run planned to end there would have another curve.
 
 Writes `results/time-to-accuracy-<device>.json`.
 """
@@ -22,30 +25,39 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import paths  # noqa: F401
-from contenders import CONTENDERS, NOTHING
 from grid import GRIDS, Cell, Job, Row, Runs, final_jobs
 from overhead import publish, results_file
-from report import BASELINE, RESAMPLES, column, difference, finals, header, interval
+from report import (
+    BASELINE,
+    RESAMPLES,
+    column,
+    difference,
+    finals,
+    header,
+    holm,
+    interval,
+    p_text,
+    p_value,
+)
 from run import read
 from tasks import TASKS
-from trial import EVALUATIONS, Settings, batches, compiled
+from trial import EVALUATIONS, batches, compiled
 
 MARGIN = 0.003  # Of accuracy: 0.3 points.
+STEPS = 50  # In a round of timing.
 
 
 def time_steps(jobs: dict[str, Job], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds for the steps of one epoch, by contender, in every round: all take turns."""
+    """Seconds of a step, by contender, in every round: all take turns."""
     runners = {}
     for name, job in jobs.items():
         task, program = TASKS[job.program.task], compiled(job.program)
-        numbers = Settings(np.uint32(job.settings.seed), *map(np.float32, job.settings[1:]))
-        train = task.split(job.settings.seed).train
-        data = [train.take(x) for x in itertools.islice(batches(task, 0), task.epoch_steps)]
+        numbers, train = job.settings.arrays(), task.split(job.settings.seed).train
+        data = [train.take(x) for x in itertools.islice(batches(task, 0), STEPS)]
         runners[name] = [program.step, numbers, program.initial(numbers), data]
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for i in range(-1, rounds):  # One to warm up.
@@ -57,7 +69,7 @@ def time_steps(jobs: dict[str, Job], rounds: int) -> dict[str, np.ndarray]:
                 state = step(numbers, state, *batch)
             jax.block_until_ready(state)
             if i >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / len(data))
             runners[name][2] = state
     return {name: np.array(values) for name, values in seconds.items()}
 
@@ -80,10 +92,18 @@ def crossing(curve: np.ndarray, target: float) -> float:
     return float(share[i - 1] + part * (share[i] - share[i - 1]))
 
 
+def at_least(differences: np.ndarray, margin: float) -> float:
+    """One-sided p of a mean that is lower than zero by a margin or more."""
+    shifted = differences + margin
+    half = p_value(shifted) / 2
+    return half if shifted.sum() > 0 else 1 - half
+
+
 Interval = tuple[float, float, float]
+Statistic = Callable[[np.ndarray, np.ndarray], float]  # Of picks of seeds and of rounds.
 
 
-def bootstrap(of: Callable[[np.ndarray, np.ndarray], float], seeds: int, rounds: int) -> Interval:
+def bootstrap(of: Statistic, seeds: int, rounds: int) -> Interval:
     """A statistic of resampled seeds and rounds of timing, with its 95 % interval."""
     rng, draws = np.random.default_rng(0), RESAMPLES // 10
     picks = [(rng.integers(0, seeds, seeds), rng.integers(0, rounds, rounds)) for _ in range(draws)]
@@ -91,85 +111,93 @@ def bootstrap(of: Callable[[np.ndarray, np.ndarray], float], seeds: int, rounds:
     return of(np.arange(seeds), np.arange(rounds)), float(low), float(high)
 
 
-def reach(own: np.ndarray, base: np.ndarray, cost: Callable[[np.ndarray], float]) -> Any:
-    """A function of seeds and rounds: the share of the baseline's whole cost until the mean curve
-    is as good as the baseline's at its end."""
+def reach(own: np.ndarray, base: np.ndarray, cost: Callable[[np.ndarray], float]) -> Statistic:
+    """The share of the baseline's whole cost until the mean curve is as good as the baseline's at
+    its end; `cost` is that of a step, by rounds, against the baseline's."""
     return lambda seeds, rounds: (
         cost(rounds) * crossing(own[seeds].mean(axis=0), base[seeds, -1].mean() - MARGIN)
     )
 
 
-def compare(cells: Sequence[Cell], runs: Runs, rounds: int, comparisons: int) -> list[Row]:
+def against(own: Statistic, base: Statistic) -> Statistic:
+    return lambda *picks: own(*picks) / base(*picks)
+
+
+def compare(cells: Sequence[Cell], runs: Runs, rounds: int) -> list[Row]:
     """Rows for the contenders on one task with one model; none until all are there."""
     jobs = {cell.contender: final_jobs(cell, runs) for cell in cells}
     done = {name: finals(own, runs) for name, own in jobs.items()}
     if not all(done.values()):
         return [cell._asdict() | {"run": False} for cell in cells]
     seconds = time_steps({name: own[0] for name, own in jobs.items()}, rounds)
-    base, steps = done[BASELINE], TASKS[cells[0].task].epoch_steps
+    base = done[BASELINE]
+    target, size = curves(base), (len(base), rounds)
+    base_reach = reach(target, target, lambda _: 1.0)
     rows = []
     for cell in cells:
         own = done[cell.contender]
-        layer_rate = CONTENDERS[cell.contender].settings.get("layer_rate", 0.0)
-        # Where the work varies from step to step, the mean is what a run takes.
-        middle = np.mean if layer_rate else np.median
-        ratios = seconds[cell.contender] / seconds[BASELINE]
-        cost = lambda picks, ratios=ratios, middle=middle: float(middle(ratios[picks]))
+        ratios, curve = seconds[cell.contender] / seconds[BASELINE], curves(own)
+        time_cost = lambda picks, ratios=ratios: float(np.median(ratios[picks]))
         flops = own[0]["flops"] / base[0]["flops"]
-        if layer_rate:  # Programs count both branches of a conditional.
-            least = jobs[BASELINE][0].program._replace(contender=NOTHING, rate=1.0)
-            saved = base[0]["flops"] - compiled(least).step.cost_analysis()["flops"]
-            flops = 1 - layer_rate * saved / base[0]["flops"]
+        time_reach = reach(curve, target, time_cost)
+        flops_reach = reach(curve, target, lambda _, flops=flops: flops)
         gap = column(own, "test_accuracy") - column(base, "test_accuracy")
-        bound = interval(gap, 1 - 0.05 / comparisons)[1]
-        curve, target = curves(own), curves(base)
-        size = (len(own), rounds)
         rows.append(
             cell._asdict()
             | {
                 "run": True,
-                "milliseconds": 1e3 * float(np.median(seconds[cell.contender])) / steps,
-                "step_time": bootstrap(lambda _, picks, cost=cost: cost(picks), *size),
+                "milliseconds": 1e3 * float(np.median(seconds[cell.contender])),
+                "step_time": bootstrap(lambda _, picks, cost=time_cost: cost(picks), *size),
                 "flops": flops,
                 "accuracy": interval(column(own, "test_accuracy")),
                 "difference": interval(gap),
-                "non_inferior": bound > -MARGIN,
-                "time_to_accuracy": bootstrap(reach(curve, target, cost), *size),
-                "flops_to_accuracy": bootstrap(
-                    reach(curve, target, lambda _, flops=flops: flops), *size
-                ),
+                "p": at_least(gap, MARGIN),
+                "time_to_accuracy": bootstrap(time_reach, *size),
+                "time_ratio": bootstrap(against(time_reach, base_reach), *size),
+                "flops_ratio": bootstrap(against(flops_reach, base_reach), *size),
             }
         )
     return rows
 
 
+def correct(rows: Sequence[Row]) -> None:
+    """Adds the p values corrected for all comparisons, those that are not run among them."""
+    compared = [row for row in rows if row["contender"] != BASELINE]
+    corrected = holm([row.get("p", 1.0) for row in compared])
+    for row, p in zip(compared, corrected, strict=True):
+        if row["run"]:
+            row["p_corrected"] = p
+
+
 def table(rows: Sequence[Row]) -> str:
     names = ("task, model", "method", "time of a step", "FLOPs", "accuracy, %")
-    lines = [header((*names, "difference, points", "non-inferior", "time to accuracy"))]
+    names += ("difference, points", "non-inferiority: p, Holm")
+    names += ("time to accuracy, of the baseline's run", "of the baseline's own")
+    lines = [header(names)]
     for row in rows:
         if not row["run"]:
             text = f"| {row['task']}, {row['model']} | {row['contender']} | *not run* "
-            lines.append(text + "| " * 5 + "|")
+            lines.append(text + "| " * (len(names) - 3) + "|")
             continue
         same = row["contender"] == BASELINE
         lines.append(
             f"| {row['task']}, {row['model']} | {row['contender']} | {three(row['step_time'])} | "
             f"{row['flops']:.2f} | {100 * row['accuracy'][0]:.2f} | "
             f"{'' if same else difference(row['difference'], 100, 2)} | "
-            f"{'' if same else 'yes' if row['non_inferior'] else 'no'} | "
-            f"{three(row['time_to_accuracy'])} |"
+            f"{'' if same else p_text(row['p_corrected'])} | "
+            f"{three(row['time_to_accuracy'])} | {'' if same else three(row['time_ratio'])} |"
         )
     return "\n".join(lines)
 
 
 def three(values: Interval) -> str:
-    mean, low, high = (f"{x:.2f}" if np.isfinite(x) else "never" for x in values)
+    mean, low, high = ("never" if np.isinf(x) else f"{x:.2f}" for x in values)
     return f"{mean} [{low}, {high}]"
 
 
 def finite(rows: Sequence[Row]) -> list[Row]:
     """Without infinities, which JSON does not know: null stands for never."""
-    number = lambda x: None if isinstance(x, float) and not np.isfinite(x) else x
+    number = lambda x: None if isinstance(x, float) and np.isinf(x) else x
     return [
         {name: [*map(number, x)] if isinstance(x, tuple) else x for name, x in row.items()}
         for row in rows
@@ -185,11 +213,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=results_file("time-to-accuracy"))
     arguments = parser.parse_args()
     runs, rows = read(arguments.runs), []
-    comparisons = sum(cell.contender != BASELINE for cell in GRIDS["speed"])
     for pair in dict.fromkeys((cell.task, cell.model) for cell in GRIDS["speed"]):
         cells = [cell for cell in GRIDS["speed"] if (cell.task, cell.model) == pair]
-        rows += compare(cells, runs, arguments.rounds, comparisons)
-    settings = {"margin": MARGIN, "evaluations": EVALUATIONS, "rounds": arguments.rounds}
+        rows += compare(cells, runs, arguments.rounds)
+    correct(rows)
+    settings = {"margin": MARGIN, "evaluations": EVALUATIONS}
+    settings |= {"rounds": arguments.rounds, "steps": STEPS}
     publish(arguments.output, table(rows), finite(rows), **settings)
 
 

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from contenders import ABLATIONS, CONTENDERS, config_of, make_optimizer, make_policy, model_settings
+from contenders import (
+    ABLATIONS,
+    CONTENDERS,
+    NOTHING,
+    config_of,
+    make_optimizer,
+    make_policy,
+    model_settings,
+)
 from flax import nnx
 from scipy.special import log_softmax
 from tasks import TASKS, Images, Split
@@ -40,6 +48,10 @@ class Settings(NamedTuple):
     seed: int
     learning_rate: float
     weight_decay: float
+
+    def arrays(self) -> Settings:
+        """As compiled programs take them."""
+        return Settings(np.uint32(self.seed), *map(np.float32, self[1:]))
 
 
 class State(NamedTuple):
@@ -82,7 +94,7 @@ def fit(
     `watch` sees the state at every evaluation.
     """
     task, stops_early = TASKS[program.task], contender_of(program).stops_early
-    numbers = Settings(np.uint32(settings.seed), *map(np.float32, settings[1:]))
+    numbers = settings.arrays()
     initial, step, predict = compiled(program)
     state = initial(numbers)
     if task.start:
@@ -126,7 +138,7 @@ def compiled(program: Program) -> Compiled:
     task, contender = TASKS[program.task], contender_of(program)
     train = task.split(0).train
     steps = (task.steps, task.epoch_steps)
-    numbers = Settings(np.uint32(0), np.float32(0.0), np.float32(0.0))
+    numbers = Settings(0, 0.0, 0.0).arrays()
 
     def parts(numbers: Settings) -> tuple[Any, Any, Any]:
         config = config_of(
@@ -187,6 +199,17 @@ def compiled(program: Program) -> Compiled:
     return Compiled(
         jax.jit(initial), jax.jit(step).lower(numbers, state, *batch).compile(), jax.jit(predict)
     )
+
+
+def mean_flops(program: Program) -> float:
+    """Of a training step, where the compiler counts the dearer side of a conditional."""
+    flops = lambda program: compiled(program).step.cost_analysis()["flops"]
+    share = contender_of(program).settings.get("layer_rate", 0.0)  # Of the layers, left out.
+    if not share:
+        return flops(program)
+    whole = program._replace(contender="none", rate=0.0)
+    rest = program._replace(contender=NOTHING, rate=1.0)
+    return (1 - share) * flops(whole) + share * flops(rest)
 
 
 @functools.lru_cache(maxsize=4)
