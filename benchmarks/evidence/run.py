@@ -2,6 +2,7 @@
 
     python benchmarks/evidence/run.py core              # 3 tasks, 8 methods, 20 seeds
     python benchmarks/evidence/run.py core --workers 8
+    python benchmarks/evidence/run.py methods --tasks digits_noisy
 
 Each run is a line of `results/evidence-<device>.csv` as soon as it ends; stopped, the same command
 goes on. `report.py` draws tables and figures from that file.
@@ -37,6 +38,7 @@ from grid import (
 )
 from overhead import machine, results_file, versions
 from rich.progress import Progress
+from tasks import TASKS
 from trial import Program, Settings, mean_flops, run
 
 METRICS = [
@@ -153,6 +155,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("grid", choices=[*GRIDS, "masks", "ablation"])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], metavar="TASK")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--output", type=Path, default=results_file("evidence").with_suffix(".csv"))
     arguments = parser.parse_args()
@@ -167,6 +170,7 @@ def main() -> None:
     start(arguments.output)
     for stage in ("tuning", "finalists", "near the best", "chosen settings"):
         jobs = planned(arguments.grid, read(arguments.output))
+        jobs = [job for job in jobs if job.program.task in arguments.tasks]
         execute(jobs, arguments.output, arguments.workers, f"{arguments.grid}: {stage}")
 
 
