@@ -508,11 +508,14 @@ def _cannot_settle(direction: str, leaves: Sequence[Leaf], most: int = 12) -> st
     listing = "".join(f"    {leaf.path!r} of shape {leaf.shape}\n" for leaf in leaves[:most])
     if len(leaves) > most:
         listing += f"    and {len(leaves) - most} more\n"
+    paths = tuple(leaf.path for leaf in leaves)
+    these = f"in {paths}" if len(paths) > 1 else f"== {paths[0]!r}"
     return (
         f"channel_axes: name and rank do not settle which axis holds the {direction} channels of\n"
         f"{listing}Say it with a rule:\n"
-        f"    channel_axes=lambda path, leaf: RULE if path == {leaves[0].path!r} else "
+        f"    channel_axes=lambda path, leaf: RULE if path {these} else "
         f"cdb_jax.{direction}_channels\n"
         f"where RULE is one of\n{rows}"
-        f"or leave it alone with exempt=({leaves[0].path!r},)."
+        f"(or, if it is right for the whole tree, channel_axes=RULE), or leave alone what has no "
+        f"channels with exempt={paths}."
     )

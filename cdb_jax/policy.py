@@ -6,12 +6,14 @@ import dataclasses
 import math
 import numbers
 import operator
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from cdb_jax import channels
 
@@ -130,6 +132,11 @@ class Policy:
 
 def as_policy(rate: Rate | Policy, settings: Mapping[str, Any]) -> Policy:
     """Returns the policy itself, or the one that `rate` and `settings` describe."""
+    if isinstance(rate, optax.GradientTransformation):
+        raise TypeError(
+            "rate is an optax transformation; give the Policy that describes the mask, such as "
+            "cdb_jax.Policy(0.3, key=0), instead of what was made of it."
+        )
     if not isinstance(rate, Policy):
         return Policy(rate, **settings)
     defaults = {field.name: field.default for field in dataclasses.fields(Policy)}
@@ -150,8 +157,9 @@ def require_policy(policy: Any) -> Policy:
     """The policy itself, where a rate alone would leave the key unsaid."""
     if not isinstance(policy, Policy):
         raise TypeError(
-            f"policy must be a cdb_jax.Policy, got {policy!r}; write Policy(0.3, key=0), say, and "
-            "give the same one to everything that uses it."
+            f"policy must be a cdb_jax.Policy, got {textwrap.shorten(repr(policy), 80)}; write "
+            "Policy(0.3, key=0), say, and give the same one to everything that uses it, in its "
+            "place among the arguments."
         )
     return policy
 

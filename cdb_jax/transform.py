@@ -196,8 +196,8 @@ def selection_count(opt_state: Any) -> jax.Array:
     counts = {at: x for at, x in counts.items() if (*at, "dropped_fraction") in by_path} or counts
     if not counts:
         raise ValueError(
-            "this optimizer state has no count, because nothing in the optimizer depends on the "
-            "step; count the steps yourself and give count=step."
+            "opt_state has no count: it is no optimizer state, or nothing in the optimizer depends "
+            "on the step; then count the steps yourself and give count=step."
         )
     # Some wrappers hold steps back, so that what is inside counts less than what is outside.
     wrappers = {path[: path.index("inner_state")] for path in by_path if "inner_state" in path}

@@ -412,7 +412,7 @@ def test_time_and_work_to_accuracy(short, monkeypatch):
     rows += time_to_accuracy.compare([unrun._replace(contender="none"), unrun], {}, rounds=3)
     time_to_accuracy.correct(rows)
     none, channels, layers, *_ = rows
-    assert none["step_time"][0] == none["flops"] == none["time_ratio"][0] == 1.0
+    assert none["step_time"][0] == none["flops"] == none["time_against_baseline"][0] == 1.0
     # Half of the weights' gradients, which are a third of the work, of all layers but the head.
     for row in (channels, layers):
         assert 0.8 < row["flops"] < 0.93 and row["step_time"][0] > 0
@@ -420,7 +420,7 @@ def test_time_and_work_to_accuracy(short, monkeypatch):
     # Between the points at half of a run and at its end: 0.897 lies between 0.5 and 0.9 here, and
     # between 0.499 and 0.899 there.
     ratio = (0.5 + 0.5 * 0.398 / 0.4) / (0.5 + 0.5 * 0.397 / 0.4)
-    assert channels["flops_ratio"] == pytest.approx((ratio * channels["flops"],) * 3)
+    assert channels["flops_against_baseline"] == pytest.approx((ratio * channels["flops"],) * 3)
     assert np.isinf(layers["time_to_accuracy"]).all()
     table = time_to_accuracy.table(rows)
     assert "| skip layers | *not run* |" in table and "never [never, never]" in table

@@ -198,6 +198,13 @@ def test_mistakes_with_a_policy():
         optax.inject_hyperparams(channel_drop_back)(policy).init(DENSE)
     with pytest.raises(TypeError, match="policy must be a cdb_jax.Policy, got 0.3"):
         cdb_jax.channel_report(DENSE, 0.3)
+    with pytest.raises(TypeError, match="policy must be a cdb_jax.Policy, got .*in its place") as e:
+        cdb_jax.channel_report(policy, {str(i): DENSE for i in range(100)})
+    assert len(str(e.value)) < 300
+    with pytest.raises(TypeError, match="rate is an optax transformation; give the Policy"):
+        cdb_jax.value_and_grad(jnp.sum, channel_drop_back(policy))
+    with pytest.raises(ValueError, match="opt_state has no count: it is no optimizer state, or"):
+        cdb_jax.selection_count(DENSE)
     with pytest.raises(ValueError, match="total_steps must be an int >= 1, got 0"):
         cdb_jax.released_layer_rate(0)
     with pytest.raises(ValueError, match="final must be a drop probability.*1.3"):
@@ -375,3 +382,11 @@ def test_all_arrays_that_are_not_settled_are_told_at_once():
     told = re.findall(r"^    '(w\d+)' of shape \(2, 3\)$", str(caught.value), re.MULTILINE)
     assert told == [f"w{i:02}" for i in range(12)]
     assert "\n    and 2 more\n" in str(caught.value)
+    # The rule that it shows is for all of them.
+    shown = re.search(r"channel_axes=(lambda .*)\n", str(caught.value))[1]
+    rule = eval(shown, {"RULE": cdb_jax.Axes(-1), "cdb_jax": cdb_jax})
+    policy = cdb_jax.Policy(0.5, key=0, channel_axes=rule)
+    assert "15 layers," in str(cdb_jax.channel_report(tree, policy))
+    exempt = eval(re.search(r"exempt=(\(.*\))", str(caught.value))[1])
+    policy = cdb_jax.Policy(0.5, key=0, exempt=exempt)
+    assert "1 layer," in str(cdb_jax.channel_report(tree, policy))

@@ -212,10 +212,11 @@ def overview(rows: Sequence[Row], *, training: bool = False) -> str:
 
 
 def entry(row: Row) -> str:
+    mark = " †" * bool(row.get("edges"))
     if row["is_baseline"]:
-        return f"{100 * row['accuracy'][0]:.2f} %"
+        return f"{100 * row['accuracy'][0]:.2f} %{mark}"
     text = difference(row["accuracy_difference"], 100, 2)
-    return (f"**{text}**" if row["p_corrected"] < 0.05 else text) + " †" * bool(row.get("edges"))
+    return (f"**{text}**" if row["p_corrected"] < 0.05 else text) + mark
 
 
 def panels(rows: Sequence[Row]) -> dict[str, list[Row]]:

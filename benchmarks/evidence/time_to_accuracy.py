@@ -153,8 +153,8 @@ def compare(cells: Sequence[Cell], runs: Runs, rounds: int) -> list[Row]:
                 "difference": interval(gap),
                 "p": at_least(gap, MARGIN),
                 "time_to_accuracy": bootstrap(time_reach, *size),
-                "time_ratio": bootstrap(against(time_reach, base_reach), *size),
-                "flops_ratio": bootstrap(against(flops_reach, base_reach), *size),
+                "time_against_baseline": bootstrap(against(time_reach, base_reach), *size),
+                "flops_against_baseline": bootstrap(against(flops_reach, base_reach), *size),
             }
         )
     return rows
@@ -172,7 +172,7 @@ def correct(rows: Sequence[Row]) -> None:
 def table(rows: Sequence[Row]) -> str:
     names = ("task, model", "method", "time of a step", "FLOPs", "accuracy, %")
     names += ("difference, points", "non-inferiority: p, Holm")
-    names += ("time to accuracy, of the baseline's run", "of the baseline's own")
+    names += ("time to accuracy, of the baseline's run", "of the baseline's own", "FLOPs to it")
     lines = [header(names)]
     for row in rows:
         if not row["run"]:
@@ -185,7 +185,9 @@ def table(rows: Sequence[Row]) -> str:
             f"{row['flops']:.2f} | {100 * row['accuracy'][0]:.2f} | "
             f"{'' if same else difference(row['difference'], 100, 2)} | "
             f"{'' if same else p_text(row['p_corrected'])} | "
-            f"{three(row['time_to_accuracy'])} | {'' if same else three(row['time_ratio'])} |"
+            f"{three(row['time_to_accuracy'])} | "
+            f"{'' if same else three(row['time_against_baseline'])} | "
+            f"{'' if same else three(row['flops_against_baseline'])} |"
         )
     return "\n".join(lines)
 
