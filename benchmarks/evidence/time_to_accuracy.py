@@ -211,7 +211,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=Path, default=results_file("evidence").with_suffix(".csv"))
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, default=results_file("time-to-accuracy"))
     arguments = parser.parse_args()
     runs, rows = read(arguments.runs), []
