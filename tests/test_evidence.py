@@ -386,7 +386,7 @@ def test_when_a_curve_reaches_a_target():
 
 def test_what_counts_as_not_inferior():
     rng = np.random.default_rng(0)
-    p = lambda mean: time_to_accuracy.at_least(mean + 1e-3 * rng.standard_normal(20), 0.003)
+    p = lambda mean: time_to_accuracy.p_of_loss(mean + 1e-3 * rng.standard_normal(20), 0.003)
     assert p(0.0) < 1e-3 and p(-0.002) < 0.01 and p(-0.004) > 0.99
     alarms = [p(-0.003) < 0.05 for _ in range(400)]
     assert abs(np.mean(alarms) - 0.05) < 4 * np.sqrt(0.05 * 0.95 / 400)

@@ -128,12 +128,17 @@ def compare(pairs: Pairs) -> list[Row]:
                 if measure == "accuracy":
                     row["p"] = p_value(differences)
         rows.append(row)
+    correct(rows)
+    return rows
+
+
+def correct(rows: Sequence[Row]) -> None:
+    """Adds p values corrected for all comparisons, those that are not run among them."""
     compared = [row for row in rows if not row["is_baseline"]]
     corrected = holm([row.get("p", 1.0) for row in compared])
     for row, p in zip(compared, corrected, strict=True):
         if row["run"]:
             row["p_corrected"] = p
-    return rows
 
 
 def at_the_edge(cell: Cell, row: Row) -> list[str]:

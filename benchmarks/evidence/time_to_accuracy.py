@@ -35,10 +35,10 @@ from report import (
     BASELINE,
     RESAMPLES,
     column,
+    correct,
     difference,
     finals,
     header,
-    holm,
     interval,
     p_text,
     p_value,
@@ -92,8 +92,8 @@ def crossing(curve: np.ndarray, target: float) -> float:
     return float(share[i - 1] + part * (share[i] - share[i - 1]))
 
 
-def at_least(differences: np.ndarray, margin: float) -> float:
-    """One-sided p of a mean that is lower than zero by a margin or more."""
+def p_of_loss(differences: np.ndarray, margin: float) -> float:
+    """One-sided p of a mean loss of a margin or more."""
     shifted = differences + margin
     half = p_value(shifted) / 2
     return half if shifted.sum() > 0 else 1 - half
@@ -125,10 +125,11 @@ def against(own: Statistic, base: Statistic) -> Statistic:
 
 def compare(cells: Sequence[Cell], runs: Runs, rounds: int) -> list[Row]:
     """Rows for the contenders on one task with one model; none until all are there."""
+    about = lambda cell: cell._asdict() | {"is_baseline": cell.contender == BASELINE}
     jobs = {cell.contender: final_jobs(cell, runs) for cell in cells}
     done = {name: finals(own, runs) for name, own in jobs.items()}
     if not all(done.values()):
-        return [cell._asdict() | {"run": False} for cell in cells]
+        return [about(cell) | {"run": False} for cell in cells]
     seconds = time_steps({name: own[0] for name, own in jobs.items()}, rounds)
     base = done[BASELINE]
     target, size = curves(base), (len(base), rounds)
@@ -143,7 +144,7 @@ def compare(cells: Sequence[Cell], runs: Runs, rounds: int) -> list[Row]:
         flops_reach = reach(curve, target, lambda _, flops=flops: flops)
         gap = column(own, "test_accuracy") - column(base, "test_accuracy")
         rows.append(
-            cell._asdict()
+            about(cell)
             | {
                 "run": True,
                 "milliseconds": 1e3 * float(np.median(seconds[cell.contender])),
@@ -151,22 +152,13 @@ def compare(cells: Sequence[Cell], runs: Runs, rounds: int) -> list[Row]:
                 "flops": flops,
                 "accuracy": interval(column(own, "test_accuracy")),
                 "difference": interval(gap),
-                "p": at_least(gap, MARGIN),
+                "p": p_of_loss(gap, MARGIN),
                 "time_to_accuracy": bootstrap(time_reach, *size),
                 "time_against_baseline": bootstrap(against(time_reach, base_reach), *size),
                 "flops_against_baseline": bootstrap(against(flops_reach, base_reach), *size),
             }
         )
     return rows
-
-
-def correct(rows: Sequence[Row]) -> None:
-    """Adds the p values corrected for all comparisons, those that are not run among them."""
-    compared = [row for row in rows if row["contender"] != BASELINE]
-    corrected = holm([row.get("p", 1.0) for row in compared])
-    for row, p in zip(compared, corrected, strict=True):
-        if row["run"]:
-            row["p_corrected"] = p
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -179,7 +171,7 @@ def table(rows: Sequence[Row]) -> str:
             text = f"| {row['task']}, {row['model']} | {row['contender']} | *not run* "
             lines.append(text + "| " * (len(names) - 3) + "|")
             continue
-        same = row["contender"] == BASELINE
+        same = row["is_baseline"]
         lines.append(
             f"| {row['task']}, {row['model']} | {row['contender']} | {three(row['step_time'])} | "
             f"{row['flops']:.2f} | {100 * row['accuracy'][0]:.2f} | "
