@@ -348,8 +348,7 @@ def _resolve_leaf(
         by_name = _by_convention(channel.direction, path, tuple(shape[axis] for axis in rest))
         if isinstance(by_name, str):
             return alone._replace(reason=by_name)
-        beside = f"{path.rpartition('/')[0]}/bias".lstrip("/")
-        if not stack and _looks_stacked(path, shape, shapes.get(beside, ())):
+        if not stack and _looks_stacked(path, shape, shapes.get(_beside(path, "bias"), ())):
             return alone._replace(reason=UNSETTLED[channel.direction])
         channel = tuple(rest[axis] for axis in by_name)
     channel = _normalise(channel, shape, path)
@@ -381,10 +380,9 @@ def _normalise(axes: Ints, shape: tuple[int, ...], path: str) -> tuple[int, ...]
 
 def _follow_kernel(leaf: Leaf, by_path: dict[str, Leaf], masked: Sequence[str]) -> Leaf:
     """Lets a bias use the selection of the kernel beside it."""
-    parent, _, name = leaf.path.rpartition("/")
-    if name != "bias" or leaf.reason in (EXEMPT, NO_VALUES):
+    if _last_names(leaf.path)[1] != "bias" or leaf.reason in (EXEMPT, NO_VALUES):
         return leaf
-    beside = [f"{parent}/{kernel}".lstrip("/") for kernel in ("kernel", "weight")]
+    beside = [_beside(leaf.path, kernel) for kernel in ("kernel", "weight")]
     for path in beside:
         if path in masked:
             raise ValueError(
@@ -423,6 +421,11 @@ _DENSE = re.compile(r"dense|linear|einsum|^fc|proj|^(query|key|value|out)$", re.
 def _last_names(path: str) -> tuple[str, str]:
     *_, parent, name = ["", *path.split("/")]
     return parent, name
+
+
+def _beside(path: str, name: str) -> str:
+    """The path of another leaf of the same layer."""
+    return f"{path.rpartition('/')[0]}/{name}".lstrip("/")
 
 
 def _by_convention(direction: str, path: str, shape: tuple[int, ...]) -> tuple[int, ...] | str:
@@ -477,19 +480,19 @@ def _looks_stacked(path: str, shape: tuple[int, ...], bias: tuple[int, ...]) -> 
     By its own shape a stack of convolutions is one convolution with a spatial dimension more. A
     kernel of rank 3 may be taken for a convolution, by its name; others have biases of rank 2.
     """
-    taken_for_conv = len(shape) > 3 or _CONV.search(_last_names(path)[0])
+    if len(shape) <= 3 and not _CONV.search(_last_names(path)[0]):
+        return False
     while len(bias) > 1 and bias[-1] == 1:  # Equinox keeps the spatial dimensions: (out, 1, 1).
         bias = bias[:-1]
-    has_rows = len(bias) == 2 and bias[0] == shape[0] and bias[1] in shape[1:]
-    return has_rows and bool(taken_for_conv)
+    return len(bias) == 2 and bias[0] == shape[0] and bias[1] in shape[1:]
 
 
 def _rules_for(direction: str, leaf: Leaf) -> dict[str, str]:
     """Rules that may be meant for a leaf that is not settled, with their meanings."""
     is_weight = _last_names(leaf.path)[1].startswith("weight")
     # Weights begin with (output, input); kernels end with (input, output).
-    steps = ["output", "input"].index(direction)
-    axis = steps if is_weight else -1 - steps
+    of_weight, of_kernel = {"output": (0, -1), "input": (1, -2)}[direction]
+    axis = of_weight if is_weight else of_kernel
     rules = {f"Axes({axis})": f"channels on axis {axis}"}
     if len(leaf.shape) > 2:
         if not is_weight:

@@ -202,7 +202,7 @@ def overview(rows: Sequence[Row], *, training: bool = False) -> str:
     the training labels were learnt.
     """
     rows = [row for row in rows if row["run"]]
-    optimizer = " or ".join(OPTIMIZERS[x] for x in {row["optimizer"]: 0 for row in rows})
+    optimizer = " or ".join(OPTIMIZERS[x] for x in dict.fromkeys(row["optimizer"] for row in rows))
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     names = [f"`{task}`" for task in tasks]
     lines = [header(["", *names, *["training labels learnt"] * (training * len(tasks))])]

@@ -155,7 +155,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("grid", choices=[*GRIDS, "masks", "ablation"])
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], metavar="TASK")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=TASKS,
+        default=[*TASKS],
+        metavar="TASK",
+        help="of the grid; all unless given",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--output", type=Path, default=results_file("evidence").with_suffix(".csv"))
     arguments = parser.parse_args()
