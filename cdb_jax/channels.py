@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import math
 import re
@@ -67,6 +68,21 @@ class Axes:
 
 AxisSpec = int | tuple[int, ...] | Axes | Convention | None
 Rule = Callable[[str, Any], AxisSpec]
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecTree:
+    """A prefix tree of specs by canonical path: hashable, and the same for every framework.
+
+    NNX shows a parameter as `['kernel'].value` in one place and as `['kernel']` in another.
+    """
+
+    specs: tuple[tuple[str, AxisSpec], ...]
+
+    def __repr__(self) -> str:
+        return repr(dict(self.specs))
+
+
 ChannelAxes = Any  # AxisSpec, a Rule, or a prefix tree of AxisSpecs.
 
 
@@ -83,6 +99,11 @@ class Leaf(NamedTuple):
     stack: tuple[int, ...] = ()
     layer: str | None = None
     reason: str = ""
+
+    @property
+    def source(self) -> str:
+        """The path under which a selection has what applies to this leaf, if it has anything."""
+        return self.path if self.layer is None else self.layer
 
     @property
     def size(self) -> int:
@@ -121,6 +142,7 @@ class Layout(NamedTuple):
         return tuple(leaf for leaf in self.leaves if leaf.layer == leaf.path)
 
 
+_NO_ARRAY = object()
 EXEMPT = "exempt"  # The reason of a leaf that the user named, as against one that has no channels.
 NO_VALUES = "no floating-point values"
 FEW_DIMENSIONS = "fewer than two dimensions"
@@ -152,20 +174,44 @@ def resolve(
       ValueError: if a spec does not fit the tree, a pattern matches nothing, a kernel cannot be
         settled by name and rank, two leaves share a path, or nothing is left to drop.
     """
-    found = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_masked)[0]
-    arrays = [(canonical_path(keys, root), x) for keys, x in found if not _is_masked(x)]
+    leaves, treedef = jax.tree.flatten(updates)
+    types = tuple((tuple(x.shape), x.dtype) if hasattr(x, "dtype") else None for x in leaves)
+    settings = (as_specs(channel_axes), tuple(exempt), share_with_bias, root)
+    try:
+        hash((treedef, settings))
+    except TypeError:  # A rule, or a part of the tree, that has no hash.
+        return _resolve.__wrapped__(treedef, types, *settings)
+    return _resolve(treedef, types, *settings)
+
+
+@functools.lru_cache(maxsize=256)  # Outside of `jit` every step asks again.
+def _resolve(
+    treedef: Any,
+    types: tuple[tuple[tuple[int, ...], Any] | None, ...],
+    channel_axes: AxisSpec | Rule | SpecTree,
+    exempt: tuple[str, ...],
+    share_with_bias: bool,
+    root: str,
+) -> Layout:
+    empty = lambda x: x is None or _is_masked(x)
+    described = lambda x: _NO_ARRAY if x is None else jax.ShapeDtypeStruct(*x)
+    updates = jax.tree.unflatten(treedef, [described(x) for x in types])
+    found = jax.tree_util.tree_flatten_with_path(updates, is_leaf=empty)[0]
+    arrays = [(canonical_path(keys, root), x) for keys, x in found if not empty(x)]
     masked = [canonical_path(keys, root) for keys, x in found if _is_masked(x)]
+    # Where a model has no parameter, or a step no gradient.
+    absent = [canonical_path(keys, root) for keys, x in found if x is None]
     partial = bool(masked) or bool(root)
     paths = [path for path, _ in arrays]
     _check_unique(paths)
-    _check_exempt(exempt, paths + masked, partial)
-    spec_of = _spec_lookup(channel_axes, paths, masked, partial)
+    _check_exempt(exempt, [*paths, *masked, *absent], partial)
+    spec_of = _spec_lookup(channel_axes, paths, [*masked, *absent], partial)
 
     shapes = {path: tuple(getattr(x, "shape", ())) for path, x in arrays}
     leaves = [_resolve_leaf(path, x, spec_of, exempt, shapes) for path, x in arrays]
     for direction, reason in UNSETTLED.items():
         if unsettled := [leaf for leaf in leaves if leaf.reason == reason]:
-            raise ValueError(_cannot_settle(direction, unsettled))
+            raise ValueError(_cannot_settle(direction, unsettled, shapes))
     if share_with_bias:
         by_path = {leaf.path: leaf for leaf in leaves}
         leaves = [_follow_kernel(leaf, by_path, masked) for leaf in leaves]
@@ -194,6 +240,24 @@ def covers(pattern: str, path: str) -> bool:
     return any(
         fnmatch.fnmatchcase("/".join(parts[:depth]), pattern) for depth in range(1, len(parts) + 1)
     )
+
+
+def check_parameters(layout: Layout, params: Any, root: str) -> None:
+    """Raises a ValueError if updates have other shapes than the parameters of the same paths."""
+    shapes = {
+        canonical_path(keys, root): tuple(x.shape)
+        for keys, x in jax.tree_util.tree_leaves_with_path(params)
+        if hasattr(x, "shape")
+    }
+    for leaf in layout.leaves:
+        if leaf.shape != shapes.get(leaf.path, leaf.shape):
+            raise ValueError(
+                f"the update of {leaf.path!r} has shape {leaf.shape} and its parameter "
+                f"{shapes[leaf.path]}, so its axes do not say which channels these are; put what "
+                "brings updates into the shapes of the parameters first, such as optax.chain("
+                "optax.contrib.differentially_private_aggregate(...), "
+                "cdb_jax.channel_drop_back(...)) for gradients of each example."
+            )
 
 
 def _is_masked(x: Any) -> bool:
@@ -257,18 +321,13 @@ def _is_spec(x: Any) -> bool:
     return x is None or isinstance(x, (int, Axes, Convention)) or _is_ints(x)
 
 
-def _spec_lookup(
-    channel_axes: ChannelAxes, paths: Sequence[str], masked: Sequence[str], partial: bool
-) -> Callable[[str, Any], tuple[AxisSpec, bool]]:
-    """Returns a function from a leaf to its spec and whether that was given for this very leaf."""
-    if _is_spec(channel_axes):
-        return lambda path, x: (channel_axes, False)
+def as_specs(channel_axes: ChannelAxes) -> AxisSpec | Rule | SpecTree:
+    """What users give as `channel_axes`, with a tree of specs as a `SpecTree`."""
+    if _is_spec(channel_axes) or isinstance(channel_axes, SpecTree):
+        return channel_axes
     # A model may be a prefix tree and have a `__call__`; a rule is no tree.
     if callable(channel_axes) and jax.tree_util.all_leaves([channel_axes]):
-        return lambda path, x: (_checked_rule_result(channel_axes(path, x), path), True)
-
-    # Matched by canonical path rather than tree structure: NNX shows a parameter as
-    # `['kernel'].value` in one place and as `['kernel']` in another.
+        return channel_axes
     flat = jax.tree_util.tree_flatten_with_path(channel_axes, is_leaf=_is_spec)[0]
     specs = {canonical_path(keys): spec for keys, spec in flat if not _is_masked(spec)}
     for at, spec in specs.items():
@@ -277,30 +336,50 @@ def _spec_lookup(
                 f"channel_axes: {spec!r} at {at!r} is no channel spec; use an int, a tuple of "
                 "ints, Axes, a convention or None."
             )
-        fits = any(_below(path, at) for path in paths)
-        hidden = any(_below(path, at) or _below(at, path) for path in masked)
-        if not fits and not hidden and not partial:
+    return SpecTree(tuple(specs.items()))
+
+
+def _spec_lookup(
+    channel_axes: AxisSpec | Rule | SpecTree,
+    paths: Sequence[str],
+    hidden: Sequence[str],
+    partial: bool,
+) -> Callable[[str, Any], tuple[AxisSpec, bool]]:
+    """Returns a function from a leaf to its spec and whether that was given for this very leaf."""
+    if callable(channel_axes):
+        return lambda path, x: (_checked_rule_result(channel_axes(path, x), path), True)
+    if not isinstance(channel_axes, SpecTree):
+        return lambda path, x: (channel_axes, False)
+    specs = dict(channel_axes.specs)
+    for at in specs:
+        fits = any(is_below(path, at) for path in paths)
+        is_hidden = any(is_below(path, at) or is_below(at, path) for path in hidden)
+        if not fits and not is_hidden and not partial:
             raise ValueError(
                 f"channel_axes: the tree has a spec at {at!r}, where the updates have nothing; "
                 f"their paths are {_shorten(paths)}."
             )
 
     def lookup(path: str, x: Any) -> tuple[AxisSpec, bool]:
-        at = path
-        while at and at not in specs:
-            at = at.rpartition("/")[0]
-        if at not in specs:
-            raise ValueError(
-                f"channel_axes: the tree has no spec for {path!r}; add one there or above it "
-                "(None leaves it alone)."
-            )
-        return specs[at], at == path
+        for at in _above(path):
+            if at in specs:
+                return specs[at], at == path
+        raise ValueError(
+            f"channel_axes: the tree has no spec for {path!r}; add one there or above it "
+            "(None leaves it alone)."
+        )
 
     return lookup
 
 
-def _below(path: str, top: str) -> bool:
-    return not top or path == top or path.startswith(top + "/")
+def _above(path: str) -> list[str]:
+    """A path and those above it, up to that of the whole tree, which is the empty string."""
+    parts = path.split("/") if path != "" else []
+    return ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
+
+
+def is_below(path: str, top: str) -> bool:
+    return top == "" or path == top or path.startswith(top + "/")
 
 
 def _checked_rule_result(spec: Any, path: str) -> AxisSpec:
@@ -348,7 +427,10 @@ def _resolve_leaf(
         by_name = _by_convention(channel.direction, path, tuple(shape[axis] for axis in rest))
         if isinstance(by_name, str):
             return alone._replace(reason=by_name)
-        if not stack and _looks_stacked(path, shape, shapes.get(_beside(path, "bias"), ())):
+        bias = _bias_beside(path, shapes)
+        if not stack and (
+            _looks_stacked(path, shape, bias) or _output_by_bias(path, shape, bias) is not None
+        ):
             return alone._replace(reason=UNSETTLED[channel.direction])
         channel = tuple(rest[axis] for axis in by_name)
     channel = _normalise(channel, shape, path)
@@ -411,8 +493,9 @@ def _follow_kernel(leaf: Leaf, by_path: dict[str, Leaf], masked: Sequence[str]) 
 # Conventions. Names settle what rank cannot: a kernel of shape (3, 8, 8) is a 1-D convolution, a
 # stack of three dense layers, or a dense layer over (3, 8) inputs.
 
-_POSITION = re.compile(r"(^|_)pos(ition(al)?)?(_|emb|$)", re.IGNORECASE)
+_POSITION = re.compile(r"(^|_)pos(ition(al)?)?(_|emb|$)|^wpe$", re.IGNORECASE)
 _TOKEN = re.compile(r"token|^cls|^class_embed", re.IGNORECASE)
+_TABLE = re.compile(r"emb|vocab|lookup|codebook|^wte$|^tok_|(^|_)table$", re.IGNORECASE)
 _NORM = re.compile(r"norm|^ln|^bn", re.IGNORECASE)
 _CONV = re.compile(r"conv", re.IGNORECASE)
 _DENSE = re.compile(r"dense|linear|einsum|^fc|proj|^(query|key|value|out)$", re.IGNORECASE)
@@ -439,7 +522,7 @@ def _by_convention(direction: str, path: str, shape: tuple[int, ...]) -> tuple[i
         return "normalisation"
     if _POSITION.search(name) or _TOKEN.search(name) or _POSITION.search(parent):
         return "position or class token"
-    is_table = name == "weight" and len(shape) == 2 and re.search("embed", parent, re.IGNORECASE)
+    is_table = name == "weight" and len(shape) == 2 and _TABLE.search(parent)
     if name == "embedding" or (is_table and "patch" not in parent.lower()):
         return (len(shape) - 1,) if direction == "output" else "an embedding has no input channels"
 
@@ -482,18 +565,42 @@ def _looks_stacked(path: str, shape: tuple[int, ...], bias: tuple[int, ...]) -> 
     """
     if len(shape) <= 3 and not _CONV.search(_last_names(path)[0]):
         return False
-    while len(bias) > 1 and bias[-1] == 1:  # Equinox keeps the spatial dimensions: (out, 1, 1).
-        bias = bias[:-1]
     return len(bias) == 2 and bias[0] == shape[0] and bias[1] in shape[1:]
 
 
-def _rules_for(direction: str, leaf: Leaf) -> dict[str, str]:
+def _bias_beside(path: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of the bias of a layer; empty if it has none."""
+    bias = shapes.get(_beside(path, "bias"), ())
+    while len(bias) > 1 and bias[-1] == 1:  # Equinox keeps the spatial dimensions: (out, 1, 1).
+        bias = bias[:-1]
+    return bias
+
+
+def _output_by_bias(path: str, shape: tuple[int, ...], bias: tuple[int, ...]) -> int | None:
+    """The output axis as the size of the bias has it, if the name says another one.
+
+    A kernel may be kept as (output, input) and transposed in its layer.
+    """
+    parent, name = _last_names(path)
+    axes = _kernel_axes(name, parent, len(shape))
+    if axes is None or len(bias) != 1 or bias[0] == math.prod(shape[axis] for axis in axes[0]):
+        return None
+    return next((axis for axis, size in enumerate(shape) if size == bias[0]), None)
+
+
+def _rules_for(direction: str, leaf: Leaf, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """Rules that may be meant for a leaf that is not settled, with their meanings."""
     is_weight = _last_names(leaf.path)[1].startswith("weight")
     # Weights begin with (output, input); kernels end with (input, output).
     of_weight, of_kernel = {"output": (0, -1), "input": (1, -2)}[direction]
     axis = of_weight if is_weight else of_kernel
     rules = {f"Axes({axis})": f"channels on axis {axis}"}
+    bias = _bias_beside(leaf.path, shapes)
+    if (by_bias := _output_by_bias(leaf.path, leaf.shape, bias)) is not None:
+        if direction == "input":
+            by_bias = max(i for i in range(len(leaf.shape)) if i != by_bias)
+        meaning = f"channels on axis {by_bias}, as the bias of shape {bias} has it"
+        return {f"Axes({by_bias})": meaning} | rules
     if len(leaf.shape) > 2:
         if not is_weight:
             heads = (axis - 1, axis)
@@ -504,8 +611,13 @@ def _rules_for(direction: str, leaf: Leaf) -> dict[str, str]:
     return rules
 
 
-def _cannot_settle(direction: str, leaves: Sequence[Leaf], most: int = 12) -> str:
-    rules = _rules_for(direction, leaves[0])
+def _cannot_settle(
+    direction: str,
+    leaves: Sequence[Leaf],
+    shapes: Mapping[str, tuple[int, ...]],
+    most: int = 12,
+) -> str:
+    rules = _rules_for(direction, leaves[0], shapes)
     width = max(map(len, rules))
     rows = "".join(f"    cdb_jax.{rule:{width}}  # {x}\n" for rule, x in rules.items())
     listing = "".join(f"    {leaf.path!r} of shape {leaf.shape}\n" for leaf in leaves[:most])

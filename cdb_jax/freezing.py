@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from cdb_jax import channels, selection
-from cdb_jax.policy import Policy, Rate, as_policy
-
-SlotAxes = Callable[[str, tuple[int, ...] | None, tuple[int, ...]], tuple[int | None, ...] | None]
+from cdb_jax import channels, selection, slots
+from cdb_jax.compiling import compiled
+from cdb_jax.policy import Policy, Rate, second_argument
+from cdb_jax.transform import check_state
 
 
 class FreezeDroppedState(NamedTuple):
@@ -33,9 +32,9 @@ class FreezeDroppedState(NamedTuple):
 
 def freeze_dropped(
     inner: optax.GradientTransformation,
-    policy: Policy | Rate,
+    policy: Policy | Rate | None = None,
     *,
-    slot_axes: Mapping[type, SlotAxes] | None = None,
+    slot_axes: Mapping[type, slots.SlotAxes] | None = None,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that only the channels that learn in a step change at all.
@@ -96,13 +95,13 @@ def freeze_dropped(
       ChannelDropBack, `arXiv 2411.10891 <https://arxiv.org/abs/2411.10891>`_.
     """
     if isinstance(inner, optax.MultiSteps):
-        raise TypeError(_ACCUMULATES.format("MultiSteps"))
+        raise TypeError(slots.several_updates("MultiSteps", slots.MULTI_STEPS))
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
             f"inner must be an optimizer such as optax.adamw(1e-3), got {inner!r}; the policy is "
             "the second argument."
         )
-    policy = as_policy(policy, settings)
+    policy = second_argument(policy, settings)
     if policy.rescale != "none":
         raise ValueError(
             f"rescale={policy.rescale!r}: freeze_dropped does not rescale, as a gradient from "
@@ -111,7 +110,7 @@ def freeze_dropped(
             'dataclasses.replace(policy, rescale="none")), which drops the same channels.'
         )
     inner = optax.with_extra_args_support(inner)
-    rules = _RULES | _checked_rules(slot_axes or {})
+    rules = slots.RULES | slots.checked_rules(slot_axes or {})
 
     def init_fn(params: Any) -> FreezeDroppedState:
         zeros = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
@@ -120,223 +119,148 @@ def freeze_dropped(
     def update_fn(
         updates: Any, state: FreezeDroppedState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, FreezeDroppedState]:
+        check_state(state, FreezeDroppedState)
         layout = policy.layout(updates)
-        groups = selection.draw(policy, layout, state.count)
-        kept = {} if policy.drops_nothing else selection.kept(groups, state.count)
-        # For each leaf where it learns, of its rank; None where nothing is ever dropped.
-        learns = [
-            selection.broadcastable(kept[path], leaf)
-            if (path := leaf.layer or leaf.path) in kept
-            else None
-            for leaf in layout.leaves
-        ]
-        masked = _where(learns, updates, 0.0)
+        channels.check_parameters(layout, params, policy.root)
+        owners = slots.find(state.inner_state, layout, policy.root, rules)
+        leaves, treedef = jax.tree.flatten(updates)
+
+        learns, masked, count, fraction = _mask(
+            layout, policy, selection.touched(policy, layout, leaves), state.count
+        )
+        masked = jax.tree.unflatten(treedef, _filled(masked, leaves))
         proposed, inner_state = inner.update(masked, state.inner_state, params, **extra_args)
-        # Adding minus zero leaves every number as it is, minus zero included.
-        steps = _where(learns, proposed, -0.0)
-        slots = _slots(state.inner_state, layout, policy.root, rules)
-        inner_state = _hold(learns, slots, inner_state, state.inner_state)
-        fraction = selection.fraction_of(groups, layout)
-        count = optax.safe_increment(state.count)
-        return steps, FreezeDroppedState(count, fraction, inner_state)
+        _check_updates(proposed, updates, layout)
+        _check_states(inner_state, state.inner_state)
+
+        steps = jax.tree.leaves(proposed)
+        new, state_treedef = _leaves(inner_state)
+        old, _ = _leaves(state.inner_state)
+        # Only what may have to stand still goes through the program; anything may lie beside it.
+        held = [
+            (x, before) if slot and x is not None and before is not None else None
+            for slot, x, before in zip(owners, new, old, strict=True)
+        ]
+        steps, held = _hold(
+            (layout, owners), learns, selection.touched(policy, layout, steps), held
+        )
+        proposed = jax.tree.unflatten(treedef, _filled(steps, jax.tree.leaves(proposed)))
+        inner_state = jax.tree.unflatten(state_treedef, _filled(held, new))
+        return proposed, FreezeDroppedState(count, fraction, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _checked_rules(slot_axes: Mapping[type, SlotAxes]) -> dict[type, SlotAxes]:
-    for owner, rule in slot_axes.items():
-        if not isinstance(owner, type) or not callable(rule):
-            raise TypeError(
-                f"slot_axes must map classes of optimizer states to functions, got {owner!r}: "
-                f"{rule!r}; write slot_axes={{StateClass: lambda field, shape, entry_shape: axes}}."
-            )
-    return dict(slot_axes)
+@compiled
+def _mask(
+    layout: channels.Layout, policy: Policy, leaves: list[Any], count: jax.Array
+) -> tuple[selection.Selection, list[Any], jax.Array, jax.Array]:
+    """Which channels learn, the masked updates, the next count and the dropped fraction."""
+    groups = selection.draw(policy, layout, count)
+    learns = {} if policy.drops_nothing else selection.kept(groups, count)
+    masked = _where(learns, layout, leaves, 0.0)
+    return learns, masked, optax.safe_increment(count), selection.fraction_of(groups, layout)
 
 
-def _where(learns: Sequence[jax.Array | None], tree: Any, otherwise: float) -> Any:
-    leaves, treedef = jax.tree.flatten(tree)
-    chosen = [
-        x if where is None else jnp.where(where, x, _number(otherwise, x.dtype))
-        for where, x in zip(learns, leaves, strict=True)
+@compiled
+def _hold(
+    static: tuple[channels.Layout, tuple[slots.Slot | None, ...]],
+    learns: selection.Selection,
+    steps: list[Any],
+    states: list[Any],
+) -> tuple[list[Any], list[Any]]:
+    """What is proposed, with channels that do not learn standing still: updates, and states.
+
+    An entry of `states` is a pair of the new and the old value, or None.
+    """
+    layout, owners = static
+    # Adding minus zero leaves every number as it is, minus zero included.
+    steps = _where(learns, layout, steps, -0.0)
+    held = []
+    for slot, pair in zip(owners, states, strict=True):
+        leaf = layout.leaves[slot.parameter] if slot else None
+        if slot is None or pair is None or leaf.source not in learns:
+            held.append(None)
+            continue
+        where = selection.broadcastable(learns[leaf.source], leaf)
+        named = [axis for axis in slot.axes if axis is not None]
+        where = jnp.any(where, axis=tuple(i for i in range(where.ndim) if i not in named))
+        where = jnp.transpose(where, [sorted(named).index(axis) for axis in named])
+        own = [i for i, axis in enumerate(slot.axes) if axis is None]
+        held.append(jnp.where(jnp.expand_dims(where, own), *pair))
+    return steps, held
+
+
+def _where(
+    learns: selection.Selection, layout: channels.Layout, leaves: Sequence[Any], otherwise: float
+) -> list[Any]:
+    return [
+        None
+        if x is None
+        else jnp.where(
+            selection.broadcastable(learns[leaf.source], leaf), x, _number(otherwise, x.dtype)
+        )
+        for x, leaf in zip(leaves, layout.leaves, strict=True)
     ]
-    return jax.tree.unflatten(treedef, chosen)
 
 
 def _number(x: float, dtype: Any) -> jax.Array:
     return jnp.asarray(complex(x, x) if jnp.issubdtype(dtype, jnp.complexfloating) else x, dtype)
 
 
-class Slot(NamedTuple):
-    """An entry of an optimizer state that belongs to a parameter.
-
-    `parameter` is its position among the leaves of the updates. `axes` are for each axis of the
-    entry the axis of the parameter that it is, or None for an axis of its own.
-    """
-
-    parameter: int
-    axes: tuple[int | None, ...]
+def _filled(some: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """A list with those of another where it has None."""
+    return [y if x is None else x for x, y in zip(some, others, strict=True)]
 
 
-def _hold(
-    learns: Sequence[jax.Array | None], slots: Sequence[Slot | None], new: Any, old: Any
-) -> Any:
-    """The new state, with the old values where no channel learns that an entry belongs to."""
-    new_leaves, treedef = jax.tree.flatten(new)
-    held = []
-    for slot, x, before in zip(slots, new_leaves, jax.tree.leaves(old), strict=True):
-        where = learns[slot.parameter] if slot else None
-        if slot is not None and where is not None:
-            named = [axis for axis in slot.axes if axis is not None]
-            where = jnp.any(where, axis=tuple(i for i in range(where.ndim) if i not in named))
-            where = jnp.transpose(where, [sorted(named).index(axis) for axis in named])
-            own = [i for i, axis in enumerate(slot.axes) if axis is None]
-            x = jnp.where(jnp.expand_dims(where, own), x, before)
-        held.append(x)
-    return jax.tree.unflatten(treedef, held)
+def _leaves(state: Any) -> tuple[list[Any], Any]:
+    """The leaves of a state, None where optax left one out with a gradient that is None."""
+    return jax.tree.flatten(state, is_leaf=lambda x: x is None)
 
 
-# Which entry belongs to which parameter.
-
-
-class _Entry(NamedTuple):
-    path: str
-    array: Any
-    owner: type | None  # The class with a rule that it lies in,
-    field: str  # and its path in there.
-
-
-def _slots(
-    state: Any, layout: channels.Layout, root: str, rules: Mapping[type, SlotAxes]
-) -> list[Slot | None]:
-    """For each leaf of a state the parameter that it belongs to; None where it belongs to none.
-
-    Optimizers keep trees that are built like the parameters. Such a tree lies at a path under which
-    every parameter has an entry; those that `optax.masked` leaves out have a MaskedNode there.
-    """
-    shorten = len(root) + 1 if root else 0
-    index = {leaf.path[shorten:]: i for i, leaf in enumerate(layout.leaves)}
-    entries = list(_entries(state, rules))
-    below: dict[str, set[int]] = {}
-    for entry in entries:
-        for top, parameter in _splits(entry.path, index):
-            below.setdefault(top, set()).add(parameter)
-    slots = []
-    for entry in entries:
-        if isinstance(entry.array, optax.MaskedNode):
-            continue
-        found = [i for top, i in _splits(entry.path, index) if len(below[top]) == len(index)]
-        slots.append(_slot(entry, found[0] if found else None, layout, rules))
-    return slots
-
-
-def _entries(state: Any, rules: Mapping[type, SlotAxes]) -> Iterator[_Entry]:
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)
-    stops = lambda x: type(x) in rules or isinstance(x, (*_ACCUMULATORS, optax.MaskedNode))
-    for keys, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=stops):
-        if isinstance(node, _ACCUMULATORS):
-            raise ValueError(_ACCUMULATES.format(type(node).__name__))
-        owner = type(node) if type(node) in rules else None
-        inside = jax.tree_util.tree_leaves_with_path(node, is_leaf=is_masked) if owner else []
-        for below, x in inside or [((), node)] * (owner is None):
-            field = jax.tree_util.keystr(below[:1], simple=True)
-            yield _Entry(channels.canonical_path((*keys, *below)), x, owner, field)
-
-
-_ACCUMULATORS = (optax.MultiStepsState, optax.ApplyEvery)
-_ACCUMULATES = (
-    "freeze_dropped: the optimizer inside accumulates over several steps ({}), each with channels "
-    "of its own; put that outside: optax.MultiSteps(cdb_jax.freeze_dropped(inner, policy), "
-    "every_k_schedule=k)."
-)
-
-
-def _splits(path: str, index: Mapping[str, int]) -> list[tuple[str, int]]:
-    """The ways to find the path of a parameter at the end of a path: what is above, and which.
-
-    A parameter may have several entries in a list or the like, one path below its own.
-    """
-    parts = path.split("/")
-    found = []
-    for start in range(len(parts) + 1):
-        for stop in (len(parts), len(parts) - 1):
-            end = "/".join(parts[start:stop])
-            if start <= stop and end in index:
-                found.append(("/".join(parts[:start]), index[end]))
-    return found
-
-
-def _slot(
-    entry: _Entry, parameter: int | None, layout: channels.Layout, rules: Mapping[type, SlotAxes]
-) -> Slot | None:
-    shape, is_float = tuple(entry.array.shape), jnp.issubdtype(entry.array.dtype, jnp.inexact)
-    leaf = None if parameter is None else layout.leaves[parameter]
-    if entry.owner is not None and shape:
-        given = rules[entry.owner](entry.field, None if leaf is None else leaf.shape, shape)
-        if given is None or leaf is None or parameter is None:
-            return None
-        return Slot(parameter, _checked_axes(given, entry, leaf))
-    if leaf is not None and parameter is not None:
-        if shape == leaf.shape:
-            return Slot(parameter, tuple(range(len(shape))))
-        if shape == () and is_float and len(layout.leaves) > 1:
-            return Slot(parameter, ())  # A number for each parameter.
-        if leaf.layer is None:
-            return None
-    if shape == () or not is_float:
-        return None  # Counts, keys, what a whole tree shares.
-    belongs = f"belongs to {leaf.path!r} of shape {leaf.shape}" if leaf else "belongs to no leaf"
-    raise ValueError(
-        f"freeze_dropped: the optimizer's state has an entry {entry.path!r} of shape {shape}, "
-        f"which {belongs}, and nothing says which of its axes are channels, so a dropped channel "
-        "could not stand still. Give slot_axes={StateClass: rule} for its class, or mask alone "
-        "with channel_drop_back."
-    )
-
-
-def _checked_axes(axes: Any, entry: _Entry, leaf: channels.Leaf) -> tuple[int | None, ...]:
-    rank = len(leaf.shape)
-    try:
-        found = tuple(None if axis is None else range(rank)[operator.index(axis)] for axis in axes)
-        named = [axis for axis in found if axis is not None]
-        sizes = [
-            size if axis is None else leaf.shape[axis]
-            for size, axis in zip(entry.array.shape, found, strict=True)
-        ]
-        fits = len(set(named)) == len(named) and tuple(sizes) == tuple(entry.array.shape)
-    except (TypeError, ValueError, IndexError):
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"slot_axes of {getattr(entry.owner, '__name__', entry.owner)} returns {axes!r} for "
-            f"{entry.path!r} of shape {tuple(entry.array.shape)}, which belongs to {leaf.path!r} "
-            f"of shape {leaf.shape}; return for each of its axes another axis of the parameter of "
-            "that size, or None."
+def _check_updates(proposed: Any, updates: Any, layout: channels.Layout) -> None:
+    """Raises a TypeError or ValueError if updates are not built as the gradient is."""
+    trees = [jax.tree.structure(tree) for tree in (proposed, updates)]
+    if trees[0] != trees[1]:
+        of = " for ".join(textwrap.shorten(str(tree), 120) for tree in trees)
+        raise TypeError(
+            f"inner returns updates of another tree than it was given: {of}. Put the wrapper that "
+            "changes the tree around freeze_dropped, such as "
+            "optax.lookahead(cdb_jax.freeze_dropped(inner, policy), 5, 0.5)."
         )
-    return found
+    for x, leaf in zip(jax.tree.leaves(proposed), layout.leaves, strict=True):
+        if hasattr(x, "shape") and tuple(x.shape) != leaf.shape:
+            raise ValueError(
+                f"inner returns an update of shape {tuple(x.shape)} for {leaf.path!r} of shape "
+                f"{leaf.shape}; put what changes shapes before freeze_dropped, such as optax.chain("
+                "optax.contrib.differentially_private_aggregate(...), "
+                "cdb_jax.freeze_dropped(inner, policy))."
+            )
 
 
-def _factored_axes(
-    field: str, shape: tuple[int, ...] | None, entry: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """Adafactor's second moments: averages over one of the two largest axes of a parameter."""
-    assert shape is not None
-    axes = tuple(range(len(shape)))
-    if field != "v" and len(shape) >= 2:
-        second, largest = np.argsort(shape)[-2:]
-        averaged = {"v_row": largest, "v_col": second}[field]
-        axes = tuple(axis for axis in axes if axis != averaged)
-    # Fields that are not used for a parameter have another shape.
-    return axes if entry == tuple(shape[axis] for axis in axes) else None
-
-
-def _muon_axes(
-    field: str, shape: tuple[int, ...] | None, entry: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """Momentum like the parameters, and coefficients that all of them share."""
-    return None if shape is None else tuple(range(len(shape)))
-
-
-_RULES: dict[type, SlotAxes] = {
-    optax.FactoredState: _factored_axes,
-    optax.contrib.MuonState: _muon_axes,
-}
+def _check_states(new: Any, old: Any) -> None:
+    """Raises a TypeError or ValueError if a state is not built as it was before the step."""
+    now, before = (
+        dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None))
+        for tree in (new, old)
+    )
+    if _leaves(new)[1] != _leaves(old)[1]:
+        either = [(new, keys) for keys in now if keys not in before]
+        either += [(old, keys) for keys in before if keys not in now]
+        where = ""
+        if either:
+            owner, _ = slots.holder(*either[0])
+            where = f", at {channels.canonical_path(either[0][1])!r} in {owner}"
+        raise TypeError(
+            f"inner returns a state of another structure than it was given{where}, so nothing says "
+            "which entry belongs to which channel; put the transformation with that state outside: "
+            "optax.chain(cdb_jax.freeze_dropped(inner, policy), other)."
+        )
+    for keys, x in now.items():
+        types = [(tuple(a.shape), str(a.dtype)) for a in (x, before[keys]) if hasattr(a, "dtype")]
+        if len(types) == 2 and types[0] != types[1]:
+            raise ValueError(
+                f"inner changes the entry {channels.canonical_path(keys)!r} of its state from "
+                f"shape and dtype {types[1]} to {types[0]}, and a channel that is dropped has to "
+                "keep its own; give the optimizer the dtype of its state, such as mu_dtype."
+            )

@@ -10,7 +10,7 @@ from flax import nnx
 
 from cdb_jax import report, skipping
 from cdb_jax.backdrop import backdrop, check_axes
-from cdb_jax.policy import Policy, Rate, as_policy, check_rate
+from cdb_jax.policy import Policy, Rate, check_rate, second_argument
 from cdb_jax.stochastic_depth import (
     at_test,
     check_rescale,
@@ -24,7 +24,7 @@ Argnum = int | nnx.DiffState
 
 def value_and_grad(
     f: Callable[..., Any],
-    policy: Policy | Rate,
+    policy: Policy | Rate | None = None,
     argnums: Argnum | Sequence[Argnum] = 0,
     has_aux: bool = False,
     **settings: Any,
@@ -63,7 +63,7 @@ def value_and_grad(
              [0.25, 0.  , 0.  , 0.25]], dtype=float32)
     """
     skipping.check_function(f)
-    policy = as_policy(policy, settings)
+    policy = second_argument(policy, settings)
     skipping.check_policy(policy)
     single = isinstance(argnums, (int, nnx.DiffState))
     several = [argnums] if isinstance(argnums, (int, nnx.DiffState)) else list(argnums)
@@ -119,7 +119,7 @@ def value_and_grad(
 
 def grad(
     f: Callable[..., Any],
-    policy: Policy | Rate,
+    policy: Policy | Rate | None = None,
     argnums: Argnum | Sequence[Argnum] = 0,
     has_aux: bool = False,
     **settings: Any,

@@ -7,7 +7,7 @@ import math
 import numbers
 import operator
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,13 +27,15 @@ OTHER_LAYERS = ("full", "still")
 LAYER_WEIGHTS = ("uniform", "size")
 
 
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Policy:
     r"""Which channels learn in a step: the settings of `channel_drop_back` as a value.
 
     A frozen dataclass: `dataclasses.replace(policy, rate=0.5)` gives a changed copy, checked anew.
     A training loop that uses two consumers builds one policy and gives it to both, so that both
-    see the same selection. The arguments are described at `channel_drop_back`.
+    see the same selection. It is a pytree, whose leaves are those of its settings that are JAX
+    arrays. The arguments are described at `channel_drop_back`.
 
     Attributes:
       key: two 32-bit words of a threefry key, whatever kind of key was given: Python ints, or
@@ -62,6 +64,7 @@ class Policy:
     rescale: str = "none"
     exempt: tuple[str, ...] = ()
     share_with_bias: bool = False
+    hold: int = 1
     root: str = ""
 
     def __post_init__(self) -> None:
@@ -76,7 +79,9 @@ class Policy:
         put("layer_weights", _check_weights(self.layer_weights))
         put("window_groups", _check_groups(self.window_groups))
         put("exempt", _check_exempt(self.exempt))
+        put("hold", _check_hold(self.hold))
         _check_channel_axes(self.channel_axes)
+        put("channel_axes", channels.as_specs(self.channel_axes))
         if not isinstance(self.share_with_bias, bool):
             raise TypeError(f"share_with_bias must be a bool, got {self.share_with_bias!r}.")
         if not isinstance(self.root, str):
@@ -108,6 +113,22 @@ class Policy:
                 f"channel_choice='window', got channel_choice={self.channel_choice!r}."
             )
 
+    def tree_flatten(self) -> tuple[list[jax.Array], Any]:
+        fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        arrays = {name: x for name, x in fields if isinstance(x, jax.Array)}
+        return list(arrays.values()), (
+            tuple(arrays),
+            tuple(x for x in fields if x[0] not in arrays),
+        )
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, arrays: Sequence[Any]) -> Policy:
+        policy = object.__new__(cls)  # JAX may put anything in place of the arrays.
+        names, others = static
+        for name, x in (*zip(names, arrays, strict=True), *others):
+            object.__setattr__(policy, name, x)
+        return policy
+
     @property
     def others_stand_still(self) -> bool:
         """Whether one layer learns in a step, and nothing else that is not exempt."""
@@ -138,11 +159,11 @@ def as_policy(rate: Rate | Policy, settings: Mapping[str, Any]) -> Policy:
             "cdb_jax.Policy(0.3, key=0), instead of what was made of it."
         )
     if not isinstance(rate, Policy):
+        _check_names(settings)
         return Policy(rate, **settings)
     defaults = {field.name: field.default for field in dataclasses.fields(Policy)}
+    _check_names(settings)
     for name, value in settings.items():
-        if name not in defaults:
-            raise TypeError(f"{name}={value!r}: Policy has no argument called {name}.")
         default = defaults[name]
         if type(value) is not type(default) or value != default:
             raise TypeError(
@@ -151,6 +172,31 @@ def as_policy(rate: Rate | Policy, settings: Mapping[str, Any]) -> Policy:
                 "number as an argument: give it the rate and the settings, and no Policy."
             )
     return rate
+
+
+def second_argument(policy: Policy | Rate | None, settings: Mapping[str, Any]) -> Policy:
+    """`as_policy` for functions that take a policy, or its rate, after what they transform."""
+    if policy is None:
+        given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        raise TypeError(
+            f"policy is missing{' beside ' * bool(given)}{given}: the second argument is a Policy, "
+            "or its rate without a name, as in value_and_grad(fun, 0.5, key=0)."
+        )
+    return as_policy(policy, settings)
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(Policy)]
+    for name, value in settings.items():
+        if name == "settings":
+            raise TypeError(
+                f"settings={value!r}: optax.inject_hyperparams does not pass on arguments by name. "
+                "Give it a function that has the numbers to inject as arguments of its own: "
+                "optax.inject_hyperparams(lambda rate: cdb_jax.freeze_dropped(inner, "
+                "cdb_jax.Policy(rate, key=0)))(rate=0.5)."
+            )
+        if name not in known:
+            raise TypeError(f"{name}={value!r}: Policy has no argument called {name}.")
 
 
 def require_policy(policy: Any) -> Policy:
@@ -300,6 +346,14 @@ def _check_groups(groups: Any) -> int | None:
     if isinstance(groups, bool) or not isinstance(groups, numbers.Integral) or groups < 1:
         raise ValueError(f"window_groups must be an int >= 1, got {groups!r}.")
     return int(groups)
+
+
+def _check_hold(steps: Any) -> Any:
+    if isinstance(steps, jax.Array) and jnp.issubdtype(steps.dtype, jnp.integer):
+        return steps  # A Python int that passed through `inject_hyperparams`.
+    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
+        raise ValueError(f"hold must be a number of steps, an int >= 1, got {steps!r}.")
+    return int(steps)
 
 
 def _check_exempt(exempt: Any) -> tuple[str, ...]:

@@ -174,7 +174,7 @@ def _kept(policy: Policy, width: int) -> str:
 def _summary(layout: channels.Layout, policy: Policy) -> str:
     layers = sum(layer.depth for layer in layout.layers)
     total = sum(leaf.size for leaf in layout.leaves)
-    droppable = sum(leaf.size for leaf in layout.leaves if leaf.layer)
+    droppable = sum(leaf.size for leaf in layout.leaves if leaf.layer is not None)
     rate, layer_rate = (
         str(x) if isinstance(x, float) else "scheduled" if callable(x) else "an array"
         for x in (policy.rate, policy.layer_rate)

@@ -127,28 +127,39 @@ def apply_selection(updates: Any, selection: Mapping[str, Any], policy: Policy) 
     for path in factors.keys() - {leaf.path for leaf in layout.leaves}:
         raise ValueError(f"selection has an entry for {path!r}, which is no leaf of the updates.")
     keep = {path: values != 0 for path, values in factors.items()}
-    return _mask(updates, keep, factors, layout)
+    leaves, treedef = jax.tree.flatten(updates)
+    return jax.tree.unflatten(treedef, _mask(leaves, keep, factors, layout))
+
+
+def touched(policy: Policy, layout: channels.Layout, leaves: Sequence[Any]) -> list[Any]:
+    """The leaves that a selection may change; None for the others, whatever they are."""
+    learns_less = not policy.drops_nothing
+    return [
+        x if learns_less and (leaf.layer is not None or stands_still(policy, leaf)) else None
+        for x, leaf in zip(leaves, layout.leaves, strict=True)
+    ]
 
 
 def mask(
-    updates: Any,
+    leaves: Sequence[Any],
     groups: Sequence[Group],
     policy: Policy,
     layout: channels.Layout,
     count: jax.typing.ArrayLike,
     done: Collection[str] = (),
-) -> Any:
+) -> list[Any]:
     """`apply_selection` for the groups that the policy has drawn at `count`.
 
-    The leaves whose paths are in `done` have zeros for dropped channels already.
+    A leaf may be None and stays so. The leaves whose paths are in `done` have zeros for dropped
+    channels already.
     """
     if policy.drops_nothing:
-        return updates
-    wanted = {leaf.layer or leaf.path for leaf in layout.leaves if leaf.path not in done}
+        return list(leaves)
+    wanted = {leaf.source for leaf in layout.leaves if leaf.path not in done}
     keep = {path: x for path, x in kept(groups, count).items() if path in wanted}
     # Without rescaling the factors are 0 and 1, and there is nothing to multiply.
     scales = {} if policy.rescale == "none" else _cut(groups, count)
-    return _mask(updates, keep, scales, layout, done)
+    return _mask(leaves, keep, scales, layout, done)
 
 
 def kept(groups: Sequence[Group], count: jax.typing.ArrayLike) -> Selection:
@@ -208,26 +219,27 @@ def materialise(
 
 
 def _mask(
-    updates: Any,
+    leaves: Sequence[Any],
     keep: Mapping[str, jax.Array],
     factors: Mapping[str, jax.Array],
     layout: channels.Layout,
     done: Collection[str] = (),
-) -> Any:
-    leaves, treedef = jax.tree.flatten(updates)
+) -> list[Any]:
     masked = []
     for x, leaf in zip(leaves, layout.leaves, strict=True):
-        path = leaf.layer or leaf.path
+        path = leaf.source
+        if x is None:
+            masked.append(None)
+            continue
         if path in factors:
             scale = broadcastable(factors[path], leaf)
             # Even a product with 1 can flush a subnormal number to zero.
             x = jnp.where(scale == 1, x, scaling.scale(x, scale))
-        if (
-            path in keep and leaf.path not in done
-        ):  # Selected, not multiplied by zero: NaN times zero is NaN.
+        if path in keep and leaf.path not in done:
+            # Selected, not multiplied by zero: NaN times zero is NaN.
             x = jnp.where(broadcastable(keep[path], leaf), x, jnp.zeros((), x.dtype))
         masked.append(x)
-    return jax.tree.unflatten(treedef, masked)
+    return masked
 
 
 def broadcastable(vector: jax.Array, leaf: channels.Leaf) -> jax.Array:
@@ -293,6 +305,13 @@ def draw(policy: Policy, layout: channels.Layout, count: jax.typing.ArrayLike) -
     """Draws the factors of every layer of a layout, grouped by number of channels."""
     check_layers(policy, layout)
     check_count(count)
+    if not isinstance(policy.hold, int) or policy.hold > 1:
+        count = jnp.asarray(count)
+        hold = jnp.asarray(policy.hold, count.dtype)
+        period = count // hold
+        count = period * hold  # Where rates are looked up: the first step of the period.
+    else:
+        period = count
     by_channels: dict[int, list[channels.Leaf]] = {}
     for layer in sorted(layout.layers, key=lambda layer: (layer.channels, layer.path)):
         by_channels.setdefault(layer.channels, []).append(layer)
@@ -302,7 +321,7 @@ def draw(policy: Policy, layout: channels.Layout, count: jax.typing.ArrayLike) -
         rate = _at("rate", policy.rate, count)
         layer_rate = _at("layer_rate", policy.layer_rate, count)
         step_key = jax.random.fold_in(
-            jax.random.wrap_key_data(_words(policy.key), impl="threefry2x32"), count
+            jax.random.wrap_key_data(_words(policy.key), impl="threefry2x32"), period
         )
         chosen, chance = _choose_layers(policy, layers, step_key)
         survival = 1.0 - layer_rate * chance
@@ -329,7 +348,7 @@ def as_selection(groups: Sequence[Group]) -> Selection:
     selection = {}
     for group in groups:
         for layer, rows in rows_of(group):
-            shape = (*layer.stack_shape, layer.channels) if layer.layer else ()
+            shape = (*layer.stack_shape, layer.channels) if layer.layer is not None else ()
             selection[layer.path] = group.factors[rows].reshape(shape)
     return selection
 
@@ -344,9 +363,9 @@ def rows_of(group: Group) -> Iterator[tuple[channels.Leaf, slice]]:
 
 def fraction_of(groups: Sequence[Group], layout: channels.Layout) -> jax.Array:
     """`dropped_fraction` of groups that are drawn."""
-    size: dict[str | None, int] = {}
+    size: dict[str, int] = {}
     for leaf in layout.leaves:  # A bias that follows counts with its layer.
-        path = leaf.layer or leaf.path
+        path = leaf.source
         size[path] = size.get(path, 0) + leaf.size
     total = sum(size[layer.path] for group in groups for layer in group.layers)
     fraction = jnp.zeros((), jnp.float32)

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cdb_jax import channels, following, parts, products, selection
-from cdb_jax.policy import Policy, Rate, as_policy
+from cdb_jax.policy import Policy, Rate, second_argument
 
 
 def value_and_grad(
     fun: Callable[..., Any],
-    policy: Policy | Rate,
+    policy: Policy | Rate | None = None,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     **settings: Any,
@@ -83,7 +83,7 @@ def value_and_grad(
       `arXiv 2412.18027 <https://arxiv.org/abs/2412.18027>`_.
     """
     check_function(fun)
-    policy = as_policy(policy, settings)
+    policy = second_argument(policy, settings)
     check_policy(policy)
 
     def value_and_gradient(*args: Any, count: Any = None, **kwargs: Any) -> Any:
@@ -103,7 +103,7 @@ def value_and_grad(
 
 def grad(
     fun: Callable[..., Any],
-    policy: Policy | Rate,
+    policy: Policy | Rate | None = None,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     **settings: Any,
@@ -398,11 +398,10 @@ def _evaluate(
     for i, x in enumerate(leaves):
         both = [of[i] for of in (of_z, of_leaf) if i in of]
         gradient.append(functools.reduce(jnp.add, both) if both else jnp.zeros_like(x))
-    tree = jax.tree.unflatten(treedef, gradient)
     done = {layers[i].path for i in skipped - direct}
-    masked = selection.mask(tree, groups, policy, traced.layout, count, done)
+    masked = selection.mask(gradient, groups, policy, traced.layout, count, done)
     value, aux = results
-    return (value, traced.unflatten_aux(aux)), masked
+    return (value, traced.unflatten_aux(aux)), jax.tree.unflatten(treedef, masked)
 
 
 def _put_back(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from cdb_jax import channels, selection
+from cdb_jax.compiling import compiled
 from cdb_jax.policy import Policy, Rate, as_policy
 
 
@@ -41,6 +42,7 @@ def channel_drop_back(
     rescale: str = "none",
     exempt: tuple[str, ...] = (),
     share_with_bias: bool = False,
+    hold: int = 1,
     root: str = "",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lets a random subset of the channels learn in each step.
@@ -87,6 +89,10 @@ def channel_drop_back(
       exempt: glob patterns of paths to leave alone, such as `("head", "*/stem/kernel")`; a pattern
         also covers all that lies below what it matches.
       share_with_bias: whether a `bias` follows the kernel beside it, instead of learning always.
+      hold: for how many steps a selection holds before the next one is drawn. With a wrapper around
+        the optimizer that takes one step in several updates, such as
+        `chain(optax.contrib.sam(..., sync_period=n), channel_drop_back(...))`, the number n of
+        these; alternatively put `channel_drop_back` inside of the wrapper.
       root: path of the given tree inside a larger model, so that a part of the model, such as a
         pipeline stage, draws what the whole would.
 
@@ -128,6 +134,7 @@ def channel_drop_back(
         rescale=rescale,
         exempt=exempt,
         share_with_bias=share_with_bias,
+        hold=hold,
         root=root,
     )
     policy = as_policy(rate, settings)
@@ -141,14 +148,55 @@ def channel_drop_back(
     def update_fn(
         updates: Any, state: ChannelDropBackState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ChannelDropBackState]:
-        del params, extra_args
+        del extra_args
+        check_state(state, ChannelDropBackState)
+        check_not_paired(updates)
         layout = policy.layout(updates)
-        groups = selection.draw(policy, layout, state.count)
-        masked = selection.mask(updates, groups, policy, layout, state.count)
-        fraction = selection.fraction_of(groups, layout)
-        return masked, ChannelDropBackState(optax.safe_increment(state.count), fraction)
+        channels.check_parameters(layout, params, policy.root)
+        leaves, treedef = jax.tree.flatten(updates)
+        touched = selection.touched(policy, layout, leaves)
+        masked, count, fraction = _mask(layout, policy, touched, state.count)
+        leaves = [x if y is None else y for x, y in zip(leaves, masked, strict=True)]
+        return jax.tree.unflatten(treedef, leaves), ChannelDropBackState(count, fraction)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@compiled
+def _mask(
+    layout: channels.Layout, policy: Policy, leaves: list[Any], count: jax.Array
+) -> tuple[list[Any], jax.Array, jax.Array]:
+    groups = selection.draw(policy, layout, count)
+    masked = selection.mask(leaves, groups, policy, layout, count)
+    return masked, optax.safe_increment(count), selection.fraction_of(groups, layout)
+
+
+def check_state(state: Any, expected: type) -> None:
+    """Raises a TypeError or ValueError if a state is not one that `init` makes."""
+    name = expected.__name__
+    if not isinstance(state, expected):
+        raise TypeError(
+            f"state must be the {name} that init of this transformation returned, got a "
+            f"{type(state).__name__}, which is the state of another one; give the state of "
+            "tx.init(params), with the same tx."
+        )
+    shape = jnp.shape(state.count)  # type: ignore[attr-defined]
+    if shape != ():
+        raise ValueError(
+            f"state: the count of this {name} has shape {shape}, so it holds the states of several "
+            "optimizers; use jax.vmap(tx.update), or index it."
+        )
+
+
+def check_not_paired(updates: Any) -> None:
+    """Raises a TypeError for updates of `optax.lookahead`, in which each parameter is twice."""
+    is_pair = lambda x: isinstance(x, optax.LookaheadParams)
+    if any(map(is_pair, jax.tree.leaves(updates, is_leaf=is_pair))):
+        raise TypeError(
+            "updates are LookaheadParams, in which each parameter has a fast and a slow copy, and "
+            "these would draw different channels; put it inside of the wrapper: optax.lookahead("
+            "optax.chain(cdb_jax.channel_drop_back(...), optax.sgd(0.1)), 5, 0.5)."
+        )
 
 
 def selection_count(opt_state: Any) -> jax.Array:

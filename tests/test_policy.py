@@ -25,6 +25,8 @@ AT_CONSTRUCTION = {
     "rate None": (dict(rate=None), "rate must be a drop probability.*None"),
     "rate a vector": (dict(rate=jnp.ones(3)), r"rate must be a scalar.*\(3,\)"),
     "rate a bad array": (dict(rate=jnp.float32(2.0)), "rate must be a drop probability.*2.0"),
+    "tree of strings": (dict(channel_axes={"dense": "out"}), "'out' at 'dense'"),
+    "hold": (dict(hold=0), "hold must be a number of steps, an int >= 1, got 0"),
     "layer_rate": (dict(layer_rate=2), "layer_rate must be a drop probability.*2"),
     "no key": (dict(key=None), r"key is missing.*key=jax.random.key\(0\)"),
     "float key": (dict(key=0.5), "key must be an int or a JAX key, got 0.5"),
@@ -110,7 +112,6 @@ ON_A_TREE = {
         "no spec for 'head/kernel'",
     ),
     "tree too large": (DENSE, dict(channel_axes={"dense": -1, "head": -1}), "spec at 'head'"),
-    "tree of strings": (DENSE, dict(channel_axes={"dense": "out"}), "'out' at 'dense'"),
     "exempt matches nothing": (DENSE, dict(exempt=("haed",)), "'haed' matches none.*dense/kernel"),
     "nothing left": (DENSE, dict(exempt=("dense",)), "leave nothing to drop"),
     "only biases": ({"bias": jnp.zeros(3)}, {}, "leave nothing to drop"),
@@ -157,9 +158,9 @@ ON_A_TREE = {
         "'a/bias' follows 'a/kernel', which is masked out",
     ),
     "bias of another shape": (
-        {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(3)},
+        {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(5)},
         dict(share_with_bias=True),
-        r"'bias' of shape \(3,\) cannot follow",
+        r"'bias' of shape \(5,\) cannot follow",
     ),
 }
 
