@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import jax
 
 Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Keyed:
+    """A value that is the same as any other with an equal key."""
+
+    key: Hashable
+    value: Any = dataclasses.field(compare=False)
 
 
 def compiled(f: Callable[..., Result]) -> Callable[..., Result]:
@@ -17,7 +26,10 @@ def compiled(f: Callable[..., Result]) -> Callable[..., Result]:
     Inside of `jit` its operations join those around it. What has no hash cannot be remembered, and
     is then computed as it comes.
     """
-    jitted = jax.jit(f, static_argnums=0, inline=True)
+
+    @functools.lru_cache(maxsize=128)  # A program that is forgotten leaves the memory.
+    def jitted(static: Any) -> Callable[..., Result]:
+        return jax.jit(functools.wraps(f)(functools.partial(f, static)), inline=True)
 
     @functools.wraps(f)
     def call(static: Any, *arrays: Any) -> Result:
@@ -25,6 +37,6 @@ def compiled(f: Callable[..., Result]) -> Callable[..., Result]:
             hash((static, jax.tree.structure(arrays)))
         except TypeError:
             return f(static, *arrays)
-        return jitted(static, *arrays)
+        return jitted(static)(*arrays)
 
     return call

@@ -71,7 +71,8 @@ Step = Callable[[Sequence[Value]], list[Value]]
 class Program(NamedTuple):
     """A traced program; `steps` replace the equations of the same position."""
 
-    closed: core.ClosedJaxpr
+    jaxpr: core.Jaxpr
+    consts: Sequence[Any]
     steps: dict[int, Step]
 
 
@@ -83,7 +84,7 @@ class _Context(NamedTuple):
 
 
 def follow(
-    closed: core.ClosedJaxpr,
+    traced: Any,
     weights: Sequence[Weight | None],
     targets: Mapping[int, products.Target],
     gated: bool,
@@ -91,7 +92,7 @@ def follow(
     """Finds the products of weights in a program.
 
     Args:
-      closed: the program.
+      traced: the program, as `jax.make_jaxpr` returns it.
       weights: for each of its inputs the leaf that it is, or None for no weight to follow.
       targets: for each leaf that is followed what may happen to it.
       gated: whether gradients that only feed layers that stand still are to be left out.
@@ -100,7 +101,7 @@ def follow(
       The program with its products replaced, and the uses of each leaf that was followed.
     """
     context = _Context(targets, gated, [], [])
-    program, _ = _follow(closed, weights, context)
+    program, _ = _follow(traced, weights, context)
     leaves = [weight.leaf for weight in weights if weight is not None]
     uses = {
         leaf: Uses(
@@ -114,9 +115,9 @@ def follow(
 
 def evaluate(program: Program, operands: Sequence[Value]) -> list[Value]:
     """Evaluates a program."""
-    jaxpr = program.closed.jaxpr
+    jaxpr = program.jaxpr
     values: dict[core.Var, Value] = {
-        v: Value(x) for v, x in zip(jaxpr.constvars, program.closed.consts, strict=True)
+        v: Value(x) for v, x in zip(jaxpr.constvars, program.consts, strict=True)
     }
     values.update(zip(jaxpr.invars, operands, strict=True))
     read = lambda v: Value(v.val) if isinstance(v, core.Literal) else values[v]
@@ -152,21 +153,38 @@ def _anew(arrays: Sequence[Any], made_from: Sequence[Value]) -> list[Value]:
 
 
 def _follow(
-    closed: core.ClosedJaxpr, given: Sequence[Weight | None], context: _Context
+    program: Any, given: Sequence[Weight | None], context: _Context
 ) -> tuple[Program, list[Weight | None]]:
     """Returns the program, and the weights among its results."""
+    jaxpr, consts = jaxprs.opened(program)
     weights: dict[core.Var, Weight] = {
-        v: weight for v, weight in zip(closed.jaxpr.invars, given, strict=True) if weight
+        v: weight for v, weight in zip(jaxpr.invars, given, strict=True) if weight
     }
     read = lambda v: None if isinstance(v, core.Literal) else weights.get(v)
     steps: dict[int, Step] = {}
-    for i, eqn in enumerate(closed.jaxpr.eqns):
+    for i, eqn in enumerate(jaxpr.eqns):
         inputs = [read(v) for v in eqn.invars]
-        step, results = _step(eqn, closed.jaxpr, inputs, context)
+        step, results = _understood(eqn, jaxpr, inputs, context)
         if step:
             steps[i] = step
         weights.update((v, x) for v, x in zip(eqn.outvars, results, strict=True) if x)
-    return Program(closed, steps), [read(v) for v in closed.jaxpr.outvars]
+    return Program(jaxpr, consts, steps), [read(v) for v in jaxpr.outvars]
+
+
+def _understood(
+    eqn: core.JaxprEqn, within: core.Jaxpr, weights: list[Weight | None], context: _Context
+) -> tuple[Step | None, list[Weight | None]]:
+    """`_step`, or nothing where JAX represents an equation in a way that is not known here.
+
+    Then its operations stay what they are, which is right for all of them.
+    """
+    known = len(context.products), len(context.others)
+    try:
+        return _step(eqn, within, weights, context)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        del context.products[known[0] :], context.others[known[1] :]
+        _used_otherwise(weights, f"not understood: {eqn.primitive.name}", context)
+        return None, [None] * len(eqn.outvars)
 
 
 def _step(
@@ -188,7 +206,8 @@ def _step(
         if moved:
             weight, change_z = moved
             return functools.partial(_move, eqn, within, change_z), [weight]
-    _used_otherwise(weights, f"read by {name}", context)
+    how = "not understood: inside of" if jaxprs.programs_in(eqn.params) else "read by"
+    _used_otherwise(weights, f"{how} {name}", context)
     return None, none
 
 
@@ -206,7 +225,7 @@ _PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 def _product(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Step | None:
-    name, params = eqn.primitive.name, eqn.params
+    name, params, op = eqn.primitive.name, eqn.params, products.operation(eqn)
     shapes = [_shape(v) for v in eqn.invars]
     for side in (1, 0):
         weight = weights[side]
@@ -215,10 +234,12 @@ def _product(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context
         target = context.targets[weight.leaf]
         if name == "dot_general":
             ranks = (len(shapes[0]), len(shapes[1]))
-            found = products.dot_product(params, side, ranks, weight.channel, weight.stack, target)
+            found = products.dot_product(
+                op, params, side, ranks, weight.channel, weight.stack, target
+            )
         else:
             found = products.convolution(
-                params, side, shapes[side], weight.channel, weight.stack, target
+                op, params, side, shapes[side], weight.channel, weight.stack, target
             )
         if isinstance(found, str):
             _used_otherwise([weight], found, context)
@@ -226,7 +247,7 @@ def _product(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context
         context.products.append(weight.leaf)
         _used_otherwise([weights[1 - side]], "multiplied with another weight", context)
         return functools.partial(_multiply, found)
-    return functools.partial(_gate, products.plain(name, params)) if context.gated else None
+    return functools.partial(_gate, op) if context.gated else None
 
 
 def _multiply(product: products.Product, operands: Sequence[Value]) -> list[Value]:
@@ -402,7 +423,7 @@ def _shardings(eqn: core.JaxprEqn) -> list[Any]:
 
 
 def _checkpoint(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Called:
-    program, results = _follow(core.ClosedJaxpr(eqn.params["jaxpr"], ()), weights, context)
+    program, results = _follow(eqn.params["jaxpr"], weights, context)
     _used_otherwise(results, "a result of jax.checkpoint", context)
     settings = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
 
@@ -445,8 +466,8 @@ def _as_function(program: Program, like: Sequence[Value]) -> Callable[..., list[
 
 
 def _scan(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Called:
-    consts = eqn.params["num_consts"]
-    first_x = consts + eqn.params["num_carry"]
+    consts, carry = _arity(eqn.params)
+    first_x = consts + carry
     _used_otherwise(weights[consts:first_x], "carried through a loop", context)
     sliced = [_slice(weight, context) for weight in weights[first_x:]]
     inner = [*weights[:consts], *[None] * (first_x - consts), *sliced]
@@ -489,6 +510,14 @@ def _scan(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -
         return [Value(x, None, needed) for x in (*arrays, *ys)]
 
     return step if program.steps else None, None
+
+
+def _arity(params: Mapping[str, Any]) -> tuple[int, int]:
+    """The number of constants and of carried values of a scan, which come before what it slices."""
+    if "num_consts" in params:  # Before JAX 0.11.
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = map(len, params["ft_in"].unpack())
+    return consts, carry
 
 
 def _slice(weight: Weight | None, context: _Context) -> Weight | None:

@@ -176,19 +176,25 @@ def _hold(
     layout, owners = static
     # Adding minus zero leaves every number as it is, minus zero included.
     steps = _where(learns, layout, steps, -0.0)
-    held = []
-    for slot, pair in zip(owners, states, strict=True):
-        leaf = layout.leaves[slot.parameter] if slot else None
-        if slot is None or pair is None or leaf.source not in learns:
-            held.append(None)
-            continue
-        where = selection.broadcastable(learns[leaf.source], leaf)
-        named = [axis for axis in slot.axes if axis is not None]
-        where = jnp.any(where, axis=tuple(i for i in range(where.ndim) if i not in named))
-        where = jnp.transpose(where, [sorted(named).index(axis) for axis in named])
-        own = [i for i, axis in enumerate(slot.axes) if axis is None]
-        held.append(jnp.where(jnp.expand_dims(where, own), *pair))
+    held = [
+        None if slot is None or pair is None else _hold_entry(layout, slot, learns, *pair)
+        for slot, pair in zip(owners, states, strict=True)
+    ]
     return steps, held
+
+
+def _hold_entry(
+    layout: channels.Layout, slot: slots.Slot, learns: selection.Selection, new: Any, old: Any
+) -> jax.Array | None:
+    leaf = layout.leaves[slot.parameter]
+    if leaf.source not in learns:
+        return None
+    where = selection.broadcastable(learns[leaf.source], leaf)
+    named = [axis for axis in slot.axes if axis is not None]
+    where = jnp.any(where, axis=tuple(i for i in range(where.ndim) if i not in named))
+    where = jnp.transpose(where, [sorted(named).index(axis) for axis in named])
+    own = [i for i, axis in enumerate(slot.axes) if axis is None]
+    return jnp.where(jnp.expand_dims(where, own), new, old)
 
 
 def _where(
@@ -220,7 +226,7 @@ def _leaves(state: Any) -> tuple[list[Any], Any]:
 
 def _check_updates(proposed: Any, updates: Any, layout: channels.Layout) -> None:
     """Raises a TypeError or ValueError if updates are not built as the gradient is."""
-    trees = [jax.tree.structure(tree) for tree in (proposed, updates)]
+    trees: list[Any] = [jax.tree.structure(tree) for tree in (proposed, updates)]
     if trees[0] != trees[1]:
         of = " for ".join(textwrap.shorten(str(tree), 120) for tree in trees)
         raise TypeError(

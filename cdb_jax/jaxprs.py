@@ -8,10 +8,11 @@ Everything here and in `following.py` that depends on how JAX represents program
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
 
@@ -38,23 +39,96 @@ def run(eqn: core.JaxprEqn, within: core.Jaxpr, operands: Sequence[Any]) -> list
         eqns=[eqn],
         effects=eqn.effects,
     )
-    return list(core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*[x for _, x in named]))
+    if not hasattr(alone, "consts"):  # Before JAX 0.11 constants were kept beside a program.
+        alone = core.ClosedJaxpr(alone, ())
+    return list(core.jaxpr_as_fun(alone)(*[x for _, x in named]))
+
+
+def opened(program: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """A program, and its constants, whether or not it is one object with them."""
+    return getattr(program, "jaxpr", program), getattr(program, "consts", ())
+
+
+def programs_in(params: Mapping[str, Any]) -> list[core.Jaxpr]:
+    """The programs among the parameters of an equation."""
+    values = [y for x in params.values() for y in (x if isinstance(x, (tuple, list)) else [x])]
+    return [opened(x)[0] for x in values if isinstance(opened(x)[0], core.Jaxpr)]
 
 
 def evaluate(
-    closed: core.ClosedJaxpr,
-    operands: Sequence[Any],
-    replaced: Mapping[str, Callable[..., Any]],
+    program: Any, operands: Sequence[Any], replaced: Mapping[str, Callable[..., Any]]
 ) -> list[Any]:
-    """Evaluates a program; an equation named in `replaced` becomes `replaced[name](params, *x)`."""
-    values = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    values.update(zip(closed.jaxpr.invars, operands, strict=True))
+    """Evaluates a program; an equation named in `replaced` becomes `replaced[name](eqn, *x)`."""
+    jaxpr, consts = opened(program)
+    values = dict(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, operands, strict=True))
     read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
-    for eqn in closed.jaxpr.eqns:
+    for eqn in jaxpr.eqns:
         given = [read(v) for v in eqn.invars]
         if eqn.primitive.name in replaced:
-            results = [replaced[eqn.primitive.name](eqn.params, *given)]
+            results = [replaced[eqn.primitive.name](eqn, *given)]
         else:
-            results = run(eqn, closed.jaxpr, given)
+            results = run(eqn, jaxpr, given)
         values.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in closed.jaxpr.outvars]
+    return [read(v) for v in jaxpr.outvars]
+
+
+def identity(x: Any) -> Hashable:
+    """A key that two programs share only if they compute the same.
+
+    For a program, or a parameter of one. Functions in it, such as the rules of `jax.custom_vjp`,
+    are the same if JAX says so; arrays that are no arguments are the same if they are one object.
+    """
+    if isinstance(opened(x)[0], core.Jaxpr):
+        jaxpr, consts = opened(x)
+        return _identity_of_program(jaxpr), tuple(map(_Same, consts))
+    if isinstance(x, (tuple, list)):
+        return type(x), tuple(map(identity, x))
+    if isinstance(x, dict):
+        # What a rule's results are made of follows from the rule.
+        return tuple((name, identity(value)) for name, value in x.items() if name != "out_trees")
+    try:
+        hash(x)
+    except TypeError:
+        return _Same(x)
+    return type(x), x  # 1 and True are equal.
+
+
+def _identity_of_program(jaxpr: core.Jaxpr) -> Hashable:
+    number: dict[core.Var, int] = {}
+
+    def named(v: Any) -> Hashable:
+        if isinstance(v, core.Literal):
+            x = np.asarray(v.val)
+            return v.aval, x.dtype, x.tobytes()
+        return number[v]
+
+    def new(v: core.Var) -> Hashable:
+        number[v] = len(number)
+        return v.aval
+
+    inputs = tuple(new(v) for v in (*jaxpr.constvars, *jaxpr.invars))
+    equations = tuple(
+        (
+            eqn.primitive,
+            tuple(named(v) for v in eqn.invars),
+            tuple(new(v) for v in eqn.outvars),
+            identity(eqn.params),
+            eqn.ctx,
+        )
+        for eqn in jaxpr.eqns
+    )
+    return inputs, equations, tuple(named(v) for v in jaxpr.outvars)
+
+
+class _Same:
+    """Equal to another one of the same object, which it keeps alive."""
+
+    def __init__(self, x: Any):
+        self.x = x
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.x is other.x
+
+    def __hash__(self) -> int:
+        return id(self.x)

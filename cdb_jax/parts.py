@@ -96,7 +96,8 @@ def put(
     else:
         # Read, not written: a gather joins the loop of the optimizer that follows, a scatter not.
         channels = jnp.arange(part.size, dtype=jnp.int32)
-        nearest = jnp.searchsorted(at, channels).astype(jnp.int32)
+        # Unrolled: a loop for each layer would be many launches, and cut the graph of a GPU.
+        nearest = jnp.searchsorted(at, channels, method="scan_unrolled").astype(jnp.int32)
         nearest = jnp.minimum(nearest, part.kept - 1)
         is_kept = _along(axis, x.ndim, at[nearest] == channels)
         x = jnp.take(x, nearest, axis=axis, indices_are_sorted=True, mode="clip")

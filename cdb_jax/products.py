@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend import core
 
 from cdb_jax import jaxprs, parts
 
@@ -72,7 +73,13 @@ class Product(NamedTuple):
         return op(w, x) if self.side == 0 else op(x, w)
 
 
+def operation(eqn: core.JaxprEqn) -> Callable[..., jax.Array]:
+    """The operation of an equation with two operands, whatever parameters it has."""
+    return partial(eqn.primitive.bind, **eqn.params)
+
+
 def dot_product(
+    op: BinaryOp,
     params: dict[str, Any],
     side: int,
     ranks: tuple[int, int],
@@ -95,7 +102,6 @@ def dot_product(
     if stack and target.states != (PARTLY,):
         return "stacked layers are computed together, but stand still one by one"
     places = [tuple(batch[side]).index(axis) for axis in stack]
-    op = partial(lax.dot_general, **params)
     description = Product(
         op,
         op,
@@ -121,6 +127,7 @@ def dot_product(
 
 
 def convolution(
+    op: Callable[..., jax.Array],
     params: dict[str, Any],
     side: int,
     kernel_shape: tuple[int, ...],
@@ -135,7 +142,6 @@ def convolution(
         return "it is the image of a convolution, not the kernel"
     if stack or params["batch_group_count"] != 1:
         return "several convolutions in one"
-    op = partial(lax.conv_general_dilated, **_convolution_arguments(params))
     part = target.part
     description = Product(op, op, side, target, w_channel=channel, x_part=part)
     if part is None:
@@ -156,20 +162,6 @@ def convolution(
         f"a convolution in {groups} groups, of which a part of the channels is none; "
         f'channel_choice="window" with window_groups a multiple of {groups} is'
     )
-
-
-def _convolution_arguments(params: dict[str, Any]) -> dict[str, Any]:
-    names = ["window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"]
-    names += ["feature_group_count", "batch_group_count", "precision", "preferred_element_type"]
-    names += ["out_sharding"]
-    return {name: params[name] for name in names}
-
-
-def plain(name: str, params: dict[str, Any]) -> BinaryOp:
-    """The operation of a product without a weight."""
-    if name == "dot_general":
-        return partial(lax.dot_general, **params)
-    return partial(lax.conv_general_dilated, **_convolution_arguments(params))
 
 
 def multiply(
@@ -352,7 +344,7 @@ def _transpose(
         slow = {
             name: f
             for name, f in _IN_ORDER.items()
-            if name in ordered and any(_is_slow(eqn, name) for eqn in closed.jaxpr.eqns)
+            if name in ordered and any(_is_slow(eqn, name) for eqn in jaxprs.opened(closed)[0].eqns)
         }
         if not slow:
             return transposed(cotangent, other)
@@ -372,14 +364,14 @@ def _is_slow(eqn: Any, name: str) -> bool:
     return name != "dot_general" or len(eqn.params["dimension_numbers"][0][0]) > 1
 
 
-def _dot_in_order(params: dict[str, Any], x: jax.Array, y: jax.Array) -> jax.Array:
+def _dot_in_order(eqn: core.JaxprEqn, x: jax.Array, y: jax.Array) -> jax.Array:
     """A product summed over one axis, where those that it is summed over are neighbours."""
-    (of_x, of_y), (x_batch, y_batch) = params["dimension_numbers"]
+    (of_x, of_y), (x_batch, y_batch) = eqn.params["dimension_numbers"]
     neighbours = lambda axes: tuple(axes) == tuple(range(axes[0], axes[0] + len(axes)))
     order = sorted(range(len(of_x)), key=lambda i: of_x[i])
     of_x, of_y = ([axes[i] for i in order] for axes in (of_x, of_y))
     if len(of_x) < 2 or not neighbours(of_x) or not neighbours(of_y):
-        return lax.dot_general(x, y, **params)
+        return operation(eqn)(x, y)
 
     def merge(x: jax.Array, axes: Sequence[int], batch: Sequence[int]) -> tuple[jax.Array, Any]:
         lead, tail = x.shape[: axes[0]], x.shape[axes[-1] + 1 :]
@@ -389,13 +381,12 @@ def _dot_in_order(params: dict[str, Any], x: jax.Array, y: jax.Array) -> jax.Arr
     x, x_batch = merge(x, of_x, x_batch)
     y, y_batch = merge(y, of_y, y_batch)
     numbers = (((of_x[0],), (of_y[0],)), (tuple(x_batch), tuple(y_batch)))
-    return lax.dot_general(x, y, **(params | {"dimension_numbers": numbers}))
+    return operation(eqn)(x, y, dimension_numbers=numbers)
 
 
-def _convolution_in_order(params: dict[str, Any], x: jax.Array, w: jax.Array) -> jax.Array:
+def _convolution_in_order(eqn: core.JaxprEqn, x: jax.Array, w: jax.Array) -> jax.Array:
     """A convolution with axes (batch, ..., features) and (..., in, out), as XLA's CPU has it."""
-    arguments = _convolution_arguments(params)
-    lhs, rhs, out = arguments.pop("dimension_numbers")
+    lhs, rhs, out = eqn.params["dimension_numbers"]
     last = lambda spec: (spec[0], *spec[2:], spec[1])
     x = jnp.transpose(x, last(lhs))
     w = jnp.transpose(w, (*rhs[2:], rhs[1], rhs[0]))
@@ -403,7 +394,7 @@ def _convolution_in_order(params: dict[str, Any], x: jax.Array, w: jax.Array) ->
     axes = (0, rank - 1, *range(1, rank - 1))
     kernel = (rank - 1, rank - 2, *range(rank - 2))
     numbers = lax.ConvDimensionNumbers(axes, kernel, axes)
-    y = lax.conv_general_dilated(x, w, dimension_numbers=numbers, **arguments)
+    y = operation(eqn)(x, w, dimension_numbers=numbers)
     order = last(out)
     return jnp.transpose(y, [order.index(axis) for axis in range(rank)])
 

@@ -111,7 +111,7 @@ def channel_report(
     rows = [_row(leaf, policy) for leaf in layout.leaves]
     if fun is not None:
         skipping.check_policy(policy)
-        traced = skipping.trace_abstract(fun, params, args, kwargs, policy)
+        traced = skipping.follow_abstract(fun, params, args, kwargs, policy)
         rows = [
             row._replace(gradient=_gradient(traced, policy, i, x))
             for i, (row, x) in enumerate(zip(rows, jax.tree.leaves(params), strict=True))
@@ -119,7 +119,7 @@ def channel_report(
     return ChannelReport(tuple(rows), _summary(layout, policy))
 
 
-def _gradient(traced: skipping.Traced, policy: Policy, i: int, x: Any) -> str:
+def _gradient(traced: skipping.Followed, policy: Policy, i: int, x: Any) -> str:
     """How the gradient of a leaf is computed."""
     leaf = traced.layout.leaves[i]
     if leaf.layer is None:

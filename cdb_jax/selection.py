@@ -225,7 +225,7 @@ def _mask(
     layout: channels.Layout,
     done: Collection[str] = (),
 ) -> list[Any]:
-    masked = []
+    masked: list[Any] = []
     for x, leaf in zip(leaves, layout.leaves, strict=True):
         path = leaf.source
         if x is None:
@@ -305,13 +305,7 @@ def draw(policy: Policy, layout: channels.Layout, count: jax.typing.ArrayLike) -
     """Draws the factors of every layer of a layout, grouped by number of channels."""
     check_layers(policy, layout)
     check_count(count)
-    if not isinstance(policy.hold, int) or policy.hold > 1:
-        count = jnp.asarray(count)
-        hold = jnp.asarray(policy.hold, count.dtype)
-        period = count // hold
-        count = period * hold  # Where rates are looked up: the first step of the period.
-    else:
-        period = count
+    period, count = _period(policy, count)
     by_channels: dict[int, list[channels.Leaf]] = {}
     for layer in sorted(layout.layers, key=lambda layer: (layer.channels, layer.path)):
         by_channels.setdefault(layer.channels, []).append(layer)
@@ -341,6 +335,15 @@ def draw(policy: Policy, layout: channels.Layout, count: jax.typing.ArrayLike) -
         zeros = jnp.zeros((len(still), 1), jnp.float32)
         groups.append(Group(still, zeros, masked=jnp.zeros(len(still), bool)))
     return groups
+
+
+def _period(policy: Policy, count: jax.typing.ArrayLike) -> tuple[Any, Any]:
+    """The number of the selection, and the first step that it is for, whose rates it has."""
+    if isinstance(policy.hold, int) and policy.hold == 1:
+        return count, count
+    step = jnp.asarray(count)
+    hold = jnp.asarray(policy.hold, step.dtype)
+    return step // hold, step - step % hold
 
 
 def as_selection(groups: Sequence[Group]) -> Selection:

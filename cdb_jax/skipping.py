@@ -6,14 +6,15 @@ import functools
 import inspect
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
-from cdb_jax import channels, following, parts, products, selection
+from cdb_jax import channels, compiling, following, jaxprs, parts, products, selection
 from cdb_jax.policy import Policy, Rate, second_argument
 
 
@@ -92,11 +93,18 @@ def value_and_grad(
                 "count is missing: give the step whose channels to draw, such as count=step or "
                 "count=cdb_jax.selection_count(opt_state)."
             )
+        selection.check_count(count)
         params, call = _differentiated(fun, args, kwargs, argnums)
-        traced = trace(call, params, policy, has_aux)
-        groups = selection.draw(policy, traced.layout, count)
-        (value, aux), gradient = _evaluate(traced, params, groups, policy, count)
-        return ((value, aux) if has_aux else value), gradient
+        traced, consts, unflatten_aux = trace(call, params, policy, has_aux)
+        leaves, treedef = jax.tree.flatten(params)
+        operands = policy, leaves, consts, count
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
+            value, aux, gradient = _evaluate(traced, *operands)
+        else:  # Outside of `jit`. An int as count would be a part of the program.
+            operands = policy, leaves, consts, jnp.asarray(count)
+            value, aux, gradient = _evaluate_once(compiling.Keyed(traced.key, traced), *operands)
+        gradient = jax.tree.unflatten(treedef, gradient)
+        return ((value, unflatten_aux(aux)) if has_aux else value), gradient
 
     return value_and_gradient
 
@@ -260,24 +268,39 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 class Traced(NamedTuple):
-    """A function as a program in which the products of weights are found."""
+    """A function of parameters as a program, whose first inputs are the constants of the function.
+
+    `explicit` are the leaves of the parameters with explicit shardings.
+    """
+
+    jaxpr: core.Jaxpr
+    layout: channels.Layout
+    explicit: frozenset[int]
+
+    @property
+    def key(self) -> Hashable:
+        return jaxprs.identity(self.jaxpr), self.layout, self.explicit
+
+
+class Followed(NamedTuple):
+    """A program in which the products of weights are found."""
 
     program: following.Program
     layout: channels.Layout
     targets: dict[int, products.Target]  # Of the leaves that are layers.
     uses: dict[int, following.Uses]
-    unflatten_aux: Callable[[Sequence[Any]], Any]
 
 
-def trace(call: Callable[[Any], Any], params: Any, policy: Policy, has_aux: bool) -> Traced:
-    """Traces a function of parameters, and follows these to the products that read them."""
+def trace(
+    call: Callable[[Any], Any], params: Any, policy: Policy, has_aux: bool
+) -> tuple[Traced, Sequence[Any], Callable[[Sequence[Any]], Any]]:
+    """Traces a function of parameters.
+
+    Returns the program, the constants that it takes first, and a function that puts auxiliary data
+    together from the arrays of it.
+    """
     layout = policy.layout(params)
     selection.check_layers(policy, layout)
-    targets = {
-        i: target_of(policy, leaf)
-        for i, leaf in enumerate(layout.leaves)
-        if leaf.layer == leaf.path
-    }
     unflatten_aux: Callable[[Sequence[Any]], Any] = lambda arrays: None
 
     def flat(params: Any) -> tuple[Any, list[Any]]:
@@ -302,9 +325,20 @@ def trace(call: Callable[[Any], Any], params: Any, policy: Policy, has_aux: bool
         unflatten_aux = unflatten
         return _check_value(value), [leaves[i] for i in arrays]
 
-    closed = jax.make_jaxpr(flat)(params)
-    explicit = {
+    jaxpr, consts = jaxprs.opened(jax.make_jaxpr(flat)(params))
+    jaxpr = jaxpr.replace(constvars=(), invars=[*jaxpr.constvars, *jaxpr.invars])
+    explicit = (
         i for i, x in enumerate(jax.tree.leaves(params)) if any(jax.typeof(x).sharding.spec)
+    )
+    return Traced(jaxpr, layout, frozenset(explicit)), consts, unflatten_aux
+
+
+def follow(traced: Traced, policy: Policy) -> Followed:
+    """Follows parameters to the products that read them."""
+    targets = {
+        i: target_of(policy, leaf)
+        for i, leaf in enumerate(traced.layout.leaves)
+        if leaf.layer == leaf.path
     }
     followed = {
         i
@@ -312,18 +346,22 @@ def trace(call: Callable[[Any], Any], params: Any, policy: Policy, has_aux: bool
         if target.states not in ((products.FULL,), (products.STILL,))
     }
     weights = [
-        following.Weight(i, leaf.channel, leaf.stack) if i in followed - explicit else None
-        for i, leaf in enumerate(layout.leaves)
+        following.Weight(i, leaf.channel, leaf.stack) if i in followed - traced.explicit else None
+        for i, leaf in enumerate(traced.layout.leaves)
     ]
-    program, uses = following.follow(closed, weights, targets, policy.others_stand_still)
-    uses |= {i: following.Uses(0, ("its sharding is explicit",)) for i in followed & explicit}
-    return Traced(program, layout, targets, uses, unflatten_aux)
+    consts: list[following.Weight | None] = [None] * (len(traced.jaxpr.invars) - len(weights))
+    program, uses = following.follow(
+        traced.jaxpr, [*consts, *weights], targets, policy.others_stand_still
+    )
+    explicit = followed & traced.explicit
+    uses |= {i: following.Uses(0, ("its sharding is explicit",)) for i in explicit}
+    return Followed(program, traced.layout, targets, uses)
 
 
-def trace_abstract(
+def follow_abstract(
     fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, policy: Policy
-) -> Traced:
-    """Traces `fun(params, *args, **kwargs)`, whose arrays may be `jax.ShapeDtypeStruct`."""
+) -> Followed:
+    """`follow` for `fun(params, *args, **kwargs)`, whose arrays may be `jax.ShapeDtypeStruct`."""
     check_function(fun)
     leaves, treedef = jax.tree.flatten((params, args, kwargs))
     arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
@@ -334,7 +372,8 @@ def trace_abstract(
         params, args, kwargs = jax.tree.unflatten(treedef, filled)
         params, call = _differentiated(fun, (params, *args), kwargs, 0)
         first = lambda result: result[0] if isinstance(result, tuple) else result
-        found.append(trace(lambda params: first(call(params)), params, policy, has_aux=False))
+        traced, *_ = trace(lambda params: first(call(params)), params, policy, has_aux=False)
+        found.append(follow(traced, policy))
 
     jax.eval_shape(fill, arrays)
     return found[0]
@@ -357,16 +396,18 @@ def _check_value(value: Any) -> jax.Array:
 # Evaluation.
 
 
+@compiling.compiled
+def _evaluate_once(traced: compiling.Keyed, *operands: Any) -> Any:
+    return _evaluate(traced.value, *operands)
+
+
 def _evaluate(
-    traced: Traced,
-    params: Any,
-    groups: Sequence[selection.Group],
-    policy: Policy,
-    count: Any,
-) -> tuple[tuple[jax.Array, Any], Any]:
-    """The value and auxiliary data, and the masked gradient."""
-    leaves, treedef = jax.tree.flatten(params)
+    program: Traced, policy: Policy, leaves: Sequence[Any], consts: Sequence[Any], count: Any
+) -> tuple[jax.Array, list[Any], list[Any]]:
+    """The value, the arrays among the auxiliary data, and the masked gradient."""
+    traced = follow(program, policy)
     layers = traced.layout.leaves
+    groups = selection.draw(policy, traced.layout, count)
     drawn = _drawn(traced, groups, count)
     needed = _needed(traced, policy, drawn)
     skipped = {i for i, uses in traced.uses.items() if uses.products}
@@ -387,6 +428,7 @@ def _evaluate(
             )
             for i, x in enumerate(leaves)
         ]
+        values = [*map(following.Value, consts), *values]
         value, *aux = (x.array for x in following.evaluate(traced.program, values))
         return value, aux
 
@@ -400,12 +442,11 @@ def _evaluate(
         gradient.append(functools.reduce(jnp.add, both) if both else jnp.zeros_like(x))
     done = {layers[i].path for i in skipped - direct}
     masked = selection.mask(gradient, groups, policy, traced.layout, count, done)
-    value, aux = results
-    return (value, traced.unflatten_aux(aux)), jax.tree.unflatten(treedef, masked)
+    return *results, masked
 
 
 def _put_back(
-    traced: Traced, kept: dict[int, jax.Array], at: dict[int, jax.Array], count: Any
+    traced: Followed, kept: dict[int, jax.Array], at: dict[int, jax.Array], count: Any
 ) -> dict[int, jax.Array]:
     """Gradients in the shapes of their weights, from gradients of the parts that are kept."""
 
@@ -428,7 +469,7 @@ def _zeros(x: Any, leaf: channels.Leaf, target: products.Target) -> jax.Array:
 
 
 def _drawn(
-    traced: Traced, groups: Sequence[selection.Group], count: Any
+    traced: Followed, groups: Sequence[selection.Group], count: Any
 ) -> dict[int, tuple[jax.Array, jax.Array]]:
     """For each layer where its kept part lies, and what it does: arrays over its stack."""
     index = {leaf.path: i for i, leaf in enumerate(traced.layout.leaves)}
@@ -461,7 +502,7 @@ def _place(part: parts.Part | None, factors: jax.Array, start: jax.Array | None)
 
 
 def _needed(
-    traced: Traced, policy: Policy, drawn: dict[int, tuple[jax.Array, jax.Array]]
+    traced: Followed, policy: Policy, drawn: dict[int, tuple[jax.Array, jax.Array]]
 ) -> list[frozenset[following.Flag]]:
     """For each leaf whether it learns in this step."""
     index = {leaf.path: i for i, leaf in enumerate(traced.layout.leaves)}

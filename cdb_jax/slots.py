@@ -88,7 +88,7 @@ def _find(
         for top, parameter in splits:
             below.setdefault(top, set()).add(parameter)
     whole = {top for top, found in below.items() if len(found) == len(index)}
-    slots = []
+    slots: list[Slot | None] = []
     for entry in entries:
         if entry.is_masked:
             continue
