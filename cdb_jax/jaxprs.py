@@ -73,11 +73,29 @@ def evaluate(
     return [read(v) for v in jaxpr.outvars]
 
 
-def identity(x: Any) -> Hashable:
-    """A key that two programs share only if they compute the same.
+# Parameters that hold the rules of `jax.custom_jvp` and `jax.custom_vjp`.
+_RULES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees")
 
-    For a program, or a parameter of one. Functions in it, such as the rules of `jax.custom_vjp`,
-    are the same if JAX says so; arrays that are no arguments are the same if they are one object.
+
+def differentiated(program: Any, consts: Sequence[Any], args: Sequence[Any]) -> core.Jaxpr:
+    """A program of `consts` and `args`, and its gradient by `args`, as one program.
+
+    Where it depends on them, no custom rules are left.
+    """
+
+    def value(args: Sequence[Any]) -> tuple[Any, list[Any]]:
+        first, *others = evaluate(program, [*consts, *args], {})
+        return first, others
+
+    both = jax.value_and_grad(value, has_aux=True)
+    return opened(jax.make_jaxpr(both)(list(args)))[0]
+
+
+def identity(x: Any) -> Hashable:
+    """A key that two programs share only if they compute the same, custom rules aside.
+
+    For a program, or a parameter of one. Arrays that are no arguments are the same if they are one
+    object, and so are functions.
     """
     if isinstance(opened(x)[0], core.Jaxpr):
         jaxpr, consts = opened(x)
@@ -85,8 +103,7 @@ def identity(x: Any) -> Hashable:
     if isinstance(x, (tuple, list)):
         return type(x), tuple(map(identity, x))
     if isinstance(x, dict):
-        # What a rule's results are made of follows from the rule.
-        return tuple((name, identity(value)) for name, value in x.items() if name != "out_trees")
+        return tuple((name, identity(value)) for name, value in x.items() if name not in _RULES)
     try:
         hash(x)
     except TypeError:

@@ -102,7 +102,8 @@ def value_and_grad(
             value, aux, gradient = _evaluate(traced, *operands)
         else:  # Outside of `jit`. An int as count would be a part of the program.
             operands = policy, leaves, consts, jnp.asarray(count)
-            value, aux, gradient = _evaluate_once(compiling.Keyed(traced.key, traced), *operands)
+            program = compiling.Keyed(traced.key(consts, leaves), traced)
+            value, aux, gradient = _evaluate_once(program, *operands)
         gradient = jax.tree.unflatten(treedef, gradient)
         return ((value, unflatten_aux(aux)) if has_aux else value), gradient
 
@@ -277,9 +278,11 @@ class Traced(NamedTuple):
     layout: channels.Layout
     explicit: frozenset[int]
 
-    @property
-    def key(self) -> Hashable:
-        return jaxprs.identity(self.jaxpr), self.layout, self.explicit
+    def key(self, consts: Sequence[Any], leaves: Sequence[Any]) -> Hashable:
+        """Shared only by functions with the same results and the same gradients."""
+        gradient = jaxprs.differentiated(self.jaxpr, consts, leaves)
+        programs = jaxprs.identity(self.jaxpr), jaxprs.identity(gradient)
+        return programs, self.layout, self.explicit
 
 
 class Followed(NamedTuple):

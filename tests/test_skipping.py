@@ -414,7 +414,11 @@ def in_a_transposed_image(params, x):  # The weight is the image, not the kernel
                 "up/kernel": "skipped",
             },
         ),
-        (in_a_custom_rule, {"kernel": (6, 4)}, {"kernel": "masked only: not understood: inside of custom_vjp_call"}),
+        (
+            in_a_custom_rule,
+            {"kernel": (6, 4)},
+            {"kernel": "masked only: not understood: inside of custom_vjp_call"},
+        ),
         (carried, {"kernel": (6, 4)}, {"kernel": "masked only: carried through a loop"}),
         (looped, {"kernel": (6, 4)}, {"kernel": "masked only: a loop runs over its channels"}),
         (
