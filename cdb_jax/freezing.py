@@ -65,8 +65,10 @@ def freeze_dropped(
         the class of the state (a NamedTuple) to a function of the field's name, the parameter's
         shape (None for an entry that belongs to no parameter) and the entry's shape. It returns for
         every axis of the entry the axis of the parameter that it is, or None for an axis of its
-        own; or None for an entry that belongs to no channel. Those of Adafactor
-        (`optax.FactoredState`) and Muon (`optax.contrib.MuonState`) are supplied.
+        own; None for an entry that belongs to no channel; or NotImplemented for one that is to be
+        treated as if there were no rule, such as those of an optimizer that is wrapped. Rules for
+        Adafactor (`optax.FactoredState`), Muon and Mechanic (`optax.contrib.MuonState`,
+        `MechanicState`) are supplied.
       **settings: the arguments of `Policy` by name, if `policy` is a rate.
 
     Returns:

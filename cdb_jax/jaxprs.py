@@ -18,7 +18,7 @@ from jax.extend import core
 
 @contextlib.contextmanager
 def as_in(eqn: core.JaxprEqn) -> Iterator[None]:
-    """The name scopes, `compute_on` and the like under which an equation was traced.
+    """The name scopes, XLA metadata and the like under which an equation was traced.
 
     `run` evaluates under them as well; this is for what takes an equation's place.
     """

@@ -109,19 +109,24 @@ class _Entry(NamedTuple):
     field: str  # and its path in there.
 
 
-def _entries(state: Any, rules: Mapping[type, SlotAxes]) -> Iterator[_Entry]:
+def _entries(
+    state: Any, rules: Mapping[type, SlotAxes], keys: tuple[Any, ...] = ()
+) -> Iterator[_Entry]:
+    """What a state holds. With `keys`, where it lies, it is one with a rule."""
+    owner, depth = (type(state), len(keys)) if keys or type(state) in rules else (None, 0)
     empty = lambda x: x is None or isinstance(x, optax.MaskedNode)
-    stops = lambda x: empty(x) or type(x) in rules or _several_updates(x) is not None
-    for keys, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=stops):
-        if (refusal := _several_updates(node)) is not None:
+    ruled = lambda x: x is not state and type(x) in rules
+    stops = lambda x: empty(x) or ruled(x) or _refusal(x) is not None
+    for below, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=stops):
+        if (refusal := _refusal(node)) is not None:
             raise ValueError(refusal)
-        owner = type(node) if type(node) in rules else None
-        inside = jax.tree_util.tree_leaves_with_path(node, is_leaf=empty) if owner else [((), node)]
-        for below, x in inside:
-            field = jax.tree_util.keystr(below[:1], simple=True)
-            array, is_masked = (None if empty(x) else x), isinstance(x, optax.MaskedNode)
-            path = channels.canonical_path((*keys, *below))
-            yield _Entry((*keys, *below), path, array, is_masked, owner, field)
+        path = (*keys, *below)
+        if ruled(node):
+            yield from _entries(node, rules, path)
+            continue
+        field = jax.tree_util.keystr(path[depth : depth + 1], simple=True)
+        array, is_masked = (None if empty(node) else node), isinstance(node, optax.MaskedNode)
+        yield _Entry(path, channels.canonical_path(path), array, is_masked, owner, field)
 
 
 def several_updates(name: str, instead: str) -> str:
@@ -131,14 +136,20 @@ def several_updates(name: str, instead: str) -> str:
     )
 
 
-def _several_updates(x: Any) -> str | None:
-    """Why a state may not be inside: its optimizer moves parameters together over some updates."""
+def _refusal(x: Any) -> str | None:
+    """Why a state may not be inside: what moves together is not the channels of one step."""
     if isinstance(x, (optax.MultiStepsState, optax.ApplyEvery)):
         return several_updates(type(x).__name__, MULTI_STEPS)
-    if isinstance(x, optax.contrib.SAMState) and x.cache is not None:
-        return several_updates("SAMState", _SAM)
-    if hasattr(x, "steps_since_sync") and not isinstance(x, optax.contrib.SAMState):
+    if isinstance(x, optax.contrib.SAMState):
+        return None if x.cache is None else several_updates("SAMState", _SAM)
+    if hasattr(x, "steps_since_sync"):
         return several_updates(type(x).__name__, _LOOKAHEAD)
+    if isinstance(x, optax.contrib.GaLoreState):
+        return (
+            "freeze_dropped: the optimizer inside keeps its moments in a projection of the "
+            "gradient (GaLoreState), which mixes channels, so none could stand still; mask alone: "
+            "optax.chain(cdb_jax.channel_drop_back(policy), optax.contrib.galore(...))."
+        )
     return None
 
 
@@ -190,8 +201,10 @@ def _slot(
 ) -> Slot | None:
     shape, is_float = tuple(entry.array.shape), jnp.issubdtype(entry.array.dtype, jnp.inexact)
     leaf = None if parameter is None else layout.leaves[parameter]
+    given: Any = NotImplemented
     if entry.owner is not None and shape:
         given = rules[entry.owner](entry.field, None if leaf is None else leaf.shape, shape)
+    if given is not NotImplemented:
         if given is None or leaf is None or parameter is None:
             return None
         return Slot(parameter, _checked_axes(given, entry, leaf))
@@ -275,10 +288,16 @@ def _muon_axes(
     field: str, shape: tuple[int, ...] | None, entry: tuple[int, ...]
 ) -> tuple[int, ...] | None:
     """Momentum like the parameters, and coefficients that all of them share."""
-    return None if shape is None else tuple(range(len(shape)))
+    return None if shape is None or field == "ns_coeffs" else tuple(range(len(shape)))
+
+
+def _mechanic_axes(field: str, shape: tuple[int, ...] | None, entry: tuple[int, ...]) -> Any:
+    """Its own statistics, one for each decay, are shared; what it wraps is found as elsewhere."""
+    return None if field in ("r", "m", "v", "s") else NotImplemented
 
 
 RULES: dict[type, SlotAxes] = {
     optax.FactoredState: _factored_axes,
+    optax.contrib.MechanicState: _mechanic_axes,
     optax.contrib.MuonState: _muon_axes,
 }

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from jax.experimental.compute_on import compute_on
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import PartitionSpec as P
 
 from cdb_jax import following, jaxprs
@@ -51,7 +51,7 @@ def test_products(f, args, params):
         (jax.checkpoint(jnp.sin), {"jaxpr", "prevent_cse", "policy"}),
         (
             lambda x: lax.scan(lambda c, x: (c, jnp.sin(x)), None, x)[1],
-            {"jaxpr", "num_consts", "num_carry", "length", "reverse", "unroll"},
+            {"jaxpr", "length", "reverse", "unroll"},
         ),
     ],
 )
@@ -59,6 +59,13 @@ def test_calls(f, params):
     eqn = equation(f, X)
     assert eqn.primitive.name in following._CALLS
     assert params <= set(eqn.params)
+
+
+def test_what_a_loop_keeps_carries_and_slices():
+    def f(x, carry, rows):
+        return lax.scan(lambda c, row: ((c[0] + row @ x, c[1] + 1), row), (carry, 0), rows)
+
+    assert following._arity(equation(f, W, jnp.ones(4), X).params) == (1, 2)
 
 
 def test_conditionals():
@@ -110,9 +117,9 @@ def test_replicated_over_a_mesh_axis():
     assert name in following._LAYOUT and axes == ("data",)
 
 
-def test_name_scopes_and_places_of_computation():
+def test_name_scopes_and_metadata():
     def f(x):
-        with jax.named_scope("block"), compute_on("device_host"):
+        with jax.named_scope("block"), set_xla_metadata(place="here"):
             return jnp.sin(x)
 
     eqn = equation(f, X)
@@ -122,7 +129,7 @@ def test_name_scopes_and_places_of_computation():
             return jnp.cos(x)
 
     assert str(equation(again, X).source_info.name_stack) == "block"
-    assert '_xla_compute_type = "host"' in jax.jit(again).lower(X).as_text()
+    assert 'place = "here"' in jax.jit(again).lower(X).as_text()
 
 
 @pytest.mark.parametrize(

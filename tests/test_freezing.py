@@ -358,9 +358,16 @@ def test_eight_devices_freeze_what_one_does():
     place = lambda tree: jax.tree.map(
         lambda x: jax.device_put(x, NamedSharding(mesh, P(*[None] * (x.ndim - 1), "data"))), tree
     )
-    sharded = run(tx, 3, lambda i: place(gradients(i)), place(PARAMS))[-1]
-    chex.assert_trees_all_equal(sharded, run(tx, 3)[-1])
-    assert sharded[1].inner_state[0].mu["b"]["kernel"].sharding.spec == P(None, "data")
+    sharded = run(tx, 3, lambda i: place(gradients(i)), place(PARAMS))
+    alone = run(tx, 3)
+    # Programs for other shapes round in other ways; what stands still is the same to the bit.
+    chex.assert_trees_all_close(sharded, alone, rtol=1e-6, atol=1e-7)
+    changed = [
+        [jax.tree.map(jnp.not_equal, old, new) for old, new in zip(h, h[1:], strict=False)]
+        for h in (sharded, alone)
+    ]
+    chex.assert_trees_all_equal(*changed)
+    assert sharded[-1][1].inner_state[0].mu["b"]["kernel"].sharding.spec == P(None, "data")
 
 
 def test_nnx_linen_and_saving():
