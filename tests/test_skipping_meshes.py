@@ -189,4 +189,7 @@ def test_beside_shard_map():
     masked = cdb_jax.apply_selection(full, cdb_jax.sample_selection(policy, full, 1), policy)
     chex.assert_trees_all_close(skip, masked, rtol=1e-5, atol=1e-7)
     report = cdb_jax.channel_report(tree, policy, both, BATCH)
-    assert [row.gradient for row in report.rows] == ["masked only: read by shard_map", "skipped"]
+    assert [row.gradient for row in report.rows] == [
+        "masked only: not understood: inside of shard_map",
+        "skipped",
+    ]
