@@ -242,19 +242,23 @@ def covers(pattern: str, path: str) -> bool:
     )
 
 
-def check_parameters(layout: Layout, params: Any, root: str) -> None:
+def check_parameters(updates: Any, params: Any, root: str) -> None:
     """Raises a ValueError if updates have other shapes than the parameters of the same paths."""
-    shapes = {
+    shapes = lambda tree: [getattr(x, "shape", None) for x in jax.tree.leaves(tree)]
+    if params is None or shapes(updates) == shapes(params):
+        return
+    by_path = lambda tree: {
         canonical_path(keys, root): tuple(x.shape)
-        for keys, x in jax.tree_util.tree_leaves_with_path(params)
+        for keys, x in jax.tree_util.tree_leaves_with_path(tree)
         if hasattr(x, "shape")
     }
-    for leaf in layout.leaves:
-        if leaf.shape != shapes.get(leaf.path, leaf.shape):
+    expected = by_path(params)
+    for path, shape in by_path(updates).items():
+        if shape != expected.get(path, shape):
             raise ValueError(
-                f"the update of {leaf.path!r} has shape {leaf.shape} and its parameter "
-                f"{shapes[leaf.path]}, so its axes do not say which channels these are; put what "
-                "brings updates into the shapes of the parameters first, such as optax.chain("
+                f"the update of {path!r} has shape {shape} and its parameter {expected[path]}, so "
+                "its axes do not say which channels these are; put what brings updates into the "
+                "shapes of the parameters first, such as optax.chain("
                 "optax.contrib.differentially_private_aggregate(...), "
                 "cdb_jax.channel_drop_back(...)) for gradients of each example."
             )

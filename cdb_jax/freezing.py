@@ -122,8 +122,8 @@ def freeze_dropped(
         updates: Any, state: FreezeDroppedState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, FreezeDroppedState]:
         check_state(state, FreezeDroppedState)
+        channels.check_parameters(updates, params, policy.root)
         layout = policy.layout(updates)
-        channels.check_parameters(layout, params, policy.root)
         owners = slots.find(state.inner_state, layout, policy.root, rules)
         leaves, treedef = jax.tree.flatten(updates)
 

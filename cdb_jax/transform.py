@@ -151,8 +151,8 @@ def channel_drop_back(
         del extra_args
         check_state(state, ChannelDropBackState)
         check_not_paired(updates)
+        channels.check_parameters(updates, params, policy.root)
         layout = policy.layout(updates)
-        channels.check_parameters(layout, params, policy.root)
         leaves, treedef = jax.tree.flatten(updates)
         touched = selection.touched(policy, layout, leaves)
         masked, count, fraction = _mask(layout, policy, touched, state.count)

@@ -17,7 +17,7 @@ KEY = jax.random.key(0)
 def axes_of(tree, channel_axes=output_channels, **options):
     """Path -> (channel axes, stack axes) of each layer; None where a leaf is left alone."""
     layout = resolve(tree, channel_axes, **options)
-    return {x.path: (x.channel, x.stack) if x.layer else None for x in layout.leaves}
+    return {x.path: (x.channel, x.stack) if x.layer is not None else None for x in layout.leaves}
 
 
 def rngs():
@@ -183,3 +183,35 @@ def test_layers_with_the_same_id_are_an_error(monkeypatch):
     tree = {"a": {"kernel": jnp.zeros((2, 2))}, "b": {"kernel": jnp.zeros((2, 2))}}
     with pytest.raises(ValueError, match="'a/kernel' and 'b/kernel' have the same 32-bit id 0x7"):
         resolve(tree)
+
+
+def test_layers_without_a_bias_in_a_tree_of_specs():
+    """Equinox has None where a layer has no bias, in specs and in gradients."""
+    tree = {"a": {"kernel": jnp.zeros((2, 4)), "bias": None}}
+    for specs in (
+        {"a": {"kernel": -1, "bias": None}},
+        {"a": {"kernel": -1, "bias": -1}},
+        {"a": -1},
+    ):
+        assert axes_of(tree, specs) == {"a/kernel": ((1,), ())}
+    assert axes_of(tree, exempt=("a/bias",)) == {"a/kernel": ((1,), ())}
+
+
+def test_a_tree_that_is_one_array():
+    assert axes_of(jnp.zeros(4), lambda path, leaf: leaf.ndim - 1) == {"": ((0,), ())}
+    assert axes_of(jnp.zeros((2, 4)), -1) == {"": ((1,), ())}
+    assert axes_of(jnp.zeros((2, 4)), -1, root="head") == {"head": ((1,), ())}
+
+
+@pytest.mark.parametrize("name", ["wte", "tok_emb", "vocab", "codebook", "table"])
+def test_tables_are_dropped_by_features(name):
+    assert axes_of({name: {"weight": jnp.zeros((50, 8))}}) == {f"{name}/weight": ((1,), ())}
+
+
+@pytest.mark.bad_input
+def test_a_bias_that_contradicts_the_name():
+    tree = {"c_attn": {"kernel": jnp.zeros((6, 3)), "bias": jnp.zeros(6)}}
+    with pytest.raises(ValueError, match=r"'c_attn/kernel'[^']*6, 3[\s\S]*bias"):
+        axes_of(tree)
+    square = {"c_attn": {"kernel": jnp.zeros((6, 6)), "bias": jnp.zeros(6)}}
+    assert axes_of(square)["c_attn/kernel"] == ((1,), ())

@@ -278,6 +278,142 @@ def test_small_factors_of_adafactor_stand_still():
     chex.assert_trees_all_equal(old.inner_state[0].v_col, new.inner_state[0].v_col)
 
 
+MASKS = {"leaf by leaf": {"a": {"kernel": True, "bias": True}, "b": {"kernel": False}}}
+MASKS["prefix"] = {"a": True, "b": False}
+MASKS["function"] = lambda params: MASKS["leaf by leaf"]
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_an_optimizer_of_a_part_of_the_parameters(name):
+    """A mask says the same leaf by leaf, as a prefix, and as a function."""
+    inner = optax.masked(optax.adam(0.1), MASKS[name])
+    history = run(freeze_dropped(inner, POLICY), 3)
+    expected = run(freeze_dropped(optax.masked(optax.adam(0.1), MASKS["leaf by leaf"]), POLICY), 3)
+    for (params, state), (other, other_state) in zip(history, expected, strict=True):
+        chex.assert_trees_all_equal(params, other)
+        moments = [optax.tree.get(x, "mu")["a"] for x in (state, other_state)]
+        chex.assert_trees_all_equal(*moments)
+
+
+def test_a_partition_by_prefix_labels():
+    labels = {"a": "one", "b": "two"}
+    inner = optax.partition({"one": optax.adam(0.1), "two": optax.lion(0.1)}, labels)
+    for count, ((before, old), (after, new)) in enumerate(
+        zip(*(run(freeze_dropped(inner, POLICY), 3)[i:][:3] for i in (0, 1)), strict=True)
+    ):
+        selection = cdb_jax.sample_selection(POLICY, PARAMS, count)
+        mu = lambda state: {
+            label: by_path(optax.tree.get(state.inner_state.inner_states[label], "mu"))
+            for label in ("one", "two")
+        }
+        for label, path in (("one", "a/kernel"), ("two", "b/kernel")):
+            keep = np.asarray(selection[path]) > 0
+            was, now = mu(old)[label][path], mu(new)[label][path]
+            np.testing.assert_array_equal(np.asarray(was != now).all(axis=0), keep)
+            was, now = by_path(before)[path], by_path(after)[path]
+            np.testing.assert_array_equal(np.asarray(was != now).all(axis=0), keep)
+
+
+def test_parameters_without_a_gradient():
+    """None, as in what Equinox filters, is no leaf of parameters, gradients and moments."""
+    tx = freeze_dropped(optax.adam(0.1), POLICY)
+    grads = PARAMS | {"b": {"kernel": None}}
+    updates, new = tx.update(grads, tx.init(grads), grads)
+    keep = np.asarray(cdb_jax.sample_selection(POLICY, grads, 0)["a/kernel"]) > 0
+    np.testing.assert_array_equal(np.asarray(updates["a"]["kernel"] != 0).all(axis=0), keep)
+    mu = new.inner_state[0].mu["a"]["kernel"]
+    np.testing.assert_array_equal(np.asarray(mu != 0).all(axis=0), keep)
+    assert updates["b"]["kernel"] is None
+
+
+def test_sharpness_and_slow_weights_go_around():
+    """What takes a step in several updates works from outside: one selection for each step."""
+    base = freeze_dropped(optax.sgd(0.1), POLICY)
+    sam = optax.contrib.sam(base, optax.sgd(0.05), sync_period=2)
+    (before, _), _, (after, _) = run(sam, 2)
+    keep = np.asarray(cdb_jax.sample_selection(POLICY, PARAMS, 0)["b/kernel"]) > 0
+    same = np.asarray(before["b"]["kernel"] == after["b"]["kernel"]).all(axis=0)
+    assert not same[keep].any()
+    np.testing.assert_allclose(  # Back from where the adversary went.
+        before["b"]["kernel"][:, ~keep], after["b"]["kernel"][:, ~keep], rtol=1e-6
+    )
+    pairs = optax.LookaheadParams.init_synced(PARAMS)
+    tx = optax.lookahead(base, sync_period=2, slow_step_size=0.5)
+    state = tx.init(pairs)
+    for _ in range(2):
+        updates, state = tx.update(PARAMS, state, pairs)
+        pairs = optax.apply_updates(pairs, updates)
+    ever = sum(
+        np.asarray(cdb_jax.sample_selection(POLICY, PARAMS, i)["b/kernel"]) > 0 for i in (0, 1)
+    )
+    moved = np.asarray(pairs.slow["b"]["kernel"] != PARAMS["b"]["kernel"]).all(axis=0)
+    np.testing.assert_array_equal(moved, ever > 0)
+
+
+def grows(params):
+    """An optimizer whose state changes its dtype in the first step."""
+    update = lambda updates, state, params=None: (updates, jax.tree.map(jnp.bfloat16, updates))
+    return optax.GradientTransformation(lambda params: params, update)
+
+
+PAIRS = optax.LookaheadParams.init_synced(PARAMS)
+EXAMPLES = {"kernel": jnp.ones((3, 6, 8))}
+AGGREGATE = optax.contrib.differentially_private_aggregate(1.0, 0.0, key=jax.random.key(0))
+MONITOR = optax.monitor({"norm": optax.tree.norm})
+ADAM = optax.adam(0.1)
+IN_SEVERAL = "takes one step in several updates"
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("inner", "params", "grads", "error", "message"),
+    [
+        (optax.contrib.sam(ADAM, ADAM), PARAMS, PARAMS, ValueError, f"{IN_SEVERAL} .SAMState"),
+        (
+            optax.chain(optax.clip(1.0), optax.contrib.sam(ADAM, ADAM)),
+            *(PARAMS, PARAMS, ValueError),
+            r"optax.contrib.sam\(cdb_jax.freeze_dropped\(inner, policy\), adv_optimizer\)",
+        ),
+        (
+            optax.lookahead(ADAM, 5, 0.5),
+            *(PAIRS, PAIRS, ValueError),
+            r"optax.lookahead\(cdb_jax.freeze_dropped",
+        ),
+        (
+            optax.chain(ADAM, MONITOR),
+            *(PARAMS, PARAMS, TypeError),
+            "inner returns a state of another structure than it was given.*MonitorState.*outside",
+        ),
+        (
+            optax.chain(AGGREGATE, ADAM),
+            *({"kernel": KERNEL}, EXAMPLES, ValueError),
+            r"'kernel'.*\(3, 6, 8\).*\(6, 8\).*differentially_private_aggregate",
+        ),
+        (optax.contrib.galore(0.1, rank=2), PARAMS, PARAMS, ValueError, "GaLoreState.*mask alone"),
+        (grows(PARAMS), PARAMS, PARAMS, ValueError, "'a/bias' of its state.*float32.*bfloat16"),
+    ],
+    ids=["sam", "chain", "lookahead", "monitor", "per example", "galore", "dtype"],
+)
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+def test_what_cannot_be_inside_is_named(inner, params, grads, error, message, jit):
+    tx = freeze_dropped(inner, POLICY)
+    with pytest.raises(error, match=message) as raised:
+        (jax.jit(tx.update) if jit else tx.update)(grads, tx.init(params), params)
+    assert "slot_axes" not in str(raised.value)
+
+
+@pytest.mark.bad_input
+def test_states_of_others_are_named():
+    tx = freeze_dropped(ADAM, POLICY)
+    with pytest.raises(TypeError, match="state must be the FreezeDroppedState that init"):
+        tx.update(PARAMS, ADAM.init(PARAMS), PARAMS)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), tx.init(PARAMS))
+    with pytest.raises(ValueError, match=r"count .* has shape \(2,\).*jax.vmap\(tx.update\)"):
+        tx.update(PARAMS, stacked, PARAMS)
+    with pytest.raises(TypeError, match="inject_hyperparams.*lambda rate: cdb_jax.freeze_dropped"):
+        optax.inject_hyperparams(freeze_dropped)(ADAM, POLICY).init(PARAMS)
+
+
 def test_minus_zero_of_complex_parameters():
     params = {"kernel": jnp.full((2, 4), complex(-0.0, -0.0), jnp.complex64)}
     tx = freeze_dropped(optax.sgd(0.1), 1.0, key=0)

@@ -88,3 +88,12 @@ def test_lowers(name, platform):
     assert [x.shape for x in exported.out_avals] == [
         x.shape for x in jax.tree.leaves(jax.eval_shape(f, *args))
     ]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_loops(name, platform):
+    """A loop is hundreds of launches on a GPU, and no graph of them can hold it."""
+    f, args = PROGRAMS[name]
+    program = jax.export.export(jax.jit(f), platforms=[platform])(*args).mlir_module()
+    assert "stablehlo.while" not in program

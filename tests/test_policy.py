@@ -391,3 +391,11 @@ def test_all_arrays_that_are_not_settled_are_told_at_once():
     exempt = eval(re.search(r"exempt=(\(.*\))", str(caught.value))[1])
     policy = cdb_jax.Policy(0.5, key=0, exempt=exempt)
     assert "1 layer," in str(cdb_jax.channel_report(tree, policy))
+
+
+def test_equal_policies_are_one_key():
+    """A tree of specs too: a program is remembered by what decides it."""
+    specs = lambda: {"a": {"kernel": cdb_jax.Axes(-1), "bias": None}, "b": [0, (0, 1)]}
+    make = lambda **settings: cdb_jax.Policy(0.5, key=0, channel_axes=specs(), **settings)
+    assert make() == make() and hash(make()) == hash(make())
+    assert make() != make(hold=2)

@@ -1,6 +1,7 @@
 """`value_and_grad` against the full gradient, masked by the same selection."""
 
 import functools
+import logging
 
 import chex
 import equinox as eqx
@@ -906,6 +907,7 @@ def uses_count(params, x, count):
 
 
 KERNEL, X = {"kernel": jnp.ones((2, 4))}, jnp.ones((3, 2))
+BY_POSITION = "value_and_grad\\(fun, 0.5, key=0\\)"
 
 
 @pytest.mark.bad_input
@@ -916,6 +918,9 @@ KERNEL, X = {"kernel": jnp.ones((2, 4))}, jnp.ones((3, 2))
         (lambda: cdb_jax.grad(scalar, lambda t: 0.5, key=0), TypeError, "rate must be a Python"),
         (lambda: cdb_jax.grad(scalar, jnp.float32(0.5), key=0), TypeError, "layer_rate"),
         (lambda: cdb_jax.grad(scalar, window(), key=1), TypeError, "beside a Policy"),
+        (lambda: cdb_jax.value_and_grad(scalar, rate=0.5, key=0), TypeError, BY_POSITION),
+        (lambda: cdb_jax.grad(scalar, rate=0.5, key=0), TypeError, BY_POSITION),
+        (lambda: cdb_jax.nnx.grad(scalar, rate=0.5, key=0), TypeError, BY_POSITION),
         (lambda: cdb_jax.grad(uses_count, window()), TypeError, "argument called count"),
         (lambda: cdb_jax.grad(scalar, window())(KERNEL, X), TypeError, "count is missing"),
         (
@@ -974,3 +979,76 @@ def test_count_is_no_argument_of_functions_that_take_anything():
     wrapped = functools.partial(lambda *args, **kwargs: scalar(*args), x=X)
     gradient = cdb_jax.grad(lambda p: wrapped(p, X), window())(KERNEL, count=0)
     assert np.any(gradient["kernel"])
+
+
+# Outside of `jit`.
+
+
+def compilations(caplog):
+    return [r.message for r in caplog.records if r.message.startswith("Compiling")]
+
+
+@jax.custom_vjp
+def scaled(x):
+    return 3.0 * x
+
+
+scaled.defvjp(lambda x: (scaled(x), None), lambda _, d: (3.0 * d,))
+
+
+def test_eager_calls_share_one_program(caplog):
+    """One for each shape, whatever arrays the function has captured."""
+    policy, kernel = window(), {"kernel": normal(0, 4, 6)}
+
+    def step(scale, x, count):
+        loss = lambda params, x: jnp.mean(scaled(scale * jnp.sin(x @ params["kernel"])) ** 2)
+        found = cdb_jax.value_and_grad(loss, policy)(kernel, x, count=count)
+        return found, jax.value_and_grad(loss)(kernel, x)
+
+    def test(count):
+        x, scale = normal(count, 5, 4), jnp.float32(count + 1)
+        (value, gradient), (expected, full) = step(scale, x, count)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        masked = cdb_jax.apply_selection(
+            full, cdb_jax.sample_selection(policy, kernel, count), policy
+        )
+        chex.assert_trees_all_close(gradient, masked, rtol=1e-5, atol=1e-6)
+
+    for count in range(3):
+        test(count)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for count in range(3, 7):
+            test(count)
+        assert not compilations(caplog)
+        step(jnp.float32(1.0), normal(0, 7, 4), 0)  # A batch of another size.
+        assert compilations(caplog)
+
+
+def test_eager_calls_of_other_functions_are_other_programs():
+    """Functions that differ in a number, in a rule of their own, or in a captured array."""
+    results = []
+    for power in (2, 3):
+        for rule in (1.0, 5.0):
+            for scale in (1.0, 10.0):
+                f = jax.custom_vjp(lambda x: 2.0 * x)
+                f.defvjp(lambda x: (2.0 * x, None), lambda _, d, rule=rule: (rule * d,))
+                array = jnp.full((6,), scale)[None]
+                loss = lambda p, x, f=f, a=array, n=power: jnp.sum(f(a * (x @ p["kernel"])) ** n)
+                params, x = {"kernel": normal(0, 4, 6)}, normal(1, 5, 4)
+                _, gradient = cdb_jax.value_and_grad(loss, window())(params, x, count=0)
+                keep = cdb_jax.sample_selection(window(), params, 0)["kernel"][None] > 0
+                full = jax.grad(loss)(params, x)["kernel"]
+                np.testing.assert_allclose(gradient["kernel"], jnp.where(keep, full, 0), rtol=1e-5)
+                results.append(float(jnp.sum(jnp.abs(gradient["kernel"]))))
+    assert len(set(results)) == 8
+
+
+def test_eager_nnx_shares_one_program(caplog, standard_promotion):
+    model, x = Noisy(nnx.Rngs(0)), normal(0, 4, 6, 6, 3)
+    call = cdb_jax.nnx.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2), window())
+    for count in range(3):
+        call(model, x, count=count)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for count in range(3):
+            call(model, x, count=count)
+    assert not compilations(caplog)

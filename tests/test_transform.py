@@ -1,6 +1,8 @@
 """`channel_drop_back` under everything that optax, Flax, Equinox and JAX wrap around it."""
 
+import dataclasses
 import functools
+import pathlib
 import pickle
 
 import equinox as eqx
@@ -379,3 +381,63 @@ def test_report():
     assert "1 layer, 50.0 % of 64 parameters" in str(report)
     scheduled = Policy(optax.constant_schedule(0.1), key=0)
     assert "rate scheduled" in str(cdb_jax.channel_report(PARAMS, scheduled))
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_outside_of_jit():
+    tx = optax.chain(channel_drop_back(0.5, key=0, channel_choice="exact"), optax.sgd(0.1))
+    state = tx.init(PARAMS)
+    pages = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    for step in range(1050):
+        if step == 50:
+            before = pages()
+        _, state = tx.update(PARAMS, state)
+    assert (pages() - before) * 4096 < 20e6  # 1.5 MB a step, were each to be compiled.
+
+
+def test_a_selection_that_holds_for_several_steps():
+    policy = Policy(0.5, key=0, channel_choice="exact")
+    one, three = (channel_drop_back(dataclasses.replace(policy, hold=n)) for n in (1, 3))
+    masks = [mask_of(three, count) for count in range(7)]
+    for count, mask in enumerate(masks):
+        equal(mask, mask_of(one, count // 3))
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_around_a_step_that_takes_several_updates():
+    """SAM's ascent and descent see one selection, so that a dropped channel comes back."""
+    drop = channel_drop_back(0.5, key=0, channel_choice="exact", hold=2)
+    tx = optax.chain(optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.5), sync_period=2), drop)
+    params, state, start = PARAMS, tx.init(PARAMS), PARAMS
+    for count in range(4):
+        keep = np.asarray(cdb_jax.sample_selection(drop_policy(2), PARAMS, count)["b/kernel"]) > 0
+        updates, state = tx.update(PARAMS, state, params)
+        np.testing.assert_array_equal(np.asarray(updates["b"]["kernel"] != 0).all(axis=0), keep)
+        params = optax.apply_updates(params, updates)
+        if count % 2:
+            same = np.isclose(params["b"]["kernel"], start["b"]["kernel"]).all(axis=0)
+            np.testing.assert_array_equal(same, ~keep)
+            start = params
+
+
+def drop_policy(hold):
+    return Policy(0.5, key=0, channel_choice="exact", hold=hold)
+
+
+@pytest.mark.bad_input
+@pytest.mark.usefixtures("standard_promotion")
+def test_states_and_updates_of_others_are_named():
+    tx = channel_drop_back(0.5, key=0)
+    with pytest.raises(TypeError, match="state must be the ChannelDropBackState that init"):
+        tx.update(PARAMS, optax.EmptyState())
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), tx.init(PARAMS))
+    with pytest.raises(ValueError, match=r"count .* has shape \(2,\)"):
+        tx.update(PARAMS, stacked)
+    pairs = optax.LookaheadParams.init_synced(PARAMS)
+    after = optax.chain(optax.lookahead(optax.sgd(0.1), 1, 0.5), tx)
+    with pytest.raises(TypeError, match="LookaheadParams.*inside of the wrapper"):
+        after.update(PARAMS, after.init(pairs), pairs)
+    per_example = jax.tree.map(lambda x: jnp.stack([x, x]), PARAMS)
+    specs = channel_drop_back(0.5, key=0, channel_axes=-1)
+    with pytest.raises(ValueError, match="differentially_private_aggregate"):
+        specs.update(per_example, specs.init(PARAMS), PARAMS)
