@@ -4,7 +4,7 @@ All variants are timed in turns with the full step in one process, on identical 
 steps of ResNets and ViTs with SGD and AdamW. Ratios are to the full step of the same round; shown
 is their median, or where the work differs from step to step (layer rates, one layer a step) their
 mean, with a bootstrap 95 % interval over rounds. `FLOPs` is the ratio that counting predicts: of
-the compiled programs, or for work decided at run time of its expectation.
+the programs, or for work decided at run time of its expectation.
 
     python benchmarks/skipping.py                                    # everything: an hour, 2 cores
     python benchmarks/skipping.py --steps vit_s/16:64:32 --rates 0.5 --rounds 50
@@ -83,6 +83,11 @@ class Step(NamedTuple):
         return time.perf_counter() - start
 
 
+def count_flops(lowered: jax.stages.Lowered) -> float:
+    """Of a program before compilation, as XLA does not count products that libraries compute."""
+    return lowered.cost_analysis()["flops"]
+
+
 class Task:
     """A model, an optimizer and a batch."""
 
@@ -126,9 +131,8 @@ class Task:
         start = time.perf_counter()
         compiled = lowered.compile()
         seconds = time.perf_counter() - start
-        flops = compiled.cost_analysis()["flops"]
         memory = compiled.memory_analysis().temp_size_in_bytes
-        return Step(compiled, arguments, flops, memory, seconds)
+        return Step(compiled, arguments, count_flops(lowered), memory, seconds)
 
     def expected_flops(self, full: Step, step: Step, variant: Variant) -> float:
         """The ratio of FLOPs to those of the full step.
@@ -141,15 +145,13 @@ class Task:
         loss = lambda params, *rest: self.loss(params, *rest)[0]
         arguments = (self.params, *full.arguments[2:])
         nothing = cdb_jax.Policy(1.0, key=0)
-        none = jax.jit(cdb_jax.grad(loss, nothing)).lower(*arguments, count=0).compile()
-        none_flops = none.cost_analysis()["flops"]
-        gradient = jax.jit(jax.grad(loss)).lower(*arguments).compile().cost_analysis()["flops"]
-        weights = gradient - none_flops
+        none = count_flops(jax.jit(cdb_jax.grad(loss, nothing)).lower(*arguments, count=0))
+        weights = count_flops(jax.jit(jax.grad(loss)).lower(*arguments)) - none
         if variant.policy.layer_choice == "bernoulli":
             return 1 - variant.policy.layer_rate * weights / full.flops
-        forward = jax.jit(loss).lower(*arguments).compile().cost_analysis()["flops"]
+        forward = count_flops(jax.jit(loss).lower(*arguments))
         # On average half of the layers lie above the one that learns; of weight gradients, one.
-        return 1 - ((none_flops - forward) / 2 + weights) / full.flops
+        return 1 - ((none - forward) / 2 + weights) / full.flops
 
 
 def compare(task: Task, chosen: list[Variant], rounds: int) -> list[dict[str, Any]]:

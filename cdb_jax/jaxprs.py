@@ -83,12 +83,12 @@ def differentiated(program: Any, consts: Sequence[Any], args: Sequence[Any]) -> 
     Where it depends on them, no custom rules are left.
     """
 
-    def value(args: Sequence[Any]) -> tuple[Any, list[Any]]:
+    def value(args: Sequence[Any], consts: Sequence[Any]) -> tuple[Any, list[Any]]:
         first, *others = evaluate(program, [*consts, *args], {})
         return first, others
 
     both = jax.value_and_grad(value, has_aux=True)
-    return opened(jax.make_jaxpr(both)(list(args)))[0]
+    return opened(jax.make_jaxpr(both)(list(args), list(consts)))[0]
 
 
 def identity(x: Any) -> Hashable:
