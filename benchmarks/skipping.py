@@ -15,6 +15,7 @@ on the same machine with the same versions, stay. Needs jax, flax, optax, numpy.
 """
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -83,9 +84,11 @@ class Step(NamedTuple):
         return time.perf_counter() - start
 
 
-def count_flops(lowered: jax.stages.Lowered) -> float:
-    """Of a program before compilation, as XLA does not count products that libraries compute."""
-    return lowered.cost_analysis()["flops"]
+def count_flops(f: Callable[..., Any], *arguments: Any) -> float:
+    """Of the program for a CPU: on a GPU XLA does not count products that libraries compute."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    with jax.default_device(jax.devices("cpu")[0]):
+        return jax.jit(f).lower(*shapes).cost_analysis()["flops"]
 
 
 class Task:
@@ -132,7 +135,8 @@ class Task:
         compiled = lowered.compile()
         seconds = time.perf_counter() - start
         memory = compiled.memory_analysis().temp_size_in_bytes
-        return Step(compiled, arguments, count_flops(lowered), memory, seconds)
+        flops = count_flops(train, *arguments, jnp.int32(0))
+        return Step(compiled, arguments, flops, memory, seconds)
 
     def expected_flops(self, full: Step, step: Step, variant: Variant) -> float:
         """The ratio of FLOPs to those of the full step.
@@ -145,11 +149,12 @@ class Task:
         loss = lambda params, *rest: self.loss(params, *rest)[0]
         arguments = (self.params, *full.arguments[2:])
         nothing = cdb_jax.Policy(1.0, key=0)
-        none = count_flops(jax.jit(cdb_jax.grad(loss, nothing)).lower(*arguments, count=0))
-        weights = count_flops(jax.jit(jax.grad(loss)).lower(*arguments)) - none
+        skip = functools.partial(cdb_jax.grad(loss, nothing), count=0)
+        none = count_flops(skip, *arguments)
+        weights = count_flops(jax.grad(loss), *arguments) - none
         if variant.policy.layer_choice == "bernoulli":
             return 1 - variant.policy.layer_rate * weights / full.flops
-        forward = count_flops(jax.jit(loss).lower(*arguments))
+        forward = count_flops(loss, *arguments)
         # On average half of the layers lie above the one that learns; of weight gradients, one.
         return 1 - ((none - forward) / 2 + weights) / full.flops
 
