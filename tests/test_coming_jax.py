@@ -64,7 +64,7 @@ SWITCHES = ["jax_remat3", "jax_scan3", "jax_custom_vjp3", "jax_custom_jvp3"]
 @pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize("around", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
 def test_switches(name, around):
-    if not hasattr(jax.config, name) or (name == "jax_custom_vjp3" and JAX < (0, 11)):
+    if not hasattr(jax.config, name) or (name == "jax_custom_vjp3" and JAX < (0, 12)):
         pytest.skip(f"this JAX has no whole {name}")
     uses = [functools.partial(loss, around=around, first=first) for first in (jnp.matmul, product)]
     jax.config.update(name, True)
@@ -81,7 +81,20 @@ def test_switches(name, around):
 
 @pytest.mark.skipif(not hasattr(jax, "custom_remat"), reason="this JAX has no custom_remat")
 def test_custom_remat():
-    check(functools.partial(loss, around=jax.custom_remat), PARAMS, POLICY, X, counts=2, rtol=2e-5)
+    recomputed = jax.custom_remat(
+        jnp.matmul,
+        lambda policy, x, w: (x @ w, None),
+        lambda saved, x, w: (x @ w, (x, w)),
+        lambda saved, d: (d @ saved[1].T, saved[0].T @ d),
+    )
+    jax.config.update("jax_remat3", True)
+    try:
+        uses = functools.partial(loss, around=jax.checkpoint, first=recomputed)
+        report = check(uses, PARAMS, POLICY, X, counts=2, rtol=2e-5)
+    finally:
+        jax.config.update("jax_remat3", False)
+    rows = {row.path: row.gradient for row in report.rows}
+    assert rows["first/kernel"].startswith("masked only")
 
 
 def multiply(x_ref, w_ref, y_ref):
