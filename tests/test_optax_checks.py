@@ -19,7 +19,6 @@ LAST_AXIS = lambda path, x: x.ndim - 1  # Of vectors too, and of a tree that is 
 POLICY = cdb_jax.Policy(0.5, key=0, channel_choice="window", channel_axes=LAST_AXIS)
 POLICIES = {
     "window": POLICY,
-    "bernoulli": cdb_jax.Policy(0.5, key=0, channel_axes=LAST_AXIS),
     "one": cdb_jax.Policy(
         0.5, key=0, layer_choice="one", channel_choice="exact", channel_axes=LAST_AXIS
     ),
@@ -43,7 +42,6 @@ everywhere = pytest.mark.parametrize("place", PLACES)
 
 TARGETS = {
     "bare": np.array([1.0, -1.0, 1.0], np.float32),
-    "matrix": np.array([[3.0, -2.0], [1.0, 4.0]], np.float32),
     "tuple": (np.array([1.0, -1.0, 2.0], np.float32), np.array([[1.0, 0.0], [-1.0, 1.0]], "f")),
 }
 
@@ -124,11 +122,9 @@ def test_a_schedule_is_the_numbers_that_it_returns(place):
 
 
 @everywhere
-@pytest.mark.parametrize("rescale", ["none", "expected"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-def test_dtypes_and_shapes_stay(place, dtype, rescale):
-    if place is frozen and rescale != "none":
-        pytest.skip("freeze_dropped does not rescale")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_dtypes_and_shapes_stay(place, dtype):
+    rescale = "none" if place is frozen else "expected"
     with jax.enable_x64(dtype == "float64"):
         policy = cdb_jax.Policy(
             0.5, key=0, channel_choice="window", channel_axes=-1, rescale=rescale
@@ -189,7 +185,12 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# One of each kind of state; the rest is slow.
+QUICK = ("mechanize adafactor", "momo_adam", "muon", "prodigy", "schedule_free")
+NAMES = [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in OPTIMIZERS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_dropped_channel_stands_still_under_every_optimizer(name):
     target = (np.array([[2.0, -2.0, 1.0], [3.0, 3.0, 3.0]], np.float32), np.ones(3, np.float32))
     tx = frozen(POLICY, OPTIMIZERS[name])
