@@ -148,6 +148,7 @@ print(len(data.load("digits", Path({str(tmp_path)!r})).train))
     assert outputs == ["1297\n"] * 3
 
 
+@pytest.mark.slow
 def test_worker_processes_read_what_threads_read(digits):
     # In a process of its own: forking the many threads of this one would be unsafe.
     script = f"""

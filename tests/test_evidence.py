@@ -72,6 +72,7 @@ def test_tuning_meets_no_test_image(short, monkeypatch):
         trial.run(program, SETTINGS, test=True)
 
 
+@pytest.mark.slow
 def test_methods_start_from_the_same_weights_and_see_the_same_images(short):
     names = ("none", "Backdrop", "stochastic depth")
     numbers = Settings(np.uint32(3), np.float32(1e-3), np.float32(1e-2))
@@ -392,6 +393,7 @@ def test_what_counts_as_not_inferior():
     assert abs(np.mean(alarms) - 0.05) < 4 * np.sqrt(0.05 * 0.95 / 400)
 
 
+@pytest.mark.slow
 def test_time_and_work_to_accuracy(short, monkeypatch):
     """On made-up accuracies, with real programs."""
     monkeypatch.setattr(time_to_accuracy, "STEPS", 5)

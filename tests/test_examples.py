@@ -44,6 +44,7 @@ def test_classes_differ_in_the_scales_they_name():
     np.testing.assert_allclose(gp_textures.length_scales(full), [(9.5, 10), (80, 140)])
 
 
+@pytest.mark.slow
 def test_the_texture_example(monkeypatch, tmp_path, capsys):
     small = ("--size", 32, "--images", 8, "--test-images", 8, "--batch-size", 4, "--width", 4)
     run(gp_textures, monkeypatch, *small, "--epochs", 2, "--seeds", 2, "--run-dir", tmp_path)

@@ -364,8 +364,14 @@ IMAGE_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("name", IMAGE_FAULTS)
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [(name, 0) for name in IMAGE_FAULTS]
+    + [
+        pytest.param(name, 1, marks=[] if name == "flipped bits" else [pytest.mark.slow])
+        for name in IMAGE_FAULTS
+    ],
+)
 def test_an_image(tmp_path, name, workers):
     class Spoiled(Images, skip_registration=True):
         name = "cifar10"

@@ -82,7 +82,10 @@ def params_of(model, side, classes):
     return nnx.state(nnx.eval_shape(build), nnx.Param)
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.slow] if x.startswith("vit_l16") else []) for x in PAPER],
+)
 def test_a_recipe_builds_its_model_and_policy(name):
     config = recipes.parse(train.Config, [f"--recipe={name}"])
     params = params_of(config.model, config.image_size or 32, CLASSES[config.dataset])

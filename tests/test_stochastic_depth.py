@@ -227,7 +227,9 @@ def test_linear_is_that_of_the_paper():
     np.testing.assert_allclose(rates, 1 - np.arange(1, depth + 1) / depth * (1 - last), rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["resnet_small", "vit_mini/4"])
+@pytest.mark.parametrize(
+    "name", ["resnet_small", pytest.param("vit_mini/4", marks=pytest.mark.slow)]
+)
 def test_sensitivities_of_the_models(name, standard_promotion):
     """Against finite differences; a block that adds nothing has none."""
     model = models.create(name, num_classes=10, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion", "compilation_cache")
 
 SCRIPT = Path(train.__file__)
 METHODS = tuple(methods.METHODS)
-SIMILAR = ("cdb_after", "released", "dropout", "skip_update", "backdrop", "none")
+SIMILAR = ("cdb_after", "algorithm_1", "released", "dropout", "skip_update", "backdrop", "none")
 WITHOUT_POLICY = ("none", "dropout", "backdrop", "stochastic_depth")
 
 
@@ -150,11 +150,12 @@ def test_dropped_blocks_are_not_computed(config, tmp_path):
     [
         (
             "vit_nano/4",
-            ("none", "cdb", "cdb_frozen", "skip_update", "backdrop", "stochastic_depth"),
+            ("none", "cdb_frozen", "backdrop", "stochastic_depth"),
         ),
+        pytest.param("vit_nano/4", ("none", "cdb", "skip_update"), marks=pytest.mark.slow),
         pytest.param("resnet_nano", set(METHODS) - {"layer_drop_back"}, marks=pytest.mark.slow),
     ],
-    ids=["vit", "resnet"],
+    ids=["vit", "vit, masks", "resnet"],
 )
 def test_rate_zero_trains_bit_for_bit_as_none_does(config, tmp_path, data_dir, model, methods_of):
     """All but layer_drop_back, which doubles the learning rate too."""
@@ -177,7 +178,10 @@ def test_rate_zero_trains_bit_for_bit_as_none_does(config, tmp_path, data_dir, m
     [
         {"model": "resnet_nano"},
         {"model": "resnet_nano", "dtype": "bfloat16", "optimizer": "sgd"},
-        {"dtype": "bfloat16", "channel_choice": "window", "layer_rate": 0.5},
+        pytest.param(
+            {"dtype": "bfloat16", "channel_choice": "window", "layer_rate": 0.5},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -192,7 +196,7 @@ def test_other_settings_train_too(config, changes):
     "step, number, changes",
     [
         (3, signal.SIGINT, {"method": "cdb"}),
-        (11, signal.SIGTERM, {"method": "dropout"}),
+        pytest.param(11, signal.SIGTERM, {"method": "dropout"}, marks=pytest.mark.slow),
         pytest.param(
             7,
             signal.SIGINT,
@@ -256,7 +260,11 @@ def test_one_device_and_eight_learn_the_same(config, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("model", "method"), [("vit_nano/4", "cdb_frozen"), ("resnet_nano", "cdb")]
+    ("model", "method"),
+    [
+        ("vit_nano/4", "cdb_frozen"),
+        pytest.param("resnet_nano", "cdb", marks=pytest.mark.slow),
+    ],
 )
 def test_sharded_parameters_learn_the_same(config, tmp_path, model, method):
     runs = {}

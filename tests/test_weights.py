@@ -247,6 +247,7 @@ def test_training_begins_with_the_weights_and_statistics_of_a_resnet(config, tmp
 
 
 @in_training
+@pytest.mark.slow
 def test_a_run_with_weights_goes_on_bit_for_bit(config, tmp_path, data_dir, monkeypatch, capsys):
     train.train(config(run_dir=tmp_path / "whole"))
     assert f"arrays loaded from {tmp_path / 'w.npz'}" in capsys.readouterr().out
