@@ -10,7 +10,7 @@ FLAGS = [
     "--xla_llvm_disable_expensive_passes=true",
 ]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Halves the time to compile. Later versions do not know the flag, and stop at it.
+    # Halves the time to compile. JAX 0.12 does not know the flag, and stops at it.
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
