@@ -90,8 +90,8 @@ def value_and_grad(
     def value_and_gradient(*args: Any, count: Any = None, **kwargs: Any) -> Any:
         if count is None:
             raise TypeError(
-                "count is missing: give the step whose channels to draw, such as count=step or "
-                "count=cdb_jax.selection_count(opt_state)."
+                "count is missing: give the step whose channels to draw by name, such as "
+                "count=step or count=cdb_jax.selection_count(opt_state)."
             )
         selection.check_count(count)
         params, call = _differentiated(fun, args, kwargs, argnums)
