@@ -1,12 +1,13 @@
 """Backdrop: the identity forward, a random mask of mean one on the gradient."""
 
 import flax.linen as nn
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import cdb_jax.linen
@@ -53,7 +54,7 @@ def test_the_gradient_against_numpy(axes, rate):
     st.integers(0, 2**20),
     st.data(),
 )
-@settings(max_examples=12)
+@hypothesis.settings(max_examples=12)
 def test_every_mask_has_mean_one_and_is_never_empty(rate, shape, seed, data):
     axes = data.draw(st.sets(st.sampled_from(range(len(shape))), min_size=1))
     rest = sorted(set(range(len(shape))) - axes)

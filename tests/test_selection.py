@@ -2,12 +2,13 @@
 
 import functools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import cdb_jax
 from cdb_jax import Axes, Policy, sample_selection
@@ -109,7 +110,7 @@ def test_realized_rescaling_keeps_the_sum():
     rescale=st.sampled_from(["none", "expected"]),
     key=st.integers(0, 2**64 - 1),
 )
-@settings(max_examples=12)
+@hypothesis.settings(max_examples=12)
 def test_factors_are_finite_and_shaped(rate, layer_rate, width, choice, rescale, key):
     settings = dict(key=key, layer_rate=layer_rate, channel_choice=choice, rescale=rescale)
     tree = {"a": {"kernel": jnp.zeros((2, width))}, "b": {"kernel": jnp.zeros((3, width, 2))}}
