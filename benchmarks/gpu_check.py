@@ -32,7 +32,9 @@ POLICIES = {
     "exact": cdb_jax.Policy(0.5, key=0, channel_choice="exact"),
     "window": cdb_jax.Policy(0.5, key=0, channel_choice="window"),
     "whole layers": cdb_jax.Policy(1.0, key=0, layer_rate=0.5),
-    "one layer": cdb_jax.algorithm_1(0.5, key=0, other_layers="still", channel_choice="window"),
+    "one layer": cdb_jax.presets.algorithm_1(
+        0.5, key=0, other_layers="frozen", channel_choice="window"
+    ),
 }
 
 
@@ -80,9 +82,7 @@ def check(passed: bool, figure: Any) -> dict[str, Any]:
 
 def same_selection(policy: cdb_jax.Policy, devices: list[jax.Device]) -> dict[str, Any]:
     drawn = [
-        jax.jit(lambda tree: [cdb_jax.sample_selection(policy, tree, i) for i in range(5)])(
-            problem(device)[0]
-        )
+        jax.jit(lambda tree: [policy.select(tree, i).factors for i in range(5)])(problem(device)[0])
         for device in devices
     ]
     differing = sum(
@@ -119,7 +119,9 @@ def lean_update(
 
 def fewer_flops(policy: cdb_jax.Policy) -> dict[str, Any]:
     params, x = problem(jax.devices("cpu")[0])
-    skip = lambda params, x, count: cdb_jax.grad(loss, policy)(params, x, count=count)
+    skip = lambda params, x, step: cdb_jax.grad(loss)(
+        params, x, selection=policy.select(params, step)
+    )
     flops = [count_flops(skip, params, x, jnp.int32(0)), count_flops(jax.grad(loss), params, x)]
     return check(flops[0] <= flops[1], f"{flops[0] / flops[1]:.3f} of the FLOPs")
 
@@ -145,7 +147,9 @@ def checks(devices: list[jax.Device]) -> dict[str, Callable[[], dict[str, Any]]]
                 tx, devices[0], limit
             )
         if name != "bernoulli":
-            skip = lambda params, x, policy=policy: cdb_jax.grad(loss, policy)(params, x, count=3)
+            skip = lambda params, x, policy=policy: cdb_jax.grad(loss)(
+                params, x, selection=policy.select(params, 3)
+            )
             found[f"skipped, {name}"] = lambda f=skip: same_result(f, devices)
         if name in ("exact", "window"):
             found[f"skipped, {name}: cost"] = lambda policy=policy: fewer_flops(policy)

@@ -15,7 +15,6 @@ on the same machine with the same versions, stay. Needs jax, flax, optax, numpy.
 """
 
 import argparse
-import functools
 import json
 import time
 from collections.abc import Callable
@@ -64,8 +63,8 @@ def variants(rates: list[float], layer_rates: list[float]) -> list[Variant]:
     for rate in layer_rates:
         whole = policy(1.0, layer_rate=rate)
         found.append(Variant(f"whole layers {rate}", whole, True, changes=True))
-    one = policy(0.0, layer_choice="one", other_layers="still")
-    found.append(Variant("one layer, others still", one, True, changes=True))
+    one = policy(0.0, layer_choice="one", other_layers="frozen")
+    found.append(Variant("one layer, others frozen", one, True, changes=True))
     return found
 
 
@@ -120,8 +119,11 @@ class Task:
 
         def train(params, opt_state, rest, images, labels, count):
             if variant and variant.skips:
-                value_and_grad = cdb_jax.value_and_grad(self.loss, variant.policy, has_aux=True)
-                (loss, rest), grads = value_and_grad(params, rest, images, labels, count=count)
+                value_and_grad = cdb_jax.value_and_grad(self.loss, has_aux=True)
+                selection = variant.policy.select(params, count)
+                (loss, rest), grads = value_and_grad(
+                    params, rest, images, labels, selection=selection
+                )
             else:
                 value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
                 (loss, rest), grads = value_and_grad(params, rest, images, labels)
@@ -149,7 +151,10 @@ class Task:
         loss = lambda params, *rest: self.loss(params, *rest)[0]
         arguments = (self.params, *full.arguments[2:])
         nothing = cdb_jax.Policy(1.0, key=0)
-        skip = functools.partial(cdb_jax.grad(loss, nothing), count=0)
+
+        def skip(params: Any, *rest: Any) -> Any:
+            return cdb_jax.grad(loss)(params, *rest, selection=nothing.select(params, 0))
+
         none = count_flops(skip, *arguments)
         weights = count_flops(jax.grad(loss), *arguments) - none
         if variant.policy.layer_choice == "bernoulli":

@@ -99,8 +99,9 @@ def compile_step(name: str, layout: str, topology: str, method: str, policy: Any
 
     def step(params: Any, opt_state: Any, rest: Any, images: Any, labels: Any, count: Any) -> Any:
         if method == "skip":
-            value_and_grad = cdb_jax.value_and_grad(loss, policy, has_aux=True)
-            (_, rest), grads = value_and_grad(params, rest, images, labels, count=count)
+            value_and_grad = cdb_jax.value_and_grad(loss, has_aux=True)
+            selection = policy.select(params, count)
+            (_, rest), grads = value_and_grad(params, rest, images, labels, selection=selection)
         else:
             (_, rest), grads = jax.value_and_grad(loss, has_aux=True)(params, rest, images, labels)
         updates, opt_state = tx.update(grads, opt_state, params)

@@ -3,32 +3,22 @@
 import importlib
 from typing import Any
 
+from cdb_jax import presets as presets
+from cdb_jax._skipping.api import grad as grad, value_and_grad as value_and_grad
 from cdb_jax.backdrop import backdrop as backdrop
 from cdb_jax.channels import (
     Axes as Axes,
     input_channels as input_channels,
     output_channels as output_channels,
 )
+from cdb_jax.count import selection_count as selection_count
 from cdb_jax.freezing import (
     FreezeDroppedState as FreezeDroppedState,
     freeze_dropped as freeze_dropped,
 )
 from cdb_jax.policy import Policy as Policy
-from cdb_jax.presets import (
-    algorithm_1 as algorithm_1,
-    every_nth_epoch as every_nth_epoch,
-    layer_drop_back as layer_drop_back,
-    released_code as released_code,
-    released_layer_rate as released_layer_rate,
-    skip_update as skip_update,
-)
 from cdb_jax.report import channel_report as channel_report
-from cdb_jax.selection import (
-    apply_selection as apply_selection,
-    dropped_fraction as dropped_fraction,
-    sample_selection as sample_selection,
-)
-from cdb_jax.skipping import grad as grad, value_and_grad as value_and_grad
+from cdb_jax.selection import Mode as Mode, Selection as Selection
 from cdb_jax.stochastic_depth import (
     branch_sensitivities as branch_sensitivities,
     drop_branch as drop_branch,
@@ -38,7 +28,6 @@ from cdb_jax.stochastic_depth import (
 from cdb_jax.transform import (
     ChannelDropBackState as ChannelDropBackState,
     channel_drop_back as channel_drop_back,
-    selection_count as selection_count,
 )
 from cdb_jax.version import __version__ as __version__
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cdb_jax.policy import check_call_key, check_rate
-from cdb_jax.scaling import scale
+from cdb_jax._checks import check_call_key, check_rate
+from cdb_jax._scaling import scale
 
 
 def backdrop(

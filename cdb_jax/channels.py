@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fnmatch
-import functools
 import hashlib
 import math
 import re
@@ -18,6 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+
+from cdb_jax._compiling import by_structure
 
 Ints = int | tuple[int, ...]
 
@@ -131,10 +132,12 @@ class Leaf(NamedTuple):
 class Layout(NamedTuple):
     """The leaves of a tree in flattening order.
 
-    `partial` is True for a part of a larger model: `optax.MaskedNode` in the tree, or a root.
+    `root` is the path of the tree inside a larger model. `partial` is True for a part of a larger
+    model: a tree with `optax.MaskedNode`s or a root.
     """
 
     leaves: tuple[Leaf, ...]
+    root: str
     partial: bool
 
     @property
@@ -142,8 +145,8 @@ class Layout(NamedTuple):
         return tuple(leaf for leaf in self.leaves if leaf.layer == leaf.path)
 
 
-_NO_ARRAY = object()
 EXEMPT = "exempt"  # The reason of a leaf that the user named, as against one that has no channels.
+NOT_NAMED = "not in `only`"
 NO_VALUES = "no floating-point values"
 FEW_DIMENSIONS = "fewer than two dimensions"
 UNSETTLED = {x: f"name and rank do not settle its {x} channels" for x in ("output", "input")}
@@ -154,6 +157,7 @@ def resolve(
     channel_axes: ChannelAxes = output_channels,
     *,
     exempt: Sequence[str] = (),
+    only: Sequence[str] | None = None,
     share_with_bias: bool = False,
     root: str = "",
 ) -> Layout:
@@ -164,7 +168,8 @@ def resolve(
       channel_axes: an `Axes`, int, tuple, convention, None, prefix tree of those, or a rule
         `(path, leaf)` that returns one of them.
       exempt: path patterns to leave alone.
-      share_with_bias: whether a bias follows the kernel beside it.
+      only: path patterns outside of which to leave everything alone; None for no such limit.
+      share_with_bias: whether a bias is dropped with the kernel of its layer.
       root: path of `updates` within the model it was cut from.
 
     Returns:
@@ -174,28 +179,20 @@ def resolve(
       ValueError: if a spec does not fit the tree, a pattern matches nothing, a kernel cannot be
         settled by name and rank, two leaves share a path, or nothing is left to drop.
     """
-    leaves, treedef = jax.tree.flatten(updates)
-    types = tuple((tuple(x.shape), x.dtype) if hasattr(x, "dtype") else None for x in leaves)
-    settings = (as_specs(channel_axes), tuple(exempt), share_with_bias, root)
-    try:
-        hash((treedef, settings))
-    except TypeError:  # A rule, or a part of the tree, that has no hash.
-        return _resolve.__wrapped__(treedef, types, *settings)
-    return _resolve(treedef, types, *settings)
+    patterns = tuple(exempt), None if only is None else tuple(only)
+    return _resolve(updates, as_specs(channel_axes), *patterns, share_with_bias, root)
 
 
-@functools.lru_cache(maxsize=256)  # Outside of `jit` every step asks again.
+@by_structure
 def _resolve(
-    treedef: Any,
-    types: tuple[tuple[tuple[int, ...], Any] | None, ...],
+    updates: Any,
     channel_axes: AxisSpec | Rule | SpecTree,
     exempt: tuple[str, ...],
+    only: tuple[str, ...] | None,
     share_with_bias: bool,
     root: str,
 ) -> Layout:
     empty = lambda x: x is None or _is_masked(x)
-    described = lambda x: _NO_ARRAY if x is None else jax.ShapeDtypeStruct(*x)
-    updates = jax.tree.unflatten(treedef, [described(x) for x in types])
     found = jax.tree_util.tree_flatten_with_path(updates, is_leaf=empty)[0]
     arrays = [(canonical_path(keys, root), x) for keys, x in found if not empty(x)]
     masked = [canonical_path(keys, root) for keys, x in found if _is_masked(x)]
@@ -204,29 +201,56 @@ def _resolve(
     partial = bool(masked) or bool(root)
     paths = [path for path, _ in arrays]
     _check_unique(paths)
-    _check_exempt(exempt, [*paths, *masked, *absent], partial)
+    if not partial:
+        _check_patterns("exempt", exempt, [*paths, *absent])
+        _check_patterns("only", only or (), [*paths, *absent])
     spec_of = _spec_lookup(channel_axes, paths, [*masked, *absent], partial)
 
     shapes = {path: tuple(getattr(x, "shape", ())) for path, x in arrays}
-    leaves = [_resolve_leaf(path, x, spec_of, exempt, shapes) for path, x in arrays]
+    leaves = [_resolve_leaf(path, x, spec_of, exempt, only, shapes) for path, x in arrays]
     for direction, reason in UNSETTLED.items():
         if unsettled := [leaf for leaf in leaves if leaf.reason == reason]:
             raise ValueError(_cannot_settle(direction, unsettled, shapes))
     if share_with_bias:
         by_path = {leaf.path: leaf for leaf in leaves}
         leaves = [_follow_kernel(leaf, by_path, masked) for leaf in leaves]
-    layout = Layout(tuple(leaves), partial)
+    layout = Layout(tuple(leaves), root, partial)
     _check_ids([layer.path for layer in layout.layers])
     if leaves and not layout.layers and not partial:
         listing = "\n".join(f"  {x.path or '(the tree itself)'}: {x.reason}" for x in leaves[:20])
         mend = "name the channel axis, such as channel_axes=-1"
-        if any(leaf.reason == EXEMPT for leaf in leaves):
-            mend += ", or take a pattern out of exempt"
+        if any(leaf.reason in (EXEMPT, NOT_NAMED) for leaf in leaves):
+            mend += ", or change exempt or only"
         raise ValueError(
-            f"channel_axes={channel_axes!r} and exempt={tuple(exempt)!r} leave nothing to drop in "
-            f"this tree; {mend}. Its leaves:\n{listing}"
+            f"channel_axes={channel_axes!r}, exempt={exempt!r} and only={only!r} leave nothing to "
+            f"drop in this tree; {mend}. Its leaves:\n{listing}"
         )
     return layout
+
+
+@by_structure
+def same_layout(tree: Any, layout: Layout) -> Layout:
+    """The leaves of a tree, as the layout of the same or of a larger tree has them.
+
+    Raises:
+      ValueError: for a leaf that the layout does not have, or has with another shape.
+    """
+    known = {leaf.path: leaf for leaf in layout.leaves}
+    leaves = []
+    for keys, x in jax.tree_util.tree_leaves_with_path(tree):
+        path, shape = canonical_path(keys, layout.root), tuple(getattr(x, "shape", ()))
+        if path not in known:
+            raise ValueError(
+                f"selection: it has nothing for {path!r} of shape {shape}. It was made for a tree "
+                f"with the paths {_shorten(list(known))}; select for the tree that it is used on."
+            )
+        if shape != known[path].shape:
+            raise ValueError(
+                f"selection: {path!r} has shape {shape}, and the selection was made for shape "
+                f"{known[path].shape}; select for the tree that it is used on."
+            )
+        leaves.append(known[path])
+    return Layout(tuple(leaves), layout.root, layout.partial)
 
 
 def layer_id(path: str) -> int:
@@ -300,12 +324,12 @@ def _check_ids(paths: Sequence[str]) -> None:
             )
 
 
-def _check_exempt(exempt: Sequence[str], paths: Sequence[str], partial: bool) -> None:
-    for pattern in () if partial else exempt:
+def _check_patterns(name: str, patterns: Sequence[str], paths: Sequence[str]) -> None:
+    for pattern in patterns:
         if not any(covers(pattern, path) for path in paths):
             raise ValueError(
-                f"exempt: the pattern {pattern!r} matches none of the paths "
-                f"{_shorten(paths)}; correct it or take it out."
+                f"{name}: the pattern {pattern!r} matches none of the paths {_shorten(paths)}; "
+                "correct it or take it out."
             )
 
 
@@ -326,7 +350,17 @@ def _is_spec(x: Any) -> bool:
 
 
 def as_specs(channel_axes: ChannelAxes) -> AxisSpec | Rule | SpecTree:
-    """What users give as `channel_axes`, with a tree of specs as a `SpecTree`."""
+    """Checks what users give as `channel_axes`, and turns a tree of specs into a `SpecTree`."""
+    if isinstance(channel_axes, jax.Array):
+        raise TypeError(
+            "channel_axes must be static, got an array; under inject_hyperparams name it in "
+            'static_args=("channel_axes",).'
+        )
+    if isinstance(channel_axes, (str, bool, float)):
+        raise TypeError(
+            f"channel_axes must be output_channels, input_channels, an int, a tuple of ints, Axes, "
+            f"a tree of those or a rule (path, leaf) -> spec, got {channel_axes!r}."
+        )
     if _is_spec(channel_axes) or isinstance(channel_axes, SpecTree):
         return channel_axes
     # A model may be a prefix tree and have a `__call__`; a rule is no tree.
@@ -400,6 +434,7 @@ def _resolve_leaf(
     x: Any,
     spec_of: Callable[[str, Any], tuple[AxisSpec, bool]],
     exempt: Sequence[str],
+    only: Sequence[str] | None,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Leaf:
     shape = shapes[path]
@@ -409,6 +444,8 @@ def _resolve_leaf(
         return alone._replace(reason=NO_VALUES)
     if any(covers(pattern, path) for pattern in exempt):
         return alone._replace(reason=EXEMPT)
+    if only is not None and not any(covers(pattern, path) for pattern in only):
+        return alone._replace(reason=NOT_NAMED)
     spec, for_this_leaf = spec_of(path, x)
     if spec is None:
         return alone._replace(reason="channel_axes says None")
@@ -466,7 +503,7 @@ def _normalise(axes: Ints, shape: tuple[int, ...], path: str) -> tuple[int, ...]
 
 def _follow_kernel(leaf: Leaf, by_path: dict[str, Leaf], masked: Sequence[str]) -> Leaf:
     """Lets a bias use the selection of the kernel beside it."""
-    if _last_names(leaf.path)[1] != "bias" or leaf.reason in (EXEMPT, NO_VALUES):
+    if _last_names(leaf.path)[1] != "bias" or leaf.reason in (EXEMPT, NOT_NAMED, NO_VALUES):
         return leaf
     beside = [_beside(leaf.path, kernel) for kernel in ("kernel", "weight")]
     for path in beside:

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cdb_jax import channels, selection, slots
-from cdb_jax.compiling import compiled
-from cdb_jax.policy import Policy, Rate, second_argument
-from cdb_jax.transform import check_state
+from cdb_jax import _optax_states as slots, channels
+from cdb_jax._compiling import compiled
+from cdb_jax.policy import Policy, check_policy
+from cdb_jax.selection import Selection, broadcastable, fraction_of, kept_channels
+from cdb_jax.transform import check_state, groups_from, layout_and_source, touched_leaves
 
 
 class FreezeDroppedState(NamedTuple):
@@ -32,10 +33,9 @@ class FreezeDroppedState(NamedTuple):
 
 def freeze_dropped(
     inner: optax.GradientTransformation,
-    policy: Policy | Rate | None = None,
+    policy: Policy,
     *,
     slot_axes: Mapping[type, slots.SlotAxes] | None = None,
-    **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that only the channels that learn in a step change at all.
 
@@ -49,41 +49,42 @@ def freeze_dropped(
        s \leftarrow 1_K\, s' + (1 - 1_K)\, s.
 
     What belongs to no channel advances in every step: counts, schedules, keys, norms over the whole
-    tree. An entry that several channels share (a row of Adafactor's second moments, say) stands
-    still if all of them are dropped, and advances otherwise. Counts advance for all, so Adam's bias
-    correction runs ahead of a channel that is often dropped: until about 1 / (1 - b2) steps its
-    steps are up to 1 / sqrt(1 - rate) times as long. It makes no difference whether the
-    gradient comes from `jax.value_and_grad` or, masked already, from `cdb_jax.value_and_grad` with
-    the same policy. Nothing may move parameters after it: weight decay belongs into `inner`.
+    tree. An entry that several channels share, such as a row of Adafactor's second moments, is
+    frozen if all of them are dropped, and advances otherwise. Counts advance for every channel, so
+    Adam's bias correction runs ahead of a channel that is often dropped: for about 1 / (1 - b2)
+    steps, its updates are up to 1 / sqrt(1 - rate) times as long.
+
+    Gradients are not rescaled: if the policy says so, chain `channel_drop_back(policy)` before it.
+    Anything that moves parameters, such as weight decay, belongs into `inner`.
 
     Args:
       inner: the optimizer, chains included. `optax.MultiSteps` goes around `freeze_dropped`, not
         inside.
-      policy: a `Policy`, or its `rate`, followed by its other arguments by name. Its `rescale`
-        must be "none", as gradients that come masked are rescaled already.
+      policy: a `Policy`.
       slot_axes: for states whose entries do not have the shape of their parameter: a dict from
         the class of the state (a NamedTuple) to a function of the field's name, the parameter's
-        shape (None for an entry that belongs to no parameter) and the entry's shape. It returns for
-        every axis of the entry the axis of the parameter that it is, or None for an axis of its
-        own; None for an entry that belongs to no channel; or NotImplemented for one that is to be
-        treated as if there were no rule, such as those of an optimizer that is wrapped. Rules for
-        Adafactor (`optax.FactoredState`), Muon and Mechanic (`optax.contrib.MuonState`,
-        `MechanicState`) are supplied.
-      **settings: the arguments of `Policy` by name, if `policy` is a rate.
+        shape (None for an entry that belongs to no parameter) and the entry's shape. For each axis
+        of the entry, it returns the parameter axis it corresponds to, or None if there is none; it
+        returns None in place of the axes for an entry that belongs to no channel, and
+        NotImplemented to treat an entry as if there were no rule. Rules for Adafactor
+        (`optax.FactoredState`), Muon and Mechanic (`optax.contrib.MuonState`, `MechanicState`) are
+        built in.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` with state `FreezeDroppedState`.
+      An `optax.GradientTransformationExtraArgs` with state `FreezeDroppedState`. Its `update`
+      takes a `selection` as that of `channel_drop_back` does, and passes it on to `inner`.
 
     Raises:
-      TypeError, ValueError: for a bad policy, or one that rescales; when updates are first seen,
-        for a tree that does not fit the policy, and for a state with entries that nothing assigns
-        to channels, such as the memory of L-BFGS.
+      TypeError, ValueError: for a bad argument here; when updates are first seen, for a tree that
+        does not fit the policy, and for a state with entries that nothing assigns to channels, such
+        as the memory of L-BFGS.
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp, optax
       >>> params = {"dense": {"kernel": jnp.zeros((2, 4))}}
       >>> optimizer = optax.sgd(1.0, momentum=0.9)
-      >>> tx = cdb_jax.freeze_dropped(optimizer, 0.5, key=0, channel_choice="window")
+      >>> policy = cdb_jax.Policy(0.5, key=0, channel_choice="window")
+      >>> tx = cdb_jax.freeze_dropped(optimizer, policy)
       >>> state = tx.init(params)
       >>> for _ in range(2):
       ...     updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
@@ -103,14 +104,7 @@ def freeze_dropped(
             f"inner must be an optimizer such as optax.adamw(1e-3), got {inner!r}; the policy is "
             "the second argument."
         )
-    policy = second_argument(policy, settings)
-    if policy.rescale != "none":
-        raise ValueError(
-            f"rescale={policy.rescale!r}: freeze_dropped does not rescale, as a gradient from "
-            "cdb_jax.value_and_grad is rescaled already. Let that or channel_drop_back(policy), "
-            "chained before it, rescale, and give freeze_dropped(inner, "
-            'dataclasses.replace(policy, rescale="none")), which drops the same channels.'
-        )
+    policy = check_policy(policy)
     inner = optax.with_extra_args_support(inner)
     rules = slots.RULES | slots.checked_rules(slot_axes or {})
 
@@ -119,17 +113,22 @@ def freeze_dropped(
         return FreezeDroppedState(*zeros, inner.init(params))
 
     def update_fn(
-        updates: Any, state: FreezeDroppedState, params: Any = None, **extra_args: Any
+        updates: Any,
+        state: FreezeDroppedState,
+        params: Any = None,
+        *,
+        selection: Selection | None = None,
+        **extra_args: Any,
     ) -> tuple[Any, FreezeDroppedState]:
         check_state(state, FreezeDroppedState)
         channels.check_parameters(updates, params, policy.root)
-        layout = policy.layout(updates)
+        layout, source = layout_and_source(policy, selection, updates)
+        extra_args |= {} if selection is None else {"selection": selection}
         owners = slots.find(state.inner_state, layout, policy.root, rules)
         leaves, treedef = jax.tree.flatten(updates)
 
-        learns, masked, count, fraction = _mask(
-            layout, policy, selection.touched(policy, layout, leaves), state.count
-        )
+        touched = touched_leaves(policy, layout, leaves)
+        learns, masked, count, fraction = _mask(layout, source, touched, state.count)
         masked = jax.tree.unflatten(treedef, _filled(masked, leaves))
         proposed, inner_state = inner.update(masked, state.inner_state, params, **extra_args)
         _check_updates(proposed, updates, layout)
@@ -143,9 +142,8 @@ def freeze_dropped(
             (x, before) if slot and x is not None and before is not None else None
             for slot, x, before in zip(owners, new, old, strict=True)
         ]
-        steps, held = _hold(
-            (layout, owners), learns, selection.touched(policy, layout, steps), held
-        )
+        touched = touched_leaves(policy, layout, steps)
+        steps, held = _hold((layout, owners), learns, touched, held)
         proposed = jax.tree.unflatten(treedef, _filled(steps, jax.tree.leaves(proposed)))
         inner_state = jax.tree.unflatten(state_treedef, _filled(held, new))
         return proposed, FreezeDroppedState(count, fraction, inner_state)
@@ -155,19 +153,19 @@ def freeze_dropped(
 
 @compiled
 def _mask(
-    layout: channels.Layout, policy: Policy, leaves: list[Any], count: jax.Array
-) -> tuple[selection.Selection, list[Any], jax.Array, jax.Array]:
+    layout: channels.Layout, source: Policy | Selection, leaves: list[Any], count: jax.Array
+) -> tuple[dict[str, jax.Array], list[Any], jax.Array, jax.Array]:
     """Which channels learn, the masked updates, the next count and the dropped fraction."""
-    groups = selection.draw(policy, layout, count)
-    learns = {} if policy.drops_nothing else selection.kept(groups, count)
+    groups = groups_from(source, layout, count)
+    learns = kept_channels(groups)
     masked = _where(learns, layout, leaves, 0.0)
-    return learns, masked, optax.safe_increment(count), selection.fraction_of(groups, layout)
+    return learns, masked, optax.safe_increment(count), fraction_of(groups, layout)
 
 
 @compiled
 def _hold(
     static: tuple[channels.Layout, tuple[slots.Slot | None, ...]],
-    learns: selection.Selection,
+    learns: dict[str, jax.Array],
     steps: list[Any],
     states: list[Any],
 ) -> tuple[list[Any], list[Any]]:
@@ -186,12 +184,12 @@ def _hold(
 
 
 def _hold_entry(
-    layout: channels.Layout, slot: slots.Slot, learns: selection.Selection, new: Any, old: Any
+    layout: channels.Layout, slot: slots.Slot, learns: dict[str, jax.Array], new: Any, old: Any
 ) -> jax.Array | None:
     leaf = layout.leaves[slot.parameter]
     if leaf.source not in learns:
         return None
-    where = selection.broadcastable(learns[leaf.source], leaf)
+    where = broadcastable(learns[leaf.source], leaf, leaf.axes)
     named = [axis for axis in slot.axes if axis is not None]
     where = jnp.any(where, axis=tuple(i for i in range(where.ndim) if i not in named))
     where = jnp.transpose(where, [sorted(named).index(axis) for axis in named])
@@ -200,16 +198,17 @@ def _hold_entry(
 
 
 def _where(
-    learns: selection.Selection, layout: channels.Layout, leaves: Sequence[Any], otherwise: float
+    learns: dict[str, jax.Array], layout: channels.Layout, leaves: Sequence[Any], otherwise: float
 ) -> list[Any]:
-    return [
-        None
-        if x is None
-        else jnp.where(
-            selection.broadcastable(learns[leaf.source], leaf), x, _number(otherwise, x.dtype)
-        )
-        for x, leaf in zip(leaves, layout.leaves, strict=True)
-    ]
+    """Leaves in which what does not learn is replaced by a number."""
+
+    def replaced(x: Any, leaf: channels.Leaf) -> Any:
+        if x is None or leaf.source not in learns:
+            return x
+        where = broadcastable(learns[leaf.source], leaf, leaf.axes)
+        return jnp.where(where, x, _number(otherwise, x.dtype))
+
+    return [replaced(x, leaf) for x, leaf in zip(leaves, layout.leaves, strict=True)]
 
 
 def _number(x: float, dtype: Any) -> jax.Array:

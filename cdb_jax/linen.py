@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from cdb_jax._checks import check_rate
 from cdb_jax.backdrop import backdrop
-from cdb_jax.policy import check_rate
 from cdb_jax.stochastic_depth import at_test, check_rescale, drop_path, is_certain
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
-from cdb_jax import report, skipping
+from cdb_jax import report
+from cdb_jax._checks import check_rate
+from cdb_jax._skipping import api
 from cdb_jax.backdrop import backdrop, check_axes
-from cdb_jax.policy import Policy, Rate, check_rate, second_argument
+from cdb_jax.policy import Policy
+from cdb_jax.selection import Selection
 from cdb_jax.stochastic_depth import (
     at_test,
     check_rescale,
@@ -23,30 +27,23 @@ Argnum = int | nnx.DiffState
 
 
 def value_and_grad(
-    f: Callable[..., Any],
-    policy: Policy | Rate | None = None,
-    argnums: Argnum | Sequence[Argnum] = 0,
-    has_aux: bool = False,
-    **settings: Any,
+    f: Callable[..., Any], argnums: Argnum | Sequence[Argnum] = 0, has_aux: bool = False
 ) -> Callable[..., Any]:
-    """`nnx.value_and_grad` that computes only the part of the gradient that is kept.
+    """`nnx.value_and_grad` that computes only the part of the gradient that a selection keeps.
 
-    What `f` changes in its models, such as batch statistics and random counts, stays changed, as
-    with `nnx.value_and_grad`; the variables that it differentiates are left alone.
+    What `f` changes in its models, such as batch statistics and RNG state, stays changed, as with
+    `nnx.value_and_grad`. The variables that are differentiated are not changed.
 
     Args:
       f: a function of models and arrays that returns a float scalar, or a pair with auxiliary data.
-      policy: a `Policy`, or its `rate`, followed by its other arguments by name; see
-        `cdb_jax.value_and_grad` for what it must fulfil.
       argnums: the position of the model to differentiate, or of a tree of models, or an
         `nnx.DiffState` with a filter of its variables in place of `nnx.Param`, or several.
       has_aux: whether `f` returns a pair.
-      **settings: the arguments of `Policy` by name, if `policy` is a rate.
 
     Returns:
-      A function of the arguments of `f` and of `count`, by name: the step whose selection to draw.
-      It returns the value (with the auxiliary data) and the gradient, an `nnx.State`, or a tree
-      with one in place of each model.
+      A function of the arguments of `f` and of `selection`, by name: a `Selection` for the model,
+      such as `policy.select(model, step)`. It returns the value (with the auxiliary data) and the
+      gradient, an `nnx.State`, or a tree with one in place of each model.
 
     Raises:
       TypeError, ValueError: as `cdb_jax.value_and_grad`, and if `f` gives a model new variables.
@@ -57,19 +54,20 @@ def value_and_grad(
       >>> policy = cdb_jax.Policy(0.5, key=0, channel_choice="window")
       >>> model = nnx.Linear(2, 4, rngs=nnx.Rngs(0))
       >>> loss = lambda model, x: jnp.mean(model(x))
-      >>> value, grads = cdb_jax.nnx.value_and_grad(loss, policy)(model, jnp.ones((3, 2)), count=0)
+      >>> value, grads = cdb_jax.nnx.value_and_grad(loss)(
+      ...     model, jnp.ones((3, 2)), selection=policy.select(model, 0)
+      ... )
       >>> grads["kernel"][...]
       Array([[0.25, 0.  , 0.  , 0.25],
              [0.25, 0.  , 0.  , 0.25]], dtype=float32)
     """
-    skipping.check_function(f)
-    policy = second_argument(policy, settings)
-    skipping.check_policy(policy)
+    api.check_function(f)
     single = isinstance(argnums, (int, nnx.DiffState))
     several = [argnums] if isinstance(argnums, (int, nnx.DiffState)) else list(argnums)
     wanted = [nnx.DiffState(x, nnx.Param) if isinstance(x, int) else x for x in several]
 
-    def value_and_gradient(*args: Any, count: Any = None, **kwargs: Any) -> Any:
+    @functools.wraps(f, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=())
+    def value_and_gradient(*args: Any, selection: Selection | None = None, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_model)
         models = {i: x for i, x in enumerate(leaves) if _is_model(x)}
         numbered, _ = jax.tree.unflatten(treedef, range(len(leaves)))
@@ -107,9 +105,9 @@ def value_and_grad(
                 )
             return value, (aux, new_rest)
 
-        transformed = skipping.value_and_grad(loss, policy, has_aux=True)
+        transformed = api.value_and_grad(loss, has_aux=True)
         (value, (aux, new_rest)), gradient = transformed(
-            params[0] if single else params, count=count
+            params[0] if single else params, selection=selection
         )
         nnx.update(models, new_rest)
         return ((value, aux) if has_aux else value), gradient
@@ -118,15 +116,10 @@ def value_and_grad(
 
 
 def grad(
-    f: Callable[..., Any],
-    policy: Policy | Rate | None = None,
-    argnums: Argnum | Sequence[Argnum] = 0,
-    has_aux: bool = False,
-    **settings: Any,
+    f: Callable[..., Any], argnums: Argnum | Sequence[Argnum] = 0, has_aux: bool = False
 ) -> Callable[..., Any]:
     """Like `value_and_grad`, but returns the gradient alone, or with `has_aux` it and the data."""
-    both = value_and_grad(f, policy, argnums, has_aux, **settings)
-    return skipping.without_value(both, has_aux)
+    return api.without_value(value_and_grad(f, argnums, has_aux), has_aux)
 
 
 def channel_report(

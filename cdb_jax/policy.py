@@ -5,88 +5,150 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-import operator
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
-from cdb_jax import channels
+from cdb_jax import _draw, channels
+from cdb_jax._checks import (
+    check_choice,
+    check_patterns,
+    check_policy_key,
+    check_positive,
+    check_rate,
+    check_step,
+    parameters_of,
+)
+from cdb_jax.selection import Selection
 
 Rate = float | jax.typing.ArrayLike | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 Key = int | tuple[int, int] | jax.typing.ArrayLike
+LayerChoice = Literal["bernoulli", "one"]
+LayerWeights = Literal["uniform", "size"] | Mapping[str, float] | tuple[tuple[str, float], ...]
+OtherLayers = Literal["full", "frozen"]
+ChannelChoice = Literal["bernoulli", "exact", "window"]
+Rescale = Literal["none", "expected", "realized"]
 
-LAYER_CHOICES = ("bernoulli", "one")
-CHANNEL_CHOICES = ("bernoulli", "exact", "window")
-RESCALES = ("none", "expected", "realized")
-OTHER_LAYERS = ("full", "still")
-LAYER_WEIGHTS = ("uniform", "size")
+_CHOICES = {
+    "layer_choice": ("bernoulli", "one"),
+    "other_layers": ("full", "frozen"),
+    "channel_choice": ("bernoulli", "exact", "window"),
+    "rescale": ("none", "expected", "realized"),
+}
 
 
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    r"""Which channels learn in a step: the settings of `channel_drop_back` as a value.
+    r"""Which channels may be dropped, how often, and how they are chosen.
 
-    A frozen dataclass: `dataclasses.replace(policy, rate=0.5)` gives a changed copy, checked anew.
-    A training loop that uses two consumers builds one policy and gives it to both, so that both
-    see the same selection. It is a pytree, whose leaves are those of its settings that are JAX
-    arrays. The arguments are described at `channel_drop_back`.
+    A policy is a value: every consumer takes one, and equal policies draw the same channels at
+    the same step. It is a frozen dataclass, so `dataclasses.replace(policy, rate=0.5)` returns a
+    changed copy, and a pytree whose leaves are the settings that are JAX arrays.
+
+    In each step, each layer :math:`l` is masked with probability `layer_rate`, and each channel
+    :math:`c` of a masked layer is dropped with probability `rate`. If that would drop every channel
+    of a layer, none is dropped, except with `rate=1`.
+
+    Args:
+      rate: probability that a channel of a masked layer is dropped, in [0, 1]: a number, an optax
+        schedule of the step, or a scalar array, which may be traced. With `rate=1` a masked layer
+        is frozen.
+      key: an int, a JAX key of any implementation, or a legacy `jax.random.PRNGKey`. Required. The
+        same key and step give the same selection, on every device and after any restart.
+      channel_axes: which axes hold the channels: `output_channels` or `input_channels`, which know
+        the names that Flax and Equinox use; an int or tuple for every leaf of two or more
+        dimensions; `Axes`; a tree of those that is a prefix of the parameters (None leaves a leaf
+        alone); or a rule `(path, leaf)` that returns one of them.
+      layer_rate: probability that a layer is masked in a step; the other layers learn in full. A
+        number, a schedule or a scalar array.
+      layer_choice: "bernoulli" decides for each layer independently; "one" picks one layer per step
+        (Algorithm 1 of the paper), which is masked with probability `layer_rate`.
+      layer_weights: how "one" picks the layer: "uniform", "size" (by number of parameters), or a
+        dict from path to weight.
+      other_layers: with "one", what the other layers do: they learn in "full", or they are
+        "frozen", together with every leaf that is not `exempt`, biases and normalisation included.
+      channel_choice: how the channels of a masked layer are chosen. "bernoulli" decides for each
+        channel independently; "exact" keeps a fixed number k, all subsets being equally likely;
+        "window" keeps a contiguous block of k that wraps around, so that each channel is kept with
+        probability k/C. Here :math:`k = \max(1, \mathrm{round}((1 - \mathrm{rate})\, C))`, and 0
+        for `rate=1`. If the rate is an array or a schedule, k may differ by one.
+      window_groups: number g of equal groups of channels; every group keeps the same window of k/g.
+      rescale: what `channel_drop_back` divides the kept channels by. "none"; "expected", the
+        probability that a channel of a masked layer learns: k/C, or :math:`1 - r + r^C` for
+        "bernoulli" with rate r (the last term comes from layers that would lose every channel), and
+        `1 - layer_rate` for layers that learn when `rate=1`; "realized", the fraction kept in this
+        step, as in the released code.
+      exempt: path patterns such as `("head", "*/stem/kernel")` of leaves to leave alone. A pattern
+        also covers everything below what it matches.
+      only: the opposite of `exempt`: if given, only leaves under these patterns can be dropped.
+      share_with_bias: whether the `bias` of a layer is dropped with its kernel; otherwise it always
+        learns.
+      hold: number of steps for which a selection is kept before the next one is drawn. Use the n of
+        `optax.contrib.sam(..., sync_period=n)` if `channel_drop_back` comes after a wrapper like
+        it, which takes n updates for one step.
+      root: path of the given tree inside a larger model, so that a part of the model, such as a
+        pipeline stage, draws what the whole would.
 
     Attributes:
-      key: two 32-bit words of a threefry key, whatever kind of key was given: Python ints, or
-        a uint32 array of shape `(2,)` if the key was traced. No buffer of the caller is kept.
+      key: two 32-bit words of a threefry key, whatever kind of key was given: Python ints, or a
+        uint32 array of shape `(2,)` if the key was traced.
 
     Raises:
       TypeError, ValueError: for a bad argument, with its name and value.
 
     Examples:
-      >>> import cdb_jax
-      >>> policy = cdb_jax.Policy(0.3, key=0, channel_choice="exact")
-      >>> policy.rate, policy.key
-      (0.3, (0, 0))
+      >>> import cdb_jax, jax.numpy as jnp
+      >>> policy = cdb_jax.Policy(0.5, key=0, channel_choice="exact")
+      >>> selection = policy.select({"kernel": jnp.ones((2, 4))}, step=7)
+      >>> selection.mask({"kernel": jnp.ones((2, 4))})
+      {'kernel': Array([[0., 1., 0., 1.],
+             [0., 1., 0., 1.]], dtype=float32)}
+
+    References:
+      ChannelDropBack, `arXiv 2411.10891 <https://arxiv.org/abs/2411.10891>`_.
     """
 
     rate: Rate
     _: dataclasses.KW_ONLY
-    key: Any = None
+    key: Key | None = None
     channel_axes: channels.ChannelAxes = channels.output_channels
     layer_rate: Rate = 1.0
-    layer_choice: str = "bernoulli"
-    layer_weights: Any = "uniform"
-    other_layers: str = "full"
-    channel_choice: str = "bernoulli"
+    layer_choice: LayerChoice = "bernoulli"
+    layer_weights: LayerWeights = "uniform"
+    other_layers: OtherLayers = "full"
+    channel_choice: ChannelChoice = "bernoulli"
     window_groups: int | None = None
-    rescale: str = "none"
+    rescale: Rescale = "none"
     exempt: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
     share_with_bias: bool = False
-    hold: int = 1
+    hold: int | jax.Array = 1
     root: str = ""
 
     def __post_init__(self) -> None:
-        put = lambda name, value: object.__setattr__(self, name, value)
-        put("rate", check_rate("rate", self.rate))
-        put("layer_rate", check_rate("layer_rate", self.layer_rate))
-        put("key", _check_key(self.key))
-        _check_choice("layer_choice", self.layer_choice, LAYER_CHOICES)
-        _check_choice("channel_choice", self.channel_choice, CHANNEL_CHOICES)
-        _check_choice("rescale", self.rescale, RESCALES)
-        _check_choice("other_layers", self.other_layers, OTHER_LAYERS)
-        put("layer_weights", _check_weights(self.layer_weights))
-        put("window_groups", _check_groups(self.window_groups))
-        put("exempt", _check_exempt(self.exempt))
-        put("hold", _check_hold(self.hold))
-        _check_channel_axes(self.channel_axes)
-        put("channel_axes", channels.as_specs(self.channel_axes))
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
         if not isinstance(self.share_with_bias, bool):
             raise TypeError(f"share_with_bias must be a bool, got {self.share_with_bias!r}.")
         if not isinstance(self.root, str):
             raise TypeError(f"root must be a path such as 'encoder/blocks', got {self.root!r}.")
-        put("root", self.root.strip("/"))
+        checked = dict(
+            rate=check_rate("rate", self.rate),
+            layer_rate=check_rate("layer_rate", self.layer_rate),
+            key=check_policy_key(self.key),
+            layer_weights=_check_weights(self.layer_weights),
+            window_groups=_check_groups(self.window_groups),
+            exempt=check_patterns("exempt", self.exempt),
+            only=None if self.only is None else check_patterns("only", self.only),
+            hold=_check_hold(self.hold),
+            channel_axes=channels.as_specs(self.channel_axes),
+            root=self.root.strip("/"),
+        )
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -98,28 +160,70 @@ class Policy:
         if self.share_with_bias and self.channel_axes is channels.input_channels:
             raise ValueError(
                 "share_with_bias=True needs channels that a bias has too, and a bias has no input "
-                "channels; use channel_axes=output_channels, or share_with_bias=False."
+                "channels; use channel_axes=output_channels or share_with_bias=False."
             )
-        if self.layer_choice != "one":
-            for name, default in (("layer_weights", "uniform"), ("other_layers", "full")):
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} has a meaning only with "
-                        f"layer_choice='one', got layer_choice={self.layer_choice!r}."
-                    )
-        if self.window_groups is not None and self.channel_choice != "window":
-            raise ValueError(
-                f"window_groups={self.window_groups} has a meaning only with "
-                f"channel_choice='window', got channel_choice={self.channel_choice!r}."
-            )
+        needs = (
+            ("layer_weights", "uniform", "layer_choice", "one"),
+            ("other_layers", "full", "layer_choice", "one"),
+            ("window_groups", None, "channel_choice", "window"),
+        )
+        for name, default, choice, needed in needs:
+            if getattr(self, name) != default and getattr(self, choice) != needed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs {choice}={needed!r}, got "
+                    f"{choice}={getattr(self, choice)!r}."
+                )
+
+    def select(self, params: Any, step: jax.typing.ArrayLike) -> Selection:
+        """Draws which channels learn in a step.
+
+        Args:
+          params: the parameters, their gradients or their updates; only paths, shapes and dtypes
+            are read, so `jax.ShapeDtypeStruct` leaves will do. Of a Flax NNX model its `nnx.Param`s
+            are taken.
+          step: the step, an int or an integer scalar, which may be traced.
+
+        Returns:
+          A `Selection`, the same for the same policy, step and parameter shapes.
+
+        Raises:
+          ValueError: if the policy does not fit the tree, or `step` is negative.
+
+        Examples:
+          >>> import cdb_jax, jax.numpy as jnp
+          >>> policy = cdb_jax.Policy(0.5, key=0, channel_choice="window")
+          >>> policy.select({"kernel": jnp.ones((3, 4))}, step=0).factors
+          {'kernel': Array([1., 0., 0., 1.], dtype=float32)}
+        """
+        return _draw.draw_once(self.layout(parameters_of(params)), self, check_step(step))
+
+    def layout(self, params: Any) -> channels.Layout:
+        """Finds the layers of a tree under this policy; see `cdb_jax.channels.resolve`."""
+        return channels.resolve(
+            params,
+            self.channel_axes,
+            exempt=self.exempt,
+            only=self.only,
+            share_with_bias=self.share_with_bias,
+            root=self.root,
+        )
+
+    @property
+    def freezes_others(self) -> bool:
+        """Whether one layer learns in a step, and nothing else that is not exempt."""
+        return self.layer_choice == "one" and self.other_layers == "frozen"
+
+    @property
+    def drops_nothing(self) -> bool:
+        """Whether it is certain that every channel learns in full in every step."""
+        rates = (self.rate, self.layer_rate)
+        return not self.freezes_others and any(isinstance(x, float) and x == 0.0 for x in rates)
 
     def tree_flatten(self) -> tuple[list[jax.Array], Any]:
         fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
         arrays = {name: x for name, x in fields if isinstance(x, jax.Array)}
-        return list(arrays.values()), (
-            tuple(arrays),
-            tuple(x for x in fields if x[0] not in arrays),
-        )
+        others = tuple(x for x in fields if x[0] not in arrays)
+        return list(arrays.values()), (tuple(arrays), others)
 
     @classmethod
     def tree_unflatten(cls, static: Any, arrays: Sequence[Any]) -> Policy:
@@ -129,194 +233,21 @@ class Policy:
             object.__setattr__(policy, name, x)
         return policy
 
-    @property
-    def others_stand_still(self) -> bool:
-        """Whether one layer learns in a step, and nothing else that is not exempt."""
-        return self.layer_choice == "one" and self.other_layers == "still"
 
-    @property
-    def drops_nothing(self) -> bool:
-        """Whether it is known beforehand that every channel learns in full in every step."""
-        rates = (self.rate, self.layer_rate)
-        return not self.others_stand_still and any(isinstance(x, float) and x == 0.0 for x in rates)
-
-    def layout(self, updates: Any) -> channels.Layout:
-        """Finds the layers of `updates` under this policy; see `cdb_jax.channels.resolve`."""
-        return channels.resolve(
-            updates,
-            self.channel_axes,
-            exempt=self.exempt,
-            share_with_bias=self.share_with_bias,
-            root=self.root,
-        )
-
-
-def as_policy(rate: Rate | Policy, settings: Mapping[str, Any]) -> Policy:
-    """Returns the policy itself, or the one that `rate` and `settings` describe."""
-    if isinstance(rate, optax.GradientTransformation):
-        raise TypeError(
-            "rate is an optax transformation; give the Policy that describes the mask, such as "
-            "cdb_jax.Policy(0.3, key=0), instead of what was made of it."
-        )
-    if not isinstance(rate, Policy):
-        _check_names(settings)
-        return Policy(rate, **settings)
-    defaults = {field.name: field.default for field in dataclasses.fields(Policy)}
-    _check_names(settings)
-    for name, value in settings.items():
-        default = defaults[name]
-        if type(value) is not type(default) or value != default:
-            raise TypeError(
-                f"{name}={value!r} was given beside a Policy; put it into the policy: "
-                f"dataclasses.replace(policy, {name}=...). optax.inject_hyperparams gives every "
-                "number as an argument: give it the rate and the settings, and no Policy."
-            )
-    return rate
-
-
-def second_argument(policy: Policy | Rate | None, settings: Mapping[str, Any]) -> Policy:
-    """`as_policy` for functions that take a policy, or its rate, after what they transform."""
-    if policy is None:
-        given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-        raise TypeError(
-            f"policy is missing{' beside ' * bool(given)}{given}: the second argument is a Policy, "
-            "or its rate without a name, as in value_and_grad(fun, 0.5, key=0)."
-        )
-    return as_policy(policy, settings)
-
-
-def _check_names(settings: Mapping[str, Any]) -> None:
-    known = [field.name for field in dataclasses.fields(Policy)]
-    for name, value in settings.items():
-        if name == "settings":
-            raise TypeError(
-                f"settings={value!r}: optax.inject_hyperparams does not pass on arguments by name. "
-                "Give it a function that has the numbers to inject as arguments of its own: "
-                "optax.inject_hyperparams(lambda rate: cdb_jax.freeze_dropped(inner, "
-                "cdb_jax.Policy(rate, key=0)))(rate=0.5)."
-            )
-        if name not in known:
-            raise TypeError(f"{name}={value!r}: Policy has no argument called {name}.")
-
-
-def require_policy(policy: Any) -> Policy:
-    """The policy itself, where a rate alone would leave the key unsaid."""
+def check_policy(policy: Any) -> Policy:
+    """Returns the policy itself; raises a TypeError for anything else."""
     if not isinstance(policy, Policy):
         raise TypeError(
-            f"policy must be a cdb_jax.Policy, got {textwrap.shorten(repr(policy), 80)}; write "
-            "Policy(0.3, key=0), say, and give the same one to everything that uses it, in its "
-            "place among the arguments."
+            f"policy must be a cdb_jax.Policy such as Policy(0.3, key=0), got {policy!r:.80}."
         )
     return policy
 
 
-def check_rate(name: str, rate: Any, *, schedule: bool = True) -> Any:
-    """Python and NumPy numbers become floats; schedules and JAX arrays stay what they are."""
-    if callable(rate) and schedule:
-        return rate
-    if isinstance(rate, jax.Array):
-        if rate.shape != () or not jnp.issubdtype(rate.dtype, jnp.number):
-            raise TypeError(
-                f"{name} must be a scalar, got an array of shape {rate.shape} and dtype "
-                f"{rate.dtype}; use jax.vmap for several rates."
-            )
-        if not isinstance(rate, jax.core.Tracer):
-            check_rate(name, float(rate))
-        return rate
-    if isinstance(rate, np.ndarray) and rate.shape == ():
-        rate = rate.item()
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
-        raise TypeError(
-            f"{name} must be a drop probability: a number, {'an optax schedule ' * schedule}or a "
-            f"scalar array, got {rate!r}."
-        )
-    if not 0.0 <= float(rate) <= 1.0:  # False for NaN too.
-        raise ValueError(
-            f"{name} must be a drop probability between 0 and 1, got {rate!r}; to drop 30 % give "
-            "0.3, to keep 30 % 0.7."
-        )
-    return float(rate)
-
-
-def check_call_key(key: Any, source: str) -> jax.Array:
-    """The key of a function that draws once; `source` is where users get one."""
-    if key is None:
-        raise TypeError(f"key is missing: give a JAX key for this call, such as {source}.")
-    is_key = isinstance(key, (jax.Array, np.ndarray)) and (
-        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
-    )
-    if not is_key:
-        raise TypeError(f"key must be a JAX key, got {key!r}; use jax.random.key(0).")
-    return key
-
-
-def _check_key(key: Any) -> tuple[int, int] | jax.Array:
-    """Brings any key down to the two words of one threefry key.
-
-    Concrete keys are copied to the host, so that no buffer of the caller is held that donation
-    could delete, and no array that `jit` would have to close over.
-    """
-    if key is None:
-        raise TypeError(
-            "key is missing: give an int or a JAX key, such as key=0 or key=jax.random.key(0). "
-            "The same key draws the same channels again after a restart."
-        )
-    if isinstance(key, tuple) and len(key) == 2 and all(isinstance(word, int) for word in key):
-        return key  # The words of another policy.
-    if isinstance(key, (jax.Array, np.ndarray)):
-        if isinstance(key, jax.core.Tracer):
-            return _threefry_words(key)
-        with jax.ensure_compile_time_eval():
-            high, low = np.asarray(_threefry_words(key)).tolist()
-        return high, low
-    try:
-        seed = None if isinstance(key, bool) else operator.index(key)
-    except TypeError:
-        seed = None
-    if seed is None:
-        raise TypeError(
-            f"key must be an int or a JAX key, got {key!r}; use key=0 or key=jax.random.key(0)."
-        )
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"key={seed} is not in [0, 2**64); use a seed in that range.")
-    return seed >> 32, seed & 0xFFFFFFFF
-
-
-def _threefry_words(key: jax.Array | np.ndarray) -> jax.Array:
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if key.shape:
-            raise TypeError(
-                f"key must be one key, got an array of keys of shape {key.shape}; use jax.vmap for "
-                "several, or index it."
-            )
-        words = jnp.ravel(jax.random.key_data(key))
-    elif jnp.issubdtype(key.dtype, jnp.integer) and key.shape == ():
-        seed = jnp.asarray(key)  # A Python int that passed through `inject_hyperparams`.
-        high = seed >> 32 if seed.dtype.itemsize == 8 else jnp.zeros_like(seed)
-        words = jnp.stack([high.astype(jnp.uint32), seed.astype(jnp.uint32)])
-    elif key.dtype == jnp.uint32 and key.ndim == 1 and key.size >= 2:
-        words = jnp.asarray(key)  # A legacy `jax.random.PRNGKey`.
-    else:
-        raise TypeError(
-            f"key must be an int or a JAX key, got an array of shape {key.shape} and dtype "
-            f"{key.dtype}; use key=0 or key=jax.random.key(0)."
-        )
-    reduced = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
-    for i in range(2, words.size):
-        reduced = jax.random.fold_in(reduced, words[i])
-    return jax.random.key_data(reduced)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def _check_weights(weights: Any) -> Any:
-    """A mapping becomes sorted pairs, so that a policy stays hashable."""
+def _check_weights(weights: Any) -> LayerWeights:
+    """Turns a mapping into sorted pairs, so that a policy stays hashable."""
     if isinstance(weights, str):
-        _check_choice("layer_weights", weights, LAYER_WEIGHTS)
-        return weights
+        check_choice("layer_weights", weights, ("uniform", "size"))
+        return weights  # type: ignore[return-value]
     try:
         pairs = tuple(sorted(dict(weights).items()))
     except (TypeError, ValueError):
@@ -336,46 +267,15 @@ def _check_weights(weights: Any) -> Any:
 
 
 def _check_groups(groups: Any) -> int | None:
-    if groups is None:
-        return None
     if isinstance(groups, jax.Array):
         raise TypeError(
             "window_groups must be static, got an array; under inject_hyperparams name "
             'it in static_args=("window_groups",).'
         )
-    if isinstance(groups, bool) or not isinstance(groups, numbers.Integral) or groups < 1:
-        raise ValueError(f"window_groups must be an int >= 1, got {groups!r}.")
-    return int(groups)
+    return None if groups is None else check_positive("window_groups", groups)
 
 
-def _check_hold(steps: Any) -> Any:
-    if isinstance(steps, jax.Array) and jnp.issubdtype(steps.dtype, jnp.integer):
-        return steps  # A Python int that passed through `inject_hyperparams`.
-    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
-        raise ValueError(f"hold must be a number of steps, an int >= 1, got {steps!r}.")
-    return int(steps)
-
-
-def _check_exempt(exempt: Any) -> tuple[str, ...]:
-    if isinstance(exempt, str):
-        raise TypeError(f"exempt must be a tuple of path patterns; write exempt=({exempt!r},).")
-    patterns = tuple(exempt)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(
-                f"exempt must hold path patterns such as 'head' or '*/stem', got {pattern!r}."
-            )
-    return patterns
-
-
-def _check_channel_axes(channel_axes: Any) -> None:
-    if isinstance(channel_axes, jax.Array):
-        raise TypeError(
-            "channel_axes must be static, got an array; under inject_hyperparams name it in "
-            'static_args=("channel_axes",).'
-        )
-    if isinstance(channel_axes, (str, bool, float)):
-        raise TypeError(
-            f"channel_axes must be output_channels, input_channels, an int, a tuple of ints, Axes, "
-            f"a tree of those or a rule (path, leaf) -> spec, got {channel_axes!r}."
-        )
+def _check_hold(hold: Any) -> int | jax.Array:
+    if isinstance(hold, jax.Array) and jnp.issubdtype(hold.dtype, jnp.integer):
+        return hold  # A Python int that passed through `inject_hyperparams`.
+    return check_positive("hold", hold)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from cdb_jax import channels
-from cdb_jax.policy import Policy, Rate, check_rate
+from cdb_jax._checks import check_positive, check_rate
+from cdb_jax.policy import ChannelChoice, Key, LayerWeights, OtherLayers, Policy, Rate
 
 Value = float | jax.typing.ArrayLike | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 
 
 def released_code(
-    *, key: Any, exempt: tuple[str, ...], rate: Rate = 0.3, layer_rate: Rate = 0.3
+    *, key: Key, exempt: tuple[str, ...], rate: Rate = 0.3, layer_rate: Rate = 0.3
 ) -> Policy:
     r"""The rules of the authors' released optimizer.
 
@@ -40,8 +40,8 @@ def released_code(
 
     Examples:
       >>> import cdb_jax, optax
-      >>> policy = cdb_jax.released_code(
-      ...     key=0, exempt=("stem",), layer_rate=cdb_jax.released_layer_rate(10_000)
+      >>> policy = cdb_jax.presets.released_code(
+      ...     key=0, exempt=("stem",), layer_rate=cdb_jax.presets.released_layer_rate(10_000)
       ... )
       >>> tx = optax.chain(
       ...     cdb_jax.channel_drop_back(policy),
@@ -86,7 +86,7 @@ def released_layer_rate(
       >>> [round(float(schedule(step)), 3) for step in (0, 29, 30, 59, 60, 99)]
       [0.03, 0.03, 0.15, 0.15, 0.3, 0.3]
     """
-    _check_positive("total_steps", total_steps)
+    check_positive("total_steps", total_steps)
     for name, value in (("initial", initial), ("final", final)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} must be a drop probability between 0 and 1, got {value!r}.")
@@ -96,7 +96,7 @@ def released_layer_rate(
 
 def layer_drop_back(
     *,
-    key: Any,
+    key: Key,
     exempt: tuple[str, ...],
     steps_per_epoch: int,
     layer_rate: Rate = 0.5,
@@ -133,16 +133,16 @@ def layer_drop_back(
 
     Examples:
       >>> import cdb_jax, optax
-      >>> policy = cdb_jax.layer_drop_back(key=0, exempt=("head",), steps_per_epoch=100)
+      >>> policy = cdb_jax.presets.layer_drop_back(key=0, exempt=("head",), steps_per_epoch=100)
       >>> policy.rate, [float(policy.layer_rate(step)) for step in (0, 99, 100, 199, 200)]
       (1.0, [0.0, 0.0, 0.5, 0.5, 0.0])
-      >>> learning_rate = cdb_jax.every_nth_epoch(0.02, 0.01, steps_per_epoch=100)
+      >>> learning_rate = cdb_jax.presets.every_nth_epoch(0.02, 0.01, steps_per_epoch=100)
       >>> tx = cdb_jax.freeze_dropped(optax.sgd(learning_rate, momentum=0.9), policy)
 
     References:
       LayerDropBack, `arXiv 2412.18027 <https://arxiv.org/abs/2412.18027>`_.
     """
-    _check_positive("every", every)
+    check_positive("every", every)
     layer_rate = check_rate("layer_rate", layer_rate)
     if stack is not None and not isinstance(stack, Mapping):
         raise TypeError(f"stack must be a dict from path to axes, got {stack!r}.")
@@ -184,15 +184,15 @@ def every_nth_epoch(
       >>> import cdb_jax, optax
       >>> cosine = optax.cosine_decay_schedule(0.1, 200)
       >>> doubled = lambda count: 2 * cosine(count)
-      >>> schedule = cdb_jax.every_nth_epoch(doubled, cosine, steps_per_epoch=50)
+      >>> schedule = cdb_jax.presets.every_nth_epoch(doubled, cosine, steps_per_epoch=50)
       >>> [round(float(schedule(step)), 3) for step in (0, 49, 50, 99, 100)]
       [0.1, 0.086, 0.171, 0.102, 0.05]
 
     References:
       LayerDropBack, `arXiv 2412.18027 <https://arxiv.org/abs/2412.18027>`_.
     """
-    _check_positive("steps_per_epoch", steps_per_epoch)
-    _check_positive("n", n)
+    check_positive("steps_per_epoch", steps_per_epoch)
+    check_positive("n", n)
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         on, off = (jnp.asarray(x(count) if callable(x) else x, jnp.float32) for x in both)
@@ -202,12 +202,7 @@ def every_nth_epoch(
     return schedule
 
 
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
-
-
-def skip_update(rate: Rate = 0.5, *, key: Any, exempt: tuple[str, ...] = ()) -> Policy:
+def skip_update(rate: Rate = 0.5, *, key: Key, exempt: tuple[str, ...] = ()) -> Policy:
     r"""SkipUpdate: random channels skip the optimizer's update, and the others make up for it.
 
     The mask goes on the *updates*, after the optimizer, whose moments stay dense: every gradient
@@ -232,7 +227,7 @@ def skip_update(rate: Rate = 0.5, *, key: Any, exempt: tuple[str, ...] = ()) -> 
 
     Examples:
       >>> import cdb_jax, optax
-      >>> skip = cdb_jax.channel_drop_back(cdb_jax.skip_update(0.5, key=0))
+      >>> skip = cdb_jax.channel_drop_back(cdb_jax.presets.skip_update(0.5, key=0))
       >>> tx = optax.chain(optax.adamw(1e-3), skip)
 
     References:
@@ -244,10 +239,10 @@ def skip_update(rate: Rate = 0.5, *, key: Any, exempt: tuple[str, ...] = ()) -> 
 def algorithm_1(
     rate: Rate,
     *,
-    key: Any,
-    layer_weights: Any = "uniform",
-    other_layers: str = "full",
-    channel_choice: str = "bernoulli",
+    key: Key,
+    layer_weights: LayerWeights = "uniform",
+    other_layers: OtherLayers = "full",
+    channel_choice: ChannelChoice = "bernoulli",
     exempt: tuple[str, ...] = (),
 ) -> Policy:
     r"""Algorithm 1 of the paper: one layer in each step, and a random subset of its channels.
@@ -260,7 +255,7 @@ def algorithm_1(
       key: as in `channel_drop_back`.
       layer_weights: how the layer is picked: "uniform" (the common choice), "size", or a dict from
         path to weight.
-      other_layers: "full", they learn in full; or "still", the literal reading: nothing learns
+      other_layers: "full", they learn in full; or "frozen", the literal reading: nothing learns
         but the kept channels of the picked layer and what is `exempt`.
       channel_choice: as in `channel_drop_back`; the paper leaves it open. `value_and_grad` needs
         "exact" or "window".
@@ -271,7 +266,7 @@ def algorithm_1(
 
     Examples:
       >>> import cdb_jax
-      >>> policy = cdb_jax.algorithm_1(0.5, key=0, other_layers="still")
+      >>> policy = cdb_jax.presets.algorithm_1(0.5, key=0, other_layers="frozen")
       >>> policy.layer_choice, policy.channel_choice
       ('one', 'bernoulli')
 

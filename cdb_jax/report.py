@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-
-from cdb_jax import channels, products, selection, skipping
-from cdb_jax.policy import Policy, require_policy
+from cdb_jax import _draw, channels
+from cdb_jax._checks import check_no_module
+from cdb_jax._skipping.explain import explain
+from cdb_jax.policy import Policy, check_policy
 
 
 class ChannelRow(NamedTuple):
@@ -105,53 +104,15 @@ def channel_report(
       >>> [row.gradient for row in cdb_jax.channel_report(params, policy, loss, x).rows]
       ['in full', 'skipped']
     """
-    skipping.check_no_module(params, "params is", "channel_report")
-    layout = require_policy(policy).layout(params)
-    selection.check_layers(policy, layout)
+    layout = check_policy(policy).layout(params)
+    _draw.check_layers(policy, layout)
     rows = [_row(leaf, policy) for leaf in layout.leaves]
     if fun is not None:
-        skipping.check_policy(policy)
-        traced = skipping.follow_abstract(fun, params, args, kwargs, policy)
-        rows = [
-            row._replace(gradient=_gradient(traced, policy, i, x))
-            for i, (row, x) in enumerate(zip(rows, jax.tree.leaves(params), strict=True))
-        ]
+        check_no_module(params, "params is", "cdb_jax.nnx.channel_report")
+        selection = policy.select(params, 0)
+        gradients = explain(fun, params, args, kwargs, selection)
+        rows = [row._replace(gradient=x) for row, x in zip(rows, gradients, strict=True)]
     return ChannelReport(tuple(rows), _summary(layout, policy))
-
-
-def _gradient(traced: skipping.Followed, policy: Policy, i: int, x: Any) -> str:
-    """How the gradient of a leaf is computed."""
-    leaf = traced.layout.leaves[i]
-    if leaf.layer is None:
-        return "none: stands still" if selection.stands_still(policy, leaf) else "in full"
-    layer = next(j for j, other in enumerate(traced.layout.leaves) if other.path == leaf.layer)
-    target = traced.targets[layer]
-    if target.states == (products.FULL,):
-        return "in full"
-    if target.states == (products.STILL,):
-        return "none: stands still"
-    if i != layer:
-        return "masked only: a bias"
-    uses = traced.uses[i]
-    if not uses.products:
-        return "masked only: " + ("; ".join(uses.others) or "not used")
-    beside = f", but not where {'; '.join(uses.others)}" if uses.others else ""
-    return "skipped" + beside + _all_gather(target, leaf, x)
-
-
-def _all_gather(target: products.Target, leaf: channels.Leaf, x: Any) -> str:
-    """What a sharded channel axis costs."""
-    sharding = getattr(x, "sharding", None)
-    if target.part is None or not isinstance(sharding, jax.sharding.NamedSharding):
-        return ""
-    spec = (*sharding.spec, *[None] * len(leaf.shape))
-    names = [spec[axis] for axis in leaf.channel if spec[axis] is not None]
-    flat = [n for name in names for n in (name if isinstance(name, tuple) else (name,))]
-    shards = math.prod(sharding.mesh.shape[name] for name in flat)
-    if target.part.groups % shards == 0:
-        return ""
-    advice = f'channel_choice="window" with window_groups a multiple of {shards} avoids it'
-    return f", with an all-gather: the channels are sharded {shards} ways; {advice}"
 
 
 def _row(leaf: channels.Leaf, policy: Policy) -> ChannelRow:
@@ -168,7 +129,7 @@ def _kept(policy: Policy, width: int) -> str:
     if policy.channel_choice == "bernoulli":
         return f"~{(1.0 - policy.rate) * width:.3g}"
     groups = policy.window_groups or 1
-    return str(groups * int(selection.kept_channels(policy.rate, width // groups)))
+    return str(groups * int(_draw.num_kept(policy.rate, width // groups)))
 
 
 def _summary(layout: channels.Layout, policy: Policy) -> str:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from cdb_jax import channels, selection
-from cdb_jax.compiling import compiled
-from cdb_jax.policy import Policy, Rate, as_policy
+from cdb_jax import _draw, channels
+from cdb_jax._compiling import compiled
+from cdb_jax.policy import (
+    ChannelChoice,
+    Key,
+    LayerChoice,
+    LayerWeights,
+    OtherLayers,
+    Policy,
+    Rate,
+    Rescale,
+)
+from cdb_jax.selection import Group, Selection, fraction_of, mask_leaves
 
 
 class ChannelDropBackState(NamedTuple):
@@ -31,78 +44,60 @@ class ChannelDropBackState(NamedTuple):
 def channel_drop_back(
     rate: Rate | Policy,
     *,
-    key: Any = None,
+    key: Key | None = None,
     channel_axes: channels.ChannelAxes = channels.output_channels,
     layer_rate: Rate = 1.0,
-    layer_choice: str = "bernoulli",
-    layer_weights: Any = "uniform",
-    other_layers: str = "full",
-    channel_choice: str = "bernoulli",
+    layer_choice: LayerChoice = "bernoulli",
+    layer_weights: LayerWeights = "uniform",
+    other_layers: OtherLayers = "full",
+    channel_choice: ChannelChoice = "bernoulli",
     window_groups: int | None = None,
-    rescale: str = "none",
+    rescale: Rescale = "none",
     exempt: tuple[str, ...] = (),
+    only: tuple[str, ...] | None = None,
     share_with_bias: bool = False,
-    hold: int = 1,
+    hold: int | jax.Array = 1,
     root: str = "",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lets a random subset of the channels learn in each step.
 
-    In every step each layer :math:`l` is masked with probability `layer_rate`, and each channel
-    :math:`c` of a masked layer is dropped with probability `rate`. With :math:`b_{lc} = 0` for a
-    dropped channel and 1 otherwise, the updates become
+    With :math:`b_{lc} = 0` for a dropped channel :math:`c` of layer :math:`l`, and 1 otherwise, the
+    updates become
 
     .. math:: g'_{lc} = \frac{b_{lc}}{s_l}\, g_{lc},
 
-    where :math:`s_l` is 1 or set by `rescale`. Forward pass and model are not touched. Placed
-    before an optimizer it masks gradients, and a dropped channel still moves by momentum and weight
-    decay; placed after one it masks updates, and a dropped channel stands still while its moments
-    stay dense. If every channel of a masked layer would be dropped, none is, except with `rate=1`.
+    where :math:`s_l` is 1 or what `rescale` says. The forward pass and the model do not change.
+    Placed before an optimizer, it masks gradients, and momentum and weight decay still move a
+    dropped channel. Placed after one, it masks updates: a dropped channel keeps its weights, while
+    its moments take in every gradient.
 
     Args:
-      rate: probability that a channel of a masked layer is dropped; in [0, 1]. A number, an optax
-        schedule of the count, or a scalar array, which may be traced. Alternatively a `Policy`, and
-        then no other argument. With `rate=1` a masked layer stands still.
-      key: an int, a JAX key of any implementation, or a legacy `jax.random.PRNGKey`. Required. The
-        same key and count give the same selection, on every device and after any restart.
-      channel_axes: which axis holds the channels: `output_channels` or `input_channels` (by the
-        names of Flax and Equinox), an int or tuple for every leaf of two or more dimensions,
-        `Axes`, a tree of those that is a prefix of the updates (None leaves alone), or a rule
-        `(path, leaf)` that returns one of them.
-      layer_rate: probability that a layer is masked in a step. A layer that is not learns in full.
-        Number, schedule or scalar array.
-      layer_choice: "bernoulli", every layer on its own; or "one", one layer picked in each step
-        (Algorithm 1 of the paper), which is masked with probability `layer_rate`.
-      layer_weights: how "one" picks: "uniform", "size" (by number of parameters) or a dict from
-        path to weight.
-      other_layers: with "one", whether the layers that are not picked learn in "full" or stand
-        "still". In the latter case everything that is not `exempt` does: biases and normalisation
-        too.
-      channel_choice: "bernoulli", each channel on its own; "exact", k kept, all subsets equally
-        likely; "window", a cyclic run of k, so that each channel is kept with probability k/C. Here
-        :math:`k = \max(1, \mathrm{round}((1 - \mathrm{rate})\, C))`, and k = 0 for `rate=1`;
-        with a rate that is an array or a schedule the rounding may differ by one.
-      window_groups: the number g of equal groups of channels that share one window of k/g each.
-      rescale: "none"; "expected", which divides by the probability that a channel of a masked layer
-        learns: k/C, or :math:`1 - r + r^C` for "bernoulli" with rate r, where the last term is the
-        all-dropped rule, and by `1 - layer_rate` for layers that learn when `rate=1`; or
-        "realized", which divides by the fraction kept in this draw, as the released code does.
-      exempt: glob patterns of paths to leave alone, such as `("head", "*/stem/kernel")`; a pattern
-        also covers all that lies below what it matches.
-      share_with_bias: whether a `bias` follows the kernel beside it, instead of learning always.
-      hold: for how many steps a selection holds before the next one is drawn. With a wrapper around
-        the optimizer that takes one step in several updates, such as
-        `chain(optax.contrib.sam(..., sync_period=n), channel_drop_back(...))`, the number n of
-        these; alternatively put `channel_drop_back` inside of the wrapper.
-      root: path of the given tree inside a larger model, so that a part of the model, such as a
-        pipeline stage, draws what the whole would.
+      rate: a `Policy` and no other argument, or the `rate` of one, followed by the other arguments
+        of `Policy`, which describes them all.
+      key: see `Policy`, as for every argument below.
+      channel_axes: which axes hold the channels.
+      layer_rate: probability that a layer is masked in a step.
+      layer_choice: "bernoulli" or "one".
+      layer_weights: how "one" picks the layer.
+      other_layers: with "one", whether the other layers learn in "full" or are "frozen".
+      channel_choice: "bernoulli", "exact" or "window".
+      window_groups: number of equal groups of channels that share one window.
+      rescale: "none", "expected" or "realized".
+      exempt: path patterns to leave alone.
+      only: path patterns outside of which to leave everything alone.
+      share_with_bias: whether the bias of a layer is dropped with its kernel.
+      hold: number of steps for which a selection is kept.
+      root: path of the given tree inside a larger model.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` with state `ChannelDropBackState`. It never needs
-      `params`, and accepts any extra arguments.
+      An `optax.GradientTransformationExtraArgs` with state `ChannelDropBackState`. Its `update`
+      does not need `params`, and ignores extra arguments other than `selection`: a `Selection` that
+      was drawn from an equal policy is used as it is. Otherwise, the selection is drawn from the
+      policy at the state's own count.
 
     Raises:
       TypeError, ValueError: for a bad argument here; when updates are first seen, for a tree that
-        does not fit `channel_axes`, `exempt`, `layer_weights` or `window_groups`.
+        does not fit the policy.
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp, optax
@@ -113,7 +108,7 @@ def channel_drop_back(
       >>> state = tx.init(params)
       >>> gradients = jax.tree.map(jnp.ones_like, params)
       >>> updates, state = tx.update(gradients, state, params)
-      >>> updates["dense"]["kernel"]  # Two of the four output channels stand still.
+      >>> updates["dense"]["kernel"]  # Two of the four output channels are dropped.
       Array([[-1., -0., -0., -1.],
              [-1., -0., -0., -1.]], dtype=float32)
       >>> state[0].dropped_fraction
@@ -133,11 +128,12 @@ def channel_drop_back(
         window_groups=window_groups,
         rescale=rescale,
         exempt=exempt,
+        only=only,
         share_with_bias=share_with_bias,
         hold=hold,
         root=root,
     )
-    policy = as_policy(rate, settings)
+    policy = _as_policy(rate, settings)
 
     def init_fn(params: Any) -> ChannelDropBackState:
         # Layouts are resolved on updates: frameworks may wrap parameters differently in the two,
@@ -146,16 +142,21 @@ def channel_drop_back(
         return ChannelDropBackState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
     def update_fn(
-        updates: Any, state: ChannelDropBackState, params: Any = None, **extra_args: Any
+        updates: Any,
+        state: ChannelDropBackState,
+        params: Any = None,
+        *,
+        selection: Selection | None = None,
+        **extra_args: Any,
     ) -> tuple[Any, ChannelDropBackState]:
         del extra_args
         check_state(state, ChannelDropBackState)
         check_not_paired(updates)
         channels.check_parameters(updates, params, policy.root)
-        layout = policy.layout(updates)
+        layout, source = layout_and_source(policy, selection, updates)
         leaves, treedef = jax.tree.flatten(updates)
-        touched = selection.touched(policy, layout, leaves)
-        masked, count, fraction = _mask(layout, policy, touched, state.count)
+        touched = touched_leaves(policy, layout, leaves)
+        masked, count, fraction = _mask(layout, source, touched, state.count)
         leaves = [x if y is None else y for x, y in zip(leaves, masked, strict=True)]
         return jax.tree.unflatten(treedef, leaves), ChannelDropBackState(count, fraction)
 
@@ -164,11 +165,81 @@ def channel_drop_back(
 
 @compiled
 def _mask(
-    layout: channels.Layout, policy: Policy, leaves: list[Any], count: jax.Array
+    layout: channels.Layout, source: Policy | Selection, leaves: list[Any], count: jax.Array
 ) -> tuple[list[Any], jax.Array, jax.Array]:
-    groups = selection.draw(policy, layout, count)
-    masked = selection.mask(leaves, groups, policy, layout, count)
-    return masked, optax.safe_increment(count), selection.fraction_of(groups, layout)
+    groups = groups_from(source, layout, count)
+    masked = mask_leaves(leaves, layout, groups, rescale=True)
+    return masked, optax.safe_increment(count), fraction_of(groups, layout)
+
+
+def layout_and_source(
+    policy: Policy, selection: Selection | None, updates: Any
+) -> tuple[channels.Layout, Policy | Selection]:
+    """Where the selection of a step comes from: the one given, if it has an equal policy.
+
+    Two masks in one chain have different policies, and must not use the same selection.
+    """
+    if selection is not None and not isinstance(selection, Selection):
+        raise TypeError(
+            f"selection must be a cdb_jax.Selection such as policy.select(params, step), got "
+            f"{selection!r:.80}."
+        )
+    if selection is None or not _are_equal(policy, selection.policy):
+        return policy.layout(updates), policy
+    return selection.layout_of(updates), selection
+
+
+def _are_equal(policy: Policy, other: Policy | None) -> bool:
+    """Whether two policies draw the same; False if that depends on values of traced arrays."""
+    structures: list[Any] = [jax.tree.structure(x) for x in (policy, other)]
+    if structures[0] != structures[1]:
+        return False
+
+    def same(x: jax.Array, y: jax.Array) -> bool:
+        is_known = not isinstance(x, jax.core.Tracer) and not isinstance(y, jax.core.Tracer)
+        return x is y or (is_known and bool(np.array_equal(x, y)))
+
+    return all(map(same, *map(jax.tree.leaves, (policy, other))))
+
+
+def groups_from(
+    source: Policy | Selection, layout: channels.Layout, count: jax.Array
+) -> tuple[Group, ...]:
+    """The groups of a selection that was given, or of the one that a policy draws."""
+    return (source if isinstance(source, Selection) else _draw.draw(source, layout, count)).groups
+
+
+def touched_leaves(policy: Policy, layout: channels.Layout, leaves: Sequence[Any]) -> list[Any]:
+    """The leaves that a selection may change; None for the others, whatever they are."""
+
+    def is_touched(leaf: channels.Leaf) -> bool:
+        return leaf.layer is not None or _draw.is_frozen(policy, leaf)
+
+    return [
+        x if not policy.drops_nothing and is_touched(leaf) else None
+        for x, leaf in zip(leaves, layout.leaves, strict=True)
+    ]
+
+
+def _as_policy(rate: Rate | Policy, settings: Mapping[str, Any]) -> Policy:
+    """Returns the policy itself, or the one that `rate` and `settings` describe."""
+    if isinstance(rate, optax.GradientTransformation):
+        raise TypeError(
+            "rate is an optax transformation; give a drop rate or a Policy, such as "
+            "cdb_jax.Policy(0.3, key=0)."
+        )
+    if not isinstance(rate, Policy):
+        return Policy(rate, **settings)
+    for field in dataclasses.fields(Policy)[2:]:
+        value = settings[field.name]
+        if type(value) is not type(field.default) or value != field.default:
+            raise TypeError(
+                f"{field.name}={value!r} was given in addition to a Policy; make it a part of the "
+                f"policy: dataclasses.replace(policy, {field.name}=...). optax.inject_hyperparams "
+                "passes every number as an argument: give it the rate and the settings, and no "
+                "Policy."
+            )
+    return rate
 
 
 def check_state(state: Any, expected: type) -> None:
@@ -177,8 +248,7 @@ def check_state(state: Any, expected: type) -> None:
     if not isinstance(state, expected):
         raise TypeError(
             f"state must be the {name} that init of this transformation returned, got a "
-            f"{type(state).__name__}, which is the state of another one; give the state of "
-            "tx.init(params), with the same tx."
+            f"{type(state).__name__}; give the state of tx.init(params), with the same tx."
         )
     shape = jnp.shape(state.count)  # type: ignore[attr-defined]
     if shape != ():
@@ -197,66 +267,3 @@ def check_not_paired(updates: Any) -> None:
             "these would draw different channels; put it inside of the wrapper: optax.lookahead("
             "optax.chain(cdb_jax.channel_drop_back(...), optax.sgd(0.1)), 5, 0.5)."
         )
-
-
-def selection_count(opt_state: Any) -> jax.Array:
-    """The step that an optimizer state has reached: the `count` of `value_and_grad`.
-
-    Finds the count of `channel_drop_back` in any nesting of chains, `optax.MultiSteps` and
-    wrappers; where there is none, the `count` that Adam, schedules and other transformations keep.
-    Under `MultiSteps` all micro-batches of a step share it and so add up under one selection.
-
-    Args:
-      opt_state: what `tx.init` or `tx.update` returned.
-
-    Returns:
-      The count, an int scalar.
-
-    Raises:
-      TypeError: for an optimizer in place of its state.
-      ValueError: if the state has no count, or several that need not agree: some inside and some
-        outside of a wrapper that holds steps back, or outside of `jit` different numbers. Then
-        count steps yourself.
-
-    Examples:
-      >>> import cdb_jax, jax.numpy as jnp, optax
-      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-      >>> cdb_jax.selection_count(tx.init({"kernel": jnp.zeros((2, 4))}))
-      Array(0, dtype=int32)
-    """
-    by_path = {}
-    if isinstance(opt_state, optax.GradientTransformation):
-        raise TypeError(
-            "opt_state is an optimizer; give its state, which tx.init and tx.update returned."
-        )
-    for keys, x in jax.tree_util.tree_leaves_with_path(opt_state):
-        path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-        by_path[path[:-1] if path[-1:] == ("value",) else path] = x  # NNX puts values into boxes.
-    counts = {
-        path[:-1]: x
-        for path, x in by_path.items()
-        if path[-1:] == ("count",)
-        and jnp.shape(x) == ()
-        and jnp.issubdtype(jnp.result_type(x), jnp.integer)
-        # That of `reduce_on_plateau` starts anew again and again.
-        and (*path[:-1], "plateau_count") not in by_path
-    }
-    counts = {at: x for at, x in counts.items() if (*at, "dropped_fraction") in by_path} or counts
-    if not counts:
-        raise ValueError(
-            "opt_state has no count: it is no optimizer state, or nothing in the optimizer depends "
-            "on the step; then count the steps yourself and give count=step."
-        )
-    # Some wrappers hold steps back, so that what is inside counts less than what is outside.
-    wrappers = {path[: path.index("inner_state")] for path in by_path if "inner_state" in path}
-    holders = {path[:-1] for path in by_path if path[-1] in ("mini_step", "notfinite_count")}
-    holders |= {at for at in wrappers if (*at, "step") in by_path}  # optax.conditionally_*
-    inside = {frozenset(h for h in holders if at[: len(h)] == h) for at in counts}
-    known = {int(x) for x in counts.values() if not isinstance(x, jax.core.Tracer)}
-    if len(inside) > 1 or len(known) > 1:
-        listing = ", ".join("/".join((*at, "count")) for at in counts)
-        raise ValueError(
-            f"this optimizer state has several counts that need not agree ({listing}); give the "
-            "one that is meant, or count the steps yourself."
-        )
-    return next(iter(counts.values()))

@@ -29,8 +29,7 @@ figure, axes = pyplot.subplots(
 for panel, (title, settings) in zip(axes.flat, PANELS.items(), strict=True):
     policy = cdb_jax.Policy(0.5, key=0, **settings)
     learns = [
-        np.asarray(cdb_jax.sample_selection(policy, kernel, step)["dense/kernel"]) > 0
-        for step in range(STEPS)
+        np.asarray(policy.select(kernel, step).factors["dense/kernel"]) > 0 for step in range(STEPS)
     ]
     panel.pcolormesh(
         np.transpose(learns), cmap="Blues", vmin=-0.15, vmax=1.4, edgecolors="w", linewidth=0.5

@@ -48,7 +48,7 @@ def freezing() -> None:
         weight.plot(weights, ".-", label=title, linewidth=1)
         moment.plot(moments, ".-", label=title, linewidth=1)
     for step in range(steps):
-        if cdb_jax.sample_selection(policy, params, step)["kernel"][0] == 0:
+        if policy.select(params, step).factors["kernel"][0] == 0:
             weight.axvspan(step, step + 1, color="0.9")
             moment.axvspan(step, step + 1, color="0.9")
     weight.set(xlabel="step", ylabel="weight", title="a weight (shaded: its channel is dropped)")
@@ -101,14 +101,14 @@ def layer_drop_back() -> None:
     tree = {f"block{i}": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)} for i in range(4)} | {
         "head": {"kernel": jnp.zeros((2, 2))}
     }
-    policy = cdb_jax.layer_drop_back(key=0, exempt=("head",), steps_per_epoch=10)
+    policy = cdb_jax.presets.layer_drop_back(key=0, exempt=("head",), steps_per_epoch=10)
     steps = range(40)
-    selections = [cdb_jax.sample_selection(policy, tree, step) for step in steps]
+    selections = [policy.select(tree, step).factors for step in steps]
     learns = [[float(x[name][0]) for x in selections] for name in names]
     learns.append([1.0] * len(steps))
     cosine = optax.cosine_decay_schedule(0.01, len(steps))
     doubled = lambda count: 2 * cosine(count)
-    rate = cdb_jax.every_nth_epoch(doubled, cosine, steps_per_epoch=10)
+    rate = cdb_jax.presets.every_nth_epoch(doubled, cosine, steps_per_epoch=10)
     figure, (top, bottom) = pyplot.subplots(
         2, 1, figsize=(10, 4.2), sharex=True, layout="constrained", height_ratios=(3, 1)
     )
@@ -128,12 +128,10 @@ def layer_drop_back() -> None:
 
 def skip_update() -> None:
     """The factors of one layer's updates, and their mean over steps."""
-    policy = cdb_jax.skip_update(0.5, key=0)
+    policy = cdb_jax.presets.skip_update(0.5, key=0)
     tree, steps = {"kernel": jnp.zeros((8, 24))}, 200
     factors = np.array(
-        jax.vmap(lambda step: cdb_jax.sample_selection(policy, tree, step)["kernel"])(
-            jnp.arange(steps)
-        )
+        jax.vmap(lambda step: policy.select(tree, step).factors["kernel"])(jnp.arange(steps))
     )
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3), layout="constrained")
     grid = dict(edgecolors="w", linewidth=0.5)
@@ -152,7 +150,7 @@ def skipping() -> None:
     batch, inputs, outputs = 4, 6, 12
     policy = cdb_jax.Policy(0.5, key=0, channel_choice="window")
     tree = {"kernel": jnp.zeros((inputs, outputs))}
-    kept = np.asarray(cdb_jax.sample_selection(policy, tree, 2)["kernel"]) > 0
+    kept = np.asarray(policy.select(tree, 2).factors["kernel"]) > 0
     full = lambda rows, columns: np.ones((rows, columns), bool)
     part = lambda rows: np.broadcast_to(kept, (rows, outputs))
     x, w, y = full(batch, inputs), full(inputs, outputs), full(batch, outputs)

@@ -56,7 +56,7 @@ METHODS: dict[str, Method] = {
         True,
     ),
     "layer_drop_back": Method(
-        "tensors stand still on every second epoch (arXiv 2412.18027)", 0.5, ("exempt",), True
+        "tensors are frozen on every second epoch (arXiv 2412.18027)", 0.5, ("exempt",), True
     ),
     "skip_update": Method(
         "masks the update and makes up for it (arXiv 2602.15322)", 0.5, ("exempt",)
@@ -112,20 +112,20 @@ def make_policy(config: Config, total_steps: int, epoch_steps: int) -> cdb_jax.P
             # With `skip_init_layers` 3: the arrays of index 0 to 3 in PyTorch's order.
             convolves = config.model.startswith("resnet")
             first = ("stem", "blocks/0/conv1") if convolves else ("patch_embed",)
-            schedule = cdb_jax.released_layer_rate(total_steps)
-            return cdb_jax.released_code(
+            schedule = cdb_jax.presets.released_layer_rate(total_steps)
+            return cdb_jax.presets.released_code(
                 key=key, exempt=first, rate=config.rate, layer_rate=schedule
             )
         case "algorithm_1":
-            return cdb_jax.algorithm_1(
+            return cdb_jax.presets.algorithm_1(
                 config.rate, key=key, exempt=exempt, channel_choice=config.channel_choice
             )
         case "layer_drop_back":
-            return cdb_jax.layer_drop_back(
+            return cdb_jax.presets.layer_drop_back(
                 key=key, exempt=exempt, steps_per_epoch=epoch_steps, layer_rate=config.rate
             )
         case "skip_update":
-            return cdb_jax.skip_update(config.rate, key=key, exempt=exempt)
+            return cdb_jax.presets.skip_update(config.rate, key=key, exempt=exempt)
     return None
 
 
@@ -145,7 +145,7 @@ def make_optimizer(
         doubled = lambda count: 2 * base(count)
         base, schedule = (
             schedule,
-            cdb_jax.every_nth_epoch(doubled, schedule, steps_per_epoch=epoch_steps),
+            cdb_jax.presets.every_nth_epoch(doubled, schedule, steps_per_epoch=epoch_steps),
         )
     is_kernel = lambda path, _: "kernel" in jax.tree_util.keystr(path)
     kernels = lambda params: jax.tree_util.tree_map_with_path(is_kernel, params)
@@ -158,8 +158,6 @@ def make_optimizer(
         return optimizer
     if config.method in ("cdb_frozen", "layer_drop_back"):
         return cdb_jax.freeze_dropped(optimizer, policy)
-    if config.skip_dropped:  # Then the gradient comes masked.
-        return optimizer
     if config.method in ("cdb_after", "skip_update"):
         return optax.chain(optimizer, cdb_jax.channel_drop_back(policy))
     return optax.chain(cdb_jax.channel_drop_back(policy), optimizer)

@@ -169,14 +169,16 @@ def make_steps(
             losses, correct = scores(model, batch)
             return losses.mean(), (correct.mean(), nnx.split(model, nnx.Param, ...)[2])
 
-        count = cdb_jax.selection_count(state.opt_state)
-        dropped = cdb_jax.dropped_fraction(policy, state.params, count) if policy else jnp.zeros(())
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        value_and_grad, chosen = jax.value_and_grad(loss_fn, has_aux=True), {}
+        dropped = jnp.zeros(())
+        if policy:
+            selection = policy.select(state.params, cdb_jax.selection_count(state.opt_state))
+            dropped, chosen = selection.dropped_fraction, {"selection": selection}
         if config.skip_dropped and policy:
-            value_and_grad = cdb_jax.value_and_grad(loss_fn, policy, has_aux=True)
-            value_and_grad = functools.partial(value_and_grad, count=count)
+            value_and_grad = cdb_jax.value_and_grad(loss_fn, has_aux=True)
+            value_and_grad = functools.partial(value_and_grad, **chosen)
         (loss, (accuracy, rest)), grads = value_and_grad(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **chosen)
         params = optax.apply_updates(state.params, updates)
         metrics = {"train_loss": loss, "train_accuracy": accuracy, "dropped_fraction": dropped}
         sums = jax.tree.map(jnp.add, state.sums, metrics)

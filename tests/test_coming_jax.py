@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import hijax, pallas
 from test_skipping import check, normal, window
 
-from cdb_jax import following
+from cdb_jax._skipping import follow as following
 
 PARAMS = {
     "first": {"kernel": normal(0, 4, 6)},

@@ -1,9 +1,9 @@
 """`freeze_dropped`: what is dropped keeps its bits, and nothing else does."""
 
-import functools
 from typing import NamedTuple
 
 import chex
+import drawn
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ OPTIMIZERS = {
 def test_dropped_channels_keep_their_bits_and_the_others_learn(name):
     history = run(freeze_dropped(OPTIMIZERS[name], POLICY))
     for count, ((before, old), (after, new)) in enumerate(zip(history, history[1:], strict=False)):
-        selection = cdb_jax.sample_selection(POLICY, PARAMS, count)
+        selection = POLICY.select(PARAMS, count).factors
         for path in selection:
             dropped = np.asarray(selection[path]) == 0
             assert 0 < dropped.sum() < dropped.size
@@ -103,9 +103,9 @@ def test_dropped_channels_keep_their_bits_and_the_others_learn(name):
 def test_rate_zero_is_the_optimizer_and_one_is_nothing():
     inner = optax.adamw(0.1)
     plain, state = run(inner)[-1]
-    none, none_state = run(freeze_dropped(inner, 0.0, key=0))[-1]
+    none, none_state = run(freeze_dropped(inner, Policy(0.0, key=0)))[-1]
     chex.assert_trees_all_equal((none, none_state.inner_state), (plain, state))
-    still, still_state = run(freeze_dropped(inner, 1.0, key=0))[-1]
+    still, still_state = run(freeze_dropped(inner, Policy(1.0, key=0)))[-1]
     chex.assert_trees_all_equal([still["a"]["kernel"], still["b"]], [KERNEL, PARAMS["b"]])
     assert still_state.inner_state[0].count == 4
     assert not jnp.any(still_state.inner_state[0].mu["b"]["kernel"])
@@ -115,7 +115,7 @@ def test_minus_zero_keeps_its_sign():
     params = {"kernel": jnp.array([[-0.0, 0.0, -0.0, 0.0]])}
     tx = freeze_dropped(optax.sgd(0.1), POLICY)
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-    dropped = cdb_jax.sample_selection(POLICY, params, 0)["kernel"] == 0
+    dropped = POLICY.select(params, 0).factors["kernel"] == 0
     moved = optax.apply_updates(params, updates)["kernel"][0]
     signs = np.signbit(np.asarray(params["kernel"][0]))
     np.testing.assert_array_equal(np.signbit(moved)[dropped], signs[dropped])
@@ -137,7 +137,7 @@ def test_adamw_against_numpy():
     weights = np.asarray(KERNEL, np.float64)
     mu = nu = np.zeros_like(weights)
     for i in range(6):
-        keep = np.asarray(cdb_jax.sample_selection(POLICY, params, i)["kernel"])[None] > 0
+        keep = np.asarray(POLICY.select(params, i).factors["kernel"])[None] > 0
         gradient = np.asarray(given[i], np.float64)
         weights, mu, nu = reference(i + 1, weights, mu, nu, gradient, keep)
         np.testing.assert_allclose(history[i + 1][0]["kernel"], weights, rtol=1e-4, atol=1e-6)
@@ -157,7 +157,7 @@ def test_the_factors_of_adafactor(shape, axes):
     history = run(tx, 3, grads, params)
     out = axes is cdb_jax.output_channels
     for count, ((_, old), (_, new)) in enumerate(zip(history, history[1:], strict=False)):
-        keep = np.asarray(cdb_jax.sample_selection(policy, params, count)["kernel"]) > 0
+        keep = np.asarray(policy.select(params, count).factors["kernel"]) > 0
         # The averages over the axis without channels are those of one channel each.
         sizes = np.argsort(shape)[-2:]
         channel = len(shape) - 1 if out else len(shape) - 2
@@ -193,7 +193,7 @@ def test_rules_for_other_states():
     assert (old.inner_state.rows["kernel"] != new.inner_state.rows["kernel"]).all()  # Shared.
     rows = Policy(0.5, key=0, channel_choice="exact", channel_axes=cdb_jax.input_channels)
     (_, old), (_, new) = run(freeze_dropped(by_rows(), rows, slot_axes=rule), 1, grads, params)
-    keep = np.asarray(cdb_jax.sample_selection(rows, params, 0)["kernel"]) > 0
+    keep = np.asarray(rows.select(params, 0).factors["kernel"]) > 0
     np.testing.assert_array_equal(
         np.asarray(old.inner_state.rows["kernel"] != new.inner_state.rows["kernel"]), keep
     )
@@ -212,7 +212,7 @@ def test_names_that_repeat_along_a_path():
     tx = freeze_dropped(optax.adam(0.1), policy)
     history = run(tx, 2, lambda i: params, params)
     for count, ((_, old), (_, new)) in enumerate(zip(history, history[1:], strict=False)):
-        selection = cdb_jax.sample_selection(policy, params, count)
+        selection = policy.select(params, count).factors
         moments = [by_path(x.inner_state[0].mu) for x in (old, new)]
         for path, factors in selection.items():
             changed = np.asarray(moments[0][path] != moments[1][path]).all(axis=0)
@@ -223,7 +223,7 @@ def test_fields_called_like_parameters():
     """Neither a scalar of the whole optimizer nor a tree of a part is taken for a parameter's."""
     params = {"kernel": KERNEL, "scale": jnp.ones(8)}
     plateau = optax.contrib.reduce_on_plateau(patience=0, cooldown=0, factor=0.5)
-    policy = cdb_jax.layer_drop_back(key=0, exempt=("kernel",), steps_per_epoch=1, every=1)
+    policy = cdb_jax.presets.layer_drop_back(key=0, exempt=("kernel",), steps_per_epoch=1, every=1)
     tx = freeze_dropped(optax.chain(optax.sgd(0.1), plateau), policy)
     state = tx.init(params)
     for _ in range(6):
@@ -235,7 +235,7 @@ def test_fields_called_like_parameters():
     inner = optax.partition({"one": optax.adam(0.1), "rest": optax.sgd(0.1)}, labels)
     history = run(freeze_dropped(inner, POLICY), 3, lambda i: params, params)
     for count, ((_, old), (_, new)) in enumerate(zip(history, history[1:], strict=False)):
-        keep = np.asarray(cdb_jax.sample_selection(POLICY, params, count)["kernel"]) > 0
+        keep = np.asarray(POLICY.select(params, count).factors["kernel"]) > 0
         for field in ("mu", "nu"):
             was, now = (
                 getattr(x.inner_state.inner_states["one"].inner_state[0], field)["kernel"]
@@ -261,7 +261,7 @@ def test_other_optimizers_through_rules():
     ):
         history = run(freeze_dropped(inner, POLICY, slot_axes=given), 3)
         for count, ((_, old), (_, new)) in enumerate(zip(history, history[1:], strict=False)):
-            keep = np.asarray(cdb_jax.sample_selection(POLICY, PARAMS, count)["a/kernel"]) > 0
+            keep = np.asarray(POLICY.select(PARAMS, count).factors["a/kernel"]) > 0
             pairs = by_path(old.inner_state), by_path(new.inner_state)
             own = [k for k in pairs[0] if "a/kernel" in k and pairs[0][k].shape[-1:] == (8,)]
             assert own
@@ -272,7 +272,7 @@ def test_other_optimizers_through_rules():
 
 def test_small_factors_of_adafactor_stand_still():
     params = {"kernel": jnp.ones((5, 1))}
-    tx = freeze_dropped(optax.adafactor(0.1, min_dim_size_to_factor=1), 1.0, key=0)
+    tx = freeze_dropped(optax.adafactor(0.1, min_dim_size_to_factor=1), Policy(1.0, key=0))
     (_, old), (_, new) = run(tx, 1, lambda i: params, params)
     chex.assert_trees_all_equal(old.inner_state[0].v_row, new.inner_state[0].v_row)
     chex.assert_trees_all_equal(old.inner_state[0].v_col, new.inner_state[0].v_col)
@@ -301,7 +301,7 @@ def test_a_partition_by_prefix_labels():
     for count, ((before, old), (after, new)) in enumerate(
         zip(*(run(freeze_dropped(inner, POLICY), 3)[i:][:3] for i in (0, 1)), strict=True)
     ):
-        selection = cdb_jax.sample_selection(POLICY, PARAMS, count)
+        selection = POLICY.select(PARAMS, count).factors
         mu = lambda state: {
             label: by_path(optax.tree.get(state.inner_state.inner_states[label], "mu"))
             for label in ("one", "two")
@@ -319,7 +319,7 @@ def test_parameters_without_a_gradient():
     tx = freeze_dropped(optax.adam(0.1), POLICY)
     grads = PARAMS | {"b": {"kernel": None}}
     updates, new = tx.update(grads, tx.init(grads), grads)
-    keep = np.asarray(cdb_jax.sample_selection(POLICY, grads, 0)["a/kernel"]) > 0
+    keep = np.asarray(POLICY.select(grads, 0).factors["a/kernel"]) > 0
     np.testing.assert_array_equal(np.asarray(updates["a"]["kernel"] != 0).all(axis=0), keep)
     mu = new.inner_state[0].mu["a"]["kernel"]
     np.testing.assert_array_equal(np.asarray(mu != 0).all(axis=0), keep)
@@ -331,7 +331,7 @@ def test_sharpness_and_slow_weights_go_around():
     base = freeze_dropped(optax.sgd(0.1), POLICY)
     sam = optax.contrib.sam(base, optax.sgd(0.05), sync_period=2)
     (before, _), _, (after, _) = run(sam, 2)
-    keep = np.asarray(cdb_jax.sample_selection(POLICY, PARAMS, 0)["b/kernel"]) > 0
+    keep = np.asarray(POLICY.select(PARAMS, 0).factors["b/kernel"]) > 0
     same = np.asarray(before["b"]["kernel"] == after["b"]["kernel"]).all(axis=0)
     assert not same[keep].any()
     np.testing.assert_allclose(  # Back from where the adversary went.
@@ -343,9 +343,7 @@ def test_sharpness_and_slow_weights_go_around():
     for _ in range(2):
         updates, state = tx.update(PARAMS, state, pairs)
         pairs = optax.apply_updates(pairs, updates)
-    ever = sum(
-        np.asarray(cdb_jax.sample_selection(POLICY, PARAMS, i)["b/kernel"]) > 0 for i in (0, 1)
-    )
+    ever = sum(np.asarray(POLICY.select(PARAMS, i).factors["b/kernel"]) > 0 for i in (0, 1))
     moved = np.asarray(pairs.slow["b"]["kernel"] != PARAMS["b"]["kernel"]).all(axis=0)
     np.testing.assert_array_equal(moved, ever > 0)
 
@@ -409,13 +407,11 @@ def test_states_of_others_are_named():
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), tx.init(PARAMS))
     with pytest.raises(ValueError, match=r"count .* has shape \(2,\).*jax.vmap\(tx.update\)"):
         tx.update(PARAMS, stacked, PARAMS)
-    with pytest.raises(TypeError, match="inject_hyperparams.*lambda rate: cdb_jax.freeze_dropped"):
-        optax.inject_hyperparams(freeze_dropped)(ADAM, POLICY).init(PARAMS)
 
 
 def test_minus_zero_of_complex_parameters():
     params = {"kernel": jnp.full((2, 4), complex(-0.0, -0.0), jnp.complex64)}
-    tx = freeze_dropped(optax.sgd(0.1), 1.0, key=0)
+    tx = freeze_dropped(optax.sgd(0.1), Policy(1.0, key=0))
     updates, _ = tx.update(params, tx.init(params), params)
     moved = optax.apply_updates(params, updates)["kernel"]
     np.testing.assert_array_equal(bits(moved), bits(params["kernel"]))
@@ -425,7 +421,7 @@ def test_multi_steps_goes_around():
     tx = optax.MultiSteps(freeze_dropped(optax.adam(0.1), POLICY), 2).gradient_transformation()
     history = run(tx, 4)
     first, last = history[2][0]["b"]["kernel"], history[4][0]["b"]["kernel"]
-    dropped = cdb_jax.sample_selection(POLICY, PARAMS, 1)["b/kernel"] == 0
+    dropped = POLICY.select(PARAMS, 1).factors["b/kernel"] == 0
     np.testing.assert_array_equal((first == last).all(axis=0), dropped)
     inside = freeze_dropped(optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(), POLICY)
     every = freeze_dropped(optax.chain(optax.apply_every(2), optax.sgd(0.1)), POLICY)
@@ -440,17 +436,17 @@ def test_inside_a_partition():
         {"frozen": freeze_dropped(optax.adam(0.1), POLICY), "plain": optax.adam(0.1)}, labels
     )
     (before, _), (after, _) = run(tx, 1)
-    keep = np.asarray(cdb_jax.sample_selection(POLICY, PARAMS, 0)["a/kernel"]) > 0
+    keep = np.asarray(POLICY.select(PARAMS, 0).factors["a/kernel"]) > 0
     same = np.asarray(before["a"]["kernel"] == after["a"]["kernel"]).all(axis=0)
     np.testing.assert_array_equal(same, ~keep)
     assert (before["b"]["kernel"] != after["b"]["kernel"]).all()
 
 
 def test_one_layer_learns_and_all_else_keeps_its_bits():
-    policy = cdb_jax.algorithm_1(0.5, key=0, other_layers="still", channel_choice="exact")
+    policy = cdb_jax.presets.algorithm_1(0.5, key=0, other_layers="frozen", channel_choice="exact")
     history = run(freeze_dropped(optax.adamw(0.1), policy), 6)
     for count, ((before, _), (after, _)) in enumerate(zip(history, history[1:], strict=False)):
-        selection = cdb_jax.sample_selection(policy, PARAMS, count)
+        selection = policy.select(PARAMS, count).factors
         for path, was in by_path(before).items():
             learns = np.asarray(selection[path]) > 0
             changed = np.asarray(was != by_path(after)[path])
@@ -472,7 +468,7 @@ def test_skipping_and_freezing_see_the_same_selection(choice):
 
         @jax.jit
         def step(params, state):
-            _, grads = value_and_grad(params, x, count=cdb_jax.selection_count(state))
+            _, grads = value_and_grad(params, x, step=cdb_jax.selection_count(state))
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
@@ -481,8 +477,8 @@ def test_skipping_and_freezing_see_the_same_selection(choice):
             params, state = step(params, state)
         return params, state
 
-    full = lambda params, x, count: jax.value_and_grad(loss)(params, x)
-    skip = train(cdb_jax.value_and_grad(loss, policy))
+    full = lambda params, x, step: jax.value_and_grad(loss)(params, x)
+    skip = train(drawn.value_and_grad(loss, policy))
     chex.assert_trees_all_close(skip, train(full), rtol=1e-4, atol=1e-6)
     assert cdb_jax.selection_count(skip[1]) == 5
 
@@ -510,7 +506,7 @@ def test_nnx_linen_and_saving():
     optimizer = nnx.Optimizer(model, freeze_dropped(optax.adam(0.1), POLICY), wrt=nnx.Param)
     before = model.kernel[...]
     optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(KERNEL.T) ** 2))(model))
-    dropped = cdb_jax.sample_selection(POLICY, nnx.state(model, nnx.Param), 0)["kernel"] == 0
+    dropped = POLICY.select(nnx.state(model, nnx.Param), 0).factors["kernel"] == 0
     np.testing.assert_array_equal((model.kernel[...] == before).all(axis=0), dropped)
 
     tx = freeze_dropped(optax.adam(0.1), POLICY)
@@ -539,12 +535,7 @@ def test_vmap_over_seeds_and_donation():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (
-            functools.partial(freeze_dropped, optax.sgd(0.1), 0.5, key=0, rescale="expected"),
-            ValueError,
-            "rescale='expected': freeze_dropped does not rescale",
-        ),
-        (functools.partial(freeze_dropped, optax.sgd(0.1), 0.5), TypeError, "key is missing"),
+        (lambda: freeze_dropped(optax.sgd(0.1), 0.5), TypeError, "policy must be .*0.5"),
         (
             lambda: freeze_dropped(optax.MultiSteps(optax.sgd(0.1), 2), POLICY),
             TypeError,
@@ -552,11 +543,6 @@ def test_vmap_over_seeds_and_donation():
         ),
         (lambda: freeze_dropped(optax.sgd, POLICY), TypeError, "inner must be an optimizer"),
         (lambda: freeze_dropped(POLICY, optax.sgd(0.1)), TypeError, "inner must be an optimizer"),
-        (
-            lambda: freeze_dropped(optax.sgd(0.1), POLICY, foo=1),
-            TypeError,
-            "no argument called foo",
-        ),
         (
             lambda: freeze_dropped(optax.sgd(0.1), POLICY, slot_axes={"Rows": 1}),
             TypeError,
@@ -568,7 +554,7 @@ def test_vmap_over_seeds_and_donation():
             "entry 'diff_params_memory/.* nothing says which of its axes are channels",
         ),
     ],
-    ids=["rescale", "key", "accumulates", "class", "swapped", "unknown", "rules", "lbfgs"],
+    ids=["rate", "accumulates", "class", "swapped", "rules", "lbfgs"],
 )
 def test_mistakes(make, error, message):
     with pytest.raises(error, match=message):

@@ -1,5 +1,6 @@
 """The authors' released optimizer, replayed: see tests/data/sgd_dropback_cnn.npz."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -35,12 +36,22 @@ def nested(flat):
 
 
 def policy_of(recorded):
-    return cdb_jax.released_code(
+    return cdb_jax.presets.released_code(
         key=0,
         exempt=("conv1",),
         rate=float(recorded["channel_drop_rate"]),
         layer_rate=float(recorded["layer_drop_rate"]),
     )
+
+
+def replayed(selection, factors):
+    """A selection with what was recorded in place of what was drawn."""
+    groups = []
+    for group in selection.groups:
+        keep, scale = zip(*(factors[layer.path] for layer in group.layers), strict=True)
+        arrays = dict(keep=jnp.stack(keep), scale=jnp.stack(scale).reshape(-1))
+        groups.append(dataclasses.replace(group, **arrays))
+    return dataclasses.replace(selection, groups=tuple(groups))
 
 
 def test_eight_steps_match_every_recorded_parameter(recorded):
@@ -56,14 +67,14 @@ def test_eight_steps_match_every_recorded_parameter(recorded):
     state = optimizer.init(params)
     masked_layers = 0
     for step in range(STEPS):
-        selection = {}
+        factors = {}
         for path in layers:
             name = path.replace("/", ".")
             keep, scale = recorded[f"keep/{step}/{name}"], recorded[f"scale/{step}/{name}"]
-            selection[path] = np.where(keep, scale, 0.0).astype(np.float32)
+            factors[path] = keep, scale.astype(np.float32)
             masked_layers += not keep.all()
         gradients = nested(tree(recorded, "grad", step))
-        masked = cdb_jax.apply_selection(gradients, selection, policy)
+        masked = replayed(policy.select(params, step), factors).mask(gradients, rescale=True)
         updates, state = optimizer.update(masked, state, params)
         params = optax.apply_updates(params, updates)
         expected = nested(tree(recorded, "param", step + 1))
@@ -88,7 +99,7 @@ def test_sampler_follows_the_released_statistics(recorded):
     policy = policy_of(recorded)
     gradients = nested(tree(recorded, "grad", 0))
     draws = 4000
-    sample = jax.jit(jax.vmap(lambda count: cdb_jax.sample_selection(policy, gradients, count)))
+    sample = jax.jit(jax.vmap(lambda count: policy.select(gradients, count).factors))
     selection = sample(jnp.arange(draws))
     gate_rate, rate = policy.layer_rate, policy.rate
     for path, channels in (("conv2/weight", 8), ("conv3/weight", 12), ("fc/weight", 16)):

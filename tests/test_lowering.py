@@ -1,5 +1,6 @@
 """Every public function runs under strict checks, and lowers for TPU and CUDA without either."""
 
+import drawn
 import jax
 import jax.numpy as jnp
 import optax
@@ -30,8 +31,10 @@ POLICIES = {
         0.5, key=0, channel_choice="window", channel_axes=cdb_jax.input_channels
     ),
     "layers": cdb_jax.Policy(1.0, key=0, layer_rate=0.5),
-    "one": cdb_jax.algorithm_1(0.5, key=0, other_layers="still", channel_choice="window"),
-    "layer_drop_back": cdb_jax.layer_drop_back(key=0, exempt=("dense/bias",), steps_per_epoch=1),
+    "one": cdb_jax.presets.algorithm_1(0.5, key=0, other_layers="frozen", channel_choice="window"),
+    "layer_drop_back": cdb_jax.presets.layer_drop_back(
+        key=0, exempt=("dense/bias",), steps_per_epoch=1
+    ),
 }
 
 
@@ -54,19 +57,18 @@ PROGRAMS = {
         (X,),
     ),
     "dropped_fraction": (
-        lambda params, count: cdb_jax.dropped_fraction(POLICIES["exact"], params, count),
+        lambda params, count: POLICIES["exact"].select(params, count).dropped_fraction,
         (PARAMS, COUNT),
     ),
 }
 for _name, _policy in POLICIES.items():
     PROGRAMS[f"channel_drop_back, {_name}"] = update(cdb_jax.channel_drop_back(_policy))
-    if _policy.rescale == "none":
-        frozen = cdb_jax.freeze_dropped(optax.sgd(0.1, momentum=0.9), _policy)
-        PROGRAMS[f"freeze_dropped, {_name}"] = update(frozen)
+    frozen = cdb_jax.freeze_dropped(optax.sgd(0.1, momentum=0.9), _policy)
+    PROGRAMS[f"freeze_dropped, {_name}"] = update(frozen)
     if _name != "bernoulli":
-        _skip = cdb_jax.value_and_grad(loss, _policy)
+        _skip = drawn.value_and_grad(loss, _policy)
         PROGRAMS[f"value_and_grad, {_name}"] = (
-            lambda params, x, images, count, skip=_skip: skip(params, x, images, count=count),
+            lambda params, x, images, count, skip=_skip: skip(params, x, images, step=count),
             (PARAMS, X, IMAGES, COUNT),
         )
 

@@ -149,7 +149,7 @@ def test_inside_shard_map(tx):
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_every_device_draws_what_one_draws(policy):
-    draw = lambda tree, count: cdb_jax.sample_selection(policy, tree, count)
+    draw = lambda tree, count: policy.select(tree, count).factors
     alone = draw(params(), 5)
     for name in MESHES:
         for path, factors in jax.jit(draw)(placed(name, params())[0], jnp.int32(5)).items():

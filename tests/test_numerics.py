@@ -1,6 +1,7 @@
 """Settings and number formats that large trainings use: the same channels, the same result."""
 
 import chex
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +46,7 @@ def step(tx):
 CONSUMERS = {
     "before": step(optax.chain(cdb_jax.channel_drop_back(POLICY), optax.adamw(0.1))),
     "frozen": step(cdb_jax.freeze_dropped(optax.adamw(0.1), POLICY)),
-    "skipped": lambda params: cdb_jax.value_and_grad(loss, POLICY)(params, X, count=3),
+    "skipped": lambda params: drawn.value_and_grad(loss, POLICY)(params, X, step=3),
     "backdrop": lambda params: jax.grad(
         lambda x: loss(params, cdb_jax.backdrop(x, 0.5, axes=0, key=KEY))
     )(X),
@@ -74,7 +75,7 @@ CASES = [
 @pytest.mark.parametrize("name, value", CASES)
 def test_a_setting_changes_nothing(name, value, consumer):
     f, weights, before = CONSUMERS[consumer], params(), getattr(jax.config, name)
-    draw = jax.jit(lambda tree: cdb_jax.sample_selection(POLICY, tree, 3))
+    draw = jax.jit(lambda tree: POLICY.select(tree, 3).factors)
     expected, drawn = jax.jit(f)(weights), draw(weights)
     try:
         jax.config.update(name, value)
@@ -102,9 +103,7 @@ def test_keys_of_other_generators(impl):
     assert abs(np.mean(np.asarray(seen)[:, 0] == 0) - 0.5) < 4 * np.sqrt(0.25 / 4096)
     branch = jax.jit(lambda x: cdb_jax.drop_branch(jnp.sin, x, rate=0.5, key=key))
     assert np.isfinite(branch(jnp.ones((4, 3)))).all()
-    kept = cdb_jax.sample_selection(
-        cdb_jax.Policy(0.5, key=key), {"kernel": jnp.ones((2, 4096))}, 0
-    )
+    kept = cdb_jax.Policy(0.5, key=key).select({"kernel": jnp.ones((2, 4096))}, 0).factors
     assert abs(np.mean(np.asarray(kept["kernel"]) == 0) - 0.5) < 4 * np.sqrt(0.25 / 4096)
 
 
@@ -120,7 +119,7 @@ def check_number_format(dtype):
     full = jax.jit(jax.grad(loss))(weights, X)
     drop = cdb_jax.channel_drop_back(POLICY)
     masked, _ = drop.update(full, drop.init(full))
-    skipped = jax.jit(cdb_jax.grad(loss, POLICY))(weights, X, count=0)
+    skipped = jax.jit(drawn.grad(loss, POLICY))(weights, X, step=0)
     rounding = {jnp.bfloat16: 2e-2, jnp.float16: 2e-3, jnp.float64: 1e-12}.get(dtype, 1e-5)
     for x, y, z in zip(*map(jax.tree.leaves, (masked, skipped, full)), strict=True):
         assert x.dtype == y.dtype == z.dtype == dtype
@@ -148,8 +147,8 @@ def test_dynamic_loss_scaling(dtype, skip):
 
         grad = jax.grad(scaled)
         if skip:
-            count = cdb_jax.selection_count(state)
-            grad = lambda params: cdb_jax.grad(scaled, POLICY)(params, count=count)
+            count = optax.tree_utils.tree_get(state, "count")
+            grad = lambda params: drawn.grad(scaled, POLICY)(params, step=count)
         gradients = jax.tree.map(lambda x: x / scale.scale, grad(params))
         finite = jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gradients)]).all()
         updates, proposed = tx.update(gradients, state, params)
@@ -169,7 +168,7 @@ def test_dynamic_loss_scaling(dtype, skip):
             scale = scale.replace(scale=scale.scale / 2)
             tries += 1
     assert tries < 30 and (tries > 0) == (dtype == jnp.float16)
-    kept = cdb_jax.sample_selection(POLICY, weights, 0)
+    kept = POLICY.select(weights, 0).factors
     for name, layer in params().items():
         moved = (np.asarray(weights[name]["kernel"]) != np.asarray(layer["kernel"])).any(axis=0)
         np.testing.assert_array_equal(moved, np.asarray(kept[f"{name}/kernel"]) != 0)

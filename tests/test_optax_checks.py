@@ -200,7 +200,7 @@ def test_a_dropped_channel_stands_still_under_every_optimizer(name):
     learned = 0
     for count in range(4):
         moved, state = update(params, state)
-        kept = cdb_jax.sample_selection(POLICY, params, count)
+        kept = POLICY.select(params, count).factors
         for path, was, now in zip(("0", "1"), params, moved, strict=True):
             still = np.asarray(kept[path]) == 0
             assert 0 < still.sum() < still.size

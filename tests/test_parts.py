@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cdb_jax.parts import Part, put, take
+from cdb_jax._skipping.parts import put, take
+from cdb_jax.selection import Part
 
 
 @st.composite
@@ -35,14 +36,14 @@ def layouts(draw):
 
 def all_places(part):
     """Every place where a part can lie: offsets, or sets of positions."""
-    if part.window:
+    if part.contiguous:
         return np.arange(part.size, dtype=np.int32)
     return np.array(list(itertools.combinations(range(part.size), part.kept)), np.int32)
 
 
 def kept_channels(part, place):
     """The channels that a part keeps, in the order in which it holds them."""
-    if not part.window:
+    if not part.contiguous:
         return np.asarray(place)
     inside = np.arange(part.kept)
     # A window that wraps around holds its first channels first.
@@ -51,7 +52,7 @@ def kept_channels(part, place):
         inside < place - (part.size - part.kept), inside, inside + part.size - part.kept
     )
     inside = first if wraps else place + inside
-    return np.concatenate([group * part.size + inside for group in range(part.groups)])
+    return np.concatenate([group * part.size + inside for group in range(part.blocks)])
 
 
 def reference_take(x, channel, part, place):

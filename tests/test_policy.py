@@ -26,7 +26,7 @@ AT_CONSTRUCTION = {
     "rate a vector": (dict(rate=jnp.ones(3)), r"rate must be a scalar.*\(3,\)"),
     "rate a bad array": (dict(rate=jnp.float32(2.0)), "rate must be a drop probability.*2.0"),
     "tree of strings": (dict(channel_axes={"dense": "out"}), "'out' at 'dense'"),
-    "hold": (dict(hold=0), "hold must be a number of steps, an int >= 1, got 0"),
+    "hold": (dict(hold=0), "hold.*0"),
     "layer_rate": (dict(layer_rate=2), "layer_rate must be a drop probability.*2"),
     "no key": (dict(key=None), r"key is missing.*key=jax.random.key\(0\)"),
     "float key": (dict(key=0.5), "key must be an int or a JAX key, got 0.5"),
@@ -42,11 +42,14 @@ AT_CONSTRUCTION = {
     "channel_choice": (dict(channel_choice="block"), "channel_choice must be one of.*'block'"),
     "rescale": (dict(rescale=True), "rescale must be one of.*True"),
     "other_layers": (
-        dict(layer_choice="one", other_layers="frozen"),
-        "other_layers must be one of.*'frozen'",
+        dict(layer_choice="one", other_layers="still"),
+        "other_layers must be one of.*'still'",
     ),
-    "other_layers alone": (dict(other_layers="still"), "other_layers='still'.*layer_choice='one'"),
-    "layer_weights alone": (dict(layer_weights="size"), "layer_weights='size'.*only with"),
+    "other_layers alone": (
+        dict(other_layers="frozen"),
+        "other_layers='frozen'.*layer_choice='one'",
+    ),
+    "layer_weights alone": (dict(layer_weights="size"), "layer_weights='size'.*layer_choice='one'"),
     "layer_weights name": (
         dict(layer_choice="one", layer_weights="sizes"),
         "layer_weights must be one of.*'sizes'",
@@ -63,7 +66,7 @@ AT_CONSTRUCTION = {
         dict(layer_choice="one", layer_weights={"a": 0.0}),
         "layer_weights must have a positive sum",
     ),
-    "window_groups alone": (dict(window_groups=2), "window_groups=2.*only with"),
+    "window_groups alone": (dict(window_groups=2), "window_groups=2.*channel_choice='window'"),
     "window_groups zero": (
         dict(channel_choice="window", window_groups=0),
         "window_groups must be an int >= 1, got 0",
@@ -139,7 +142,7 @@ ON_A_TREE = {
     "weights too many": (
         DENSE,
         dict(layer_choice="one", layer_weights={"dense/kernel": 1.0, "head/kernel": 1.0}),
-        "weight for 'head/kernel', which is no layer",
+        "weight for 'head/kernel'",
     ),
     "one layer of a part": (
         DENSE | {"head": optax.MaskedNode()},
@@ -175,41 +178,38 @@ def test_mistakes_on_a_tree(tree, settings, message):
 
 @pytest.mark.bad_input
 def test_mistakes_with_a_selection():
-    policy = Policy(0.5, key=0)
-    with pytest.raises(ValueError, match="no entry for 'dense/kernel'"):
-        cdb_jax.apply_selection(DENSE, {}, policy)
-    with pytest.raises(ValueError, match=r"shape \(3,\).*needs \(4,\)"):
-        cdb_jax.apply_selection(DENSE, {"dense/kernel": np.ones(3)}, policy)
-    with pytest.raises(ValueError, match="entry for 'x', which is no leaf"):
-        cdb_jax.apply_selection(DENSE, {"dense/kernel": np.ones(4), "x": np.ones(4)}, policy)
+    selection = Policy(0.5, key=0).select(DENSE, 0)
+    with pytest.raises(ValueError, match=r"'x'.*\(4,\).*dense/kernel"):
+        selection.mask(DENSE | {"x": np.ones(4)})
+    with pytest.raises(ValueError, match=r"'dense/kernel'.*\(2, 3\).*\(3, 4\)"):
+        selection.mask({"dense": {"kernel": np.ones((2, 3))}})
+    with pytest.raises(TypeError, match="selection.*got 3"):
+        drop = channel_drop_back(0.5, key=0)
+        drop.update(DENSE, drop.init(DENSE), selection=3)
 
 
 @pytest.mark.bad_input
 def test_mistakes_with_a_policy():
     policy = Policy(0.5, key=0)
-    with pytest.raises(TypeError, match="layer_rate=0.5 was given beside a Policy"):
+    with pytest.raises(TypeError, match="layer_rate=0.5.*Policy"):
         channel_drop_back(policy, layer_rate=0.5)
-    with pytest.raises(ValueError, match="got 30; to drop 30 % give 0.3, to keep 30 % 0.7"):
+    with pytest.raises(ValueError, match="rate.*got 30"):
         Policy(30, key=0)
-    with pytest.raises(TypeError, match="opt_state is an optimizer; give its state"):
-        cdb_jax.selection_count(optax.adam(1e-3))
-    with pytest.raises(ValueError, match="leave nothing to drop.*take a pattern out of exempt"):
+    with pytest.raises(ValueError, match="exempt=.*leave nothing to drop"):
         cdb_jax.channel_report(DENSE, Policy(0.5, key=0, exempt=("*",)))
-    with pytest.raises(TypeError, match="inject_hyperparams gives .* and no Policy"):
+    with pytest.raises(TypeError, match="inject_hyperparams.* and no Policy"):
         optax.inject_hyperparams(channel_drop_back)(policy).init(DENSE)
-    with pytest.raises(TypeError, match="policy must be a cdb_jax.Policy, got 0.3"):
-        cdb_jax.channel_report(DENSE, 0.3)
-    with pytest.raises(TypeError, match="policy must be a cdb_jax.Policy, got .*in its place") as e:
+    with pytest.raises(TypeError, match="policy must be a cdb_jax.Policy") as caught:
         cdb_jax.channel_report(policy, {str(i): DENSE for i in range(100)})
-    assert len(str(e.value)) < 300
-    with pytest.raises(TypeError, match="rate is an optax transformation; give the Policy"):
-        cdb_jax.value_and_grad(jnp.sum, channel_drop_back(policy))
-    with pytest.raises(ValueError, match="opt_state has no count: it is no optimizer state, or"):
+    assert len(str(caught.value)) < 300
+    with pytest.raises(TypeError, match="rate is an optax transformation"):
+        channel_drop_back(channel_drop_back(policy))
+    with pytest.raises(ValueError, match="opt_state"):
         cdb_jax.selection_count(DENSE)
     with pytest.raises(ValueError, match="total_steps must be an int >= 1, got 0"):
-        cdb_jax.released_layer_rate(0)
+        cdb_jax.presets.released_layer_rate(0)
     with pytest.raises(ValueError, match="final must be a drop probability.*1.3"):
-        cdb_jax.released_layer_rate(10, final=1.3)
+        cdb_jax.presets.released_layer_rate(10, final=1.3)
 
 
 def test_channel_drop_back_and_policy_take_the_same_arguments():
@@ -251,46 +251,35 @@ def test_other_keys_differ_and_policies_can_be_changed():
 PARAMS = {"kernel": jnp.ones((2, 4))}
 POLICY = cdb_jax.Policy(0.5, key=0, channel_choice="window")
 LOSS = lambda params: jnp.sum(params["kernel"])
-COUNTS = {
-    1.5: "TypeError: count must be the step, an int or an integer scalar, got 1.5; use count=step",
-    True: "TypeError: count must be the step",
-    "state": "TypeError: count must be the step",
-    "array": "TypeError: count must be the step",
-    -1: "ValueError: count=-1 is not in .0, 2..32.; count steps from 0",
-    2**32: "ValueError: count=4294967296 is not in",
+STEPS = {
+    1.5: (TypeError, "step.*1.5"),
+    True: (TypeError, "step.*True"),
+    "state": (TypeError, "step.*ScaleByAdamState"),
+    "array": (TypeError, r"step.*\[0, 1\]"),
+    -1: (ValueError, "step=-1"),
+    2**32: (ValueError, "step=4294967296"),
 }
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize("count", COUNTS, ids=str)
-def test_a_count_that_is_no_step(count):
-    name, _, message = COUNTS[count].partition(": ")
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_a_count_that_is_no_step(step):
+    error, message = STEPS[step]
     values = {"state": optax.adam(0.1).init(PARAMS), "array": jnp.arange(2)}
-    count = values.get(count, count)
-    calls = [
-        lambda: cdb_jax.sample_selection(POLICY, PARAMS, count),
-        lambda: cdb_jax.dropped_fraction(POLICY, PARAMS, count),
-        lambda: cdb_jax.value_and_grad(LOSS, POLICY)(PARAMS, count=count),
-    ]
-    for call in calls:
-        with pytest.raises((TypeError, ValueError), match=message) as caught:
-            call()
-        assert caught.type.__name__ == name
+    with pytest.raises(error, match=message):
+        POLICY.select(PARAMS, values.get(step, step))
 
 
 @pytest.mark.bad_input
 def test_arguments_in_each_others_place():
     for module in (cdb_jax, cdb_jax.nnx):
-        with pytest.raises(TypeError, match="fun must be .*; the policy is the second argument"):
-            module.value_and_grad(POLICY, LOSS)
-    calls = [
-        lambda: cdb_jax.sample_selection(0.5, PARAMS, 0),
-        lambda: cdb_jax.dropped_fraction(0.5, PARAMS, 0),
-        lambda: cdb_jax.apply_selection(PARAMS, {}, 0.5),
+        with pytest.raises(TypeError, match="fun must be .*Policy"):
+            module.value_and_grad(POLICY)
+    for call in (
         lambda: cdb_jax.channel_report(PARAMS, 0.5),
-    ]
-    for call in calls:
-        with pytest.raises(TypeError, match=r"policy must be a cdb_jax.Policy, got 0.5; write Pol"):
+        lambda: cdb_jax.freeze_dropped(optax.sgd(0.1), 0.5),
+    ):
+        with pytest.raises(TypeError, match="policy must be .*0.5"):
             call()
 
 

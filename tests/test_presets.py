@@ -1,5 +1,6 @@
 """The rules of the published variants."""
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ TREE = {
 
 
 def layer_drop_back(**settings):
-    return cdb_jax.layer_drop_back(key=0, steps_per_epoch=10, exempt=("head",), **settings)
+    return cdb_jax.presets.layer_drop_back(key=0, steps_per_epoch=10, exempt=("head",), **settings)
 
 
 def test_layer_drop_back_takes_every_tensor_whole():
@@ -25,7 +26,7 @@ def test_layer_drop_back_takes_every_tensor_whole():
     tx = cdb_jax.channel_drop_back(policy)
     learns = []
     for count in range(10, 20):
-        selection = cdb_jax.sample_selection(policy, TREE, count)
+        selection = policy.select(TREE, count).factors
         assert {path: x.shape for path, x in selection.items()} == {
             "blocks/fc/kernel": (4, 1),
             "blocks/fc/bias": (4, 1),
@@ -74,10 +75,9 @@ def test_layer_drop_back_skips_whole_layers():
         "head": {"unused": jnp.ones(3)}
     }
     for count in (0, 11, 12):
-        gradient = cdb_jax.grad(loss, policy)(tree, x, count=count)
+        gradient = drawn.grad(loss, policy)(tree, x, step=count)
         full = jax.grad(loss)(tree, x)
-        selection = cdb_jax.sample_selection(policy, tree, count)
-        expected = cdb_jax.apply_selection(full, selection, policy)
+        expected = policy.select(tree, count).mask(full)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), gradient, expected
         )
@@ -90,21 +90,19 @@ def test_layer_drop_back_skips_whole_layers():
 def test_schedules_on_every_nth_epoch():
     cosine = optax.cosine_decay_schedule(0.1, 40)
     doubled = lambda count: 2 * cosine(count)
-    schedule = cdb_jax.every_nth_epoch(doubled, cosine, steps_per_epoch=10)
+    schedule = cdb_jax.presets.every_nth_epoch(doubled, cosine, steps_per_epoch=10)
     factors = [float(schedule(step) / cosine(step)) for step in range(39)]
     expected = [2.0 if step // 10 % 2 else 1.0 for step in range(39)]
     np.testing.assert_allclose(factors, expected, rtol=1e-6)
     for name in ("steps_per_epoch", "n"):
         with pytest.raises(ValueError, match=f"{name} must be an int >= 1, got 0"):
-            cdb_jax.every_nth_epoch(1.0, 0.0, **({"steps_per_epoch": 10} | {name: 0}))
+            cdb_jax.presets.every_nth_epoch(1.0, 0.0, **({"steps_per_epoch": 10} | {name: 0}))
 
 
 def test_skip_update_is_unbiased_and_leaves_the_moments_dense(standard_promotion):
     params = {"kernel": jnp.ones((3, 32))}
-    policy = cdb_jax.skip_update(0.4, key=0)
-    factors = np.array(
-        [cdb_jax.sample_selection(policy, params, step)["kernel"] for step in range(400)]
-    )
+    policy = cdb_jax.presets.skip_update(0.4, key=0)
+    factors = np.array([policy.select(params, step).factors["kernel"] for step in range(400)])
     kept = 0.6 + 0.4**32
     assert set(np.unique(factors)) == {np.float32(0.0), np.float32(1 / kept)}
     error = np.sqrt((1 / kept - 1) / factors.size)
@@ -137,7 +135,7 @@ def test_mistakes(settings, message):
 def test_stacks_that_are_not_there():
     policy = layer_drop_back(stack={"layers": 0})
     with pytest.raises(ValueError, match="spec at 'layers', where the updates have nothing"):
-        cdb_jax.sample_selection(policy, TREE, 0)
+        policy.select(TREE, 0)
     policy = layer_drop_back(stack={"blocks": (0, 2)})
     with pytest.raises(ValueError, match="axis 2 is out of range for 'blocks/fc/bias'"):
-        cdb_jax.sample_selection(policy, TREE, 0)
+        policy.select(TREE, 0)

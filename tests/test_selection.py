@@ -1,7 +1,5 @@
 """What is drawn: probabilities, rescaling, and what a draw may depend on."""
 
-import functools
-
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import cdb_jax
-from cdb_jax import Axes, Policy, sample_selection
+from cdb_jax import Axes, Policy
 
 DRAWS = 4000
 
@@ -21,7 +19,7 @@ def dense(*shape):
 
 
 def draws(policy, tree, number=DRAWS):
-    sample = jax.jit(jax.vmap(lambda count: sample_selection(policy, tree, count)))
+    sample = jax.jit(jax.vmap(lambda count: policy.select(tree, count).factors))
     return jax.tree.map(np.asarray, sample(jnp.arange(number)))
 
 
@@ -115,7 +113,7 @@ def test_factors_are_finite_and_shaped(rate, layer_rate, width, choice, rescale,
     settings = dict(key=key, layer_rate=layer_rate, channel_choice=choice, rescale=rescale)
     tree = {"a": {"kernel": jnp.zeros((2, width))}, "b": {"kernel": jnp.zeros((3, width, 2))}}
     spec = {"a": -1, "b": Axes(1, stack=0)}
-    selection = sample_selection(Policy(rate, channel_axes=spec, **settings), tree, 3)
+    selection = Policy(rate, channel_axes=spec, **settings).select(tree, 3).factors
     assert selection["a/kernel"].shape == (width,)
     assert selection["b/kernel"].shape == (3, width)
     for factors in selection.values():
@@ -150,7 +148,7 @@ def test_others_stand_still():
         "b": dense(2, 6),
         "head": dense(6, 2) | {"bias": jax.ShapeDtypeStruct((2,), jnp.float32)},
     }
-    policy = cdb_jax.algorithm_1(0.5, key=7, other_layers="still", exempt=("head",))
+    policy = cdb_jax.presets.algorithm_1(0.5, key=7, other_layers="frozen", exempt=("head",))
     selection = draws(policy, tree, 200)
     assert set(selection) == {"a/kernel", "b/kernel", "a/bias"}
     assert (selection["a/bias"] == 0).all()
@@ -161,7 +159,7 @@ def test_others_stand_still():
 def test_stacked_layers_draw_each_for_itself():
     tree = dense(50, 3, 8)
     policy = Policy(0.5, key=8, channel_axes=Axes(-1, stack=0), channel_choice="exact")
-    factors = np.asarray(sample_selection(policy, tree, 0)["kernel"])
+    factors = np.asarray(policy.select(tree, 0).factors["kernel"])
     assert factors.shape == (50, 8)
     assert len(np.unique(factors, axis=0)) > 20
 
@@ -199,17 +197,15 @@ def same(x, y):
 @pytest.mark.parametrize("choice", CHOICES)
 def test_nothing_but_key_count_and_layer(choice):
     policy = policy_for(choice)
-    whole = sample_selection(policy, MODEL, 5)
-    alone = sample_selection(policy, {"b": MODEL["b"]}, 5)
+    whole = policy.select(MODEL, 5).factors
+    alone = policy.select({"b": MODEL["b"]}, 5).factors
     np.testing.assert_array_equal(alone["b/kernel"], whole["b/kernel"])
-    masked = sample_selection(policy, MODEL | {"a": optax.MaskedNode()}, 5)
+    masked = policy.select(MODEL | {"a": optax.MaskedNode()}, 5).factors
     np.testing.assert_array_equal(masked["c/kernel"], whole["c/kernel"])
     cut = Policy(0.4, key=0, channel_choice=choice, layer_rate=0.7, rescale="realized", root="b")
-    np.testing.assert_array_equal(
-        sample_selection(cut, MODEL["b"], 5)["b/kernel"], whole["b/kernel"]
-    )
+    np.testing.assert_array_equal(cut.select(MODEL["b"], 5).factors["b/kernel"], whole["b/kernel"])
     assert any(
-        not np.array_equal(whole[path], sample_selection(policy_for(choice, 1), MODEL, 5)[path])
+        not np.array_equal(whole[path], policy_for(choice, 1).select(MODEL, 5).factors[path])
         for path in whole
     )
 
@@ -217,8 +213,8 @@ def test_nothing_but_key_count_and_layer(choice):
 @pytest.mark.parametrize("choice", CHOICES)
 def test_jit_x64_partitionable_and_default_implementation_change_nothing(choice):
     policy = policy_for(choice)
-    expected = sample_selection(policy, MODEL, 5)
-    sample = functools.partial(sample_selection, policy, MODEL)
+    expected = policy.select(MODEL, 5).factors
+    sample = lambda step: policy.select(MODEL, step).factors
     same(jax.jit(sample)(5), expected)
     with jax.enable_x64(True):
         same(jax.jit(sample)(5), expected)
@@ -226,7 +222,7 @@ def test_jit_x64_partitionable_and_default_implementation_change_nothing(choice)
         with jax.threefry_partitionable(partitionable):
             same(jax.jit(sample)(5), expected)
     with jax.default_prng_impl("rbg"):
-        same(sample_selection(policy_for(choice), MODEL, 5), expected)
+        same(policy_for(choice).select(MODEL, 5).factors, expected)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
@@ -234,8 +230,8 @@ def test_every_number_of_devices_draws_the_same(devices):
     policy = policy_for("exact")
     mesh = jax.make_mesh((devices,), ("x",), devices=jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        selection = jax.jit(functools.partial(sample_selection, policy, MODEL))(5)
-    same(selection, sample_selection(policy, MODEL, 5))
+        selection = jax.jit(lambda step: policy.select(MODEL, step).factors)(5)
+    same(selection, policy.select(MODEL, 5).factors)
     for factors in jax.tree.leaves(selection):
         shards = [np.asarray(shard.data) for shard in factors.addressable_shards]
         assert all(np.array_equal(shard, shards[0]) for shard in shards)
@@ -244,7 +240,7 @@ def test_every_number_of_devices_draws_the_same(devices):
 def test_traced_keys_and_rates():
     keys = jax.random.split(jax.random.key(0), 3)
     rates = jnp.array([0.2, 0.5, 0.8])
-    sample = lambda key, rate: sample_selection(Policy(rate, key=key), MODEL, 2)
+    sample = lambda key, rate: Policy(rate, key=key).select(MODEL, 2).factors
     batched = jax.jit(jax.vmap(sample))(keys, rates)
     for i in range(3):
         alone = sample(keys[i], float(rates[i]))
@@ -257,7 +253,7 @@ def test_schedules_follow_the_count():
     policy = Policy(schedule, key=0)
     tree = dense(2, 4000)
     for count in (0, 3, 10):
-        kept = np.asarray(sample_selection(policy, tree, count)["kernel"]).mean()
+        kept = np.asarray(policy.select(tree, count).factors["kernel"]).mean()
         assert abs(kept - (1 - count / 10)) < 4 * np.sqrt(0.25 / 4000)
 
 
@@ -265,13 +261,13 @@ def test_scheduled_layer_rate():
     two_steps = lambda count: jnp.where(count < 2, 1.0, 0.0)
     policy = Policy(0.5, key=0, layer_rate=two_steps, channel_choice="exact")
     dropped = [
-        int((np.asarray(sample_selection(policy, dense(2, 8), count)["kernel"]) == 0).sum())
+        int((np.asarray(policy.select(dense(2, 8), count).factors["kernel"]) == 0).sum())
         for count in range(4)
     ]
     assert dropped == [4, 4, 0, 0]
 
 
 def test_released_schedule():
-    schedule = cdb_jax.released_layer_rate(200)
+    schedule = cdb_jax.presets.released_layer_rate(200)
     values = [float(schedule(count)) for count in (0, 59, 60, 119, 120, 10_000)]
     np.testing.assert_allclose(values, [0.03, 0.03, 0.15, 0.15, 0.3, 0.3], rtol=1e-6)

@@ -4,6 +4,7 @@ import functools
 import logging
 
 import chex
+import drawn
 import equinox as eqx
 import hypothesis
 import hypothesis.strategies as st
@@ -27,17 +28,17 @@ def window(rate=0.5, **settings):
 
 def check(loss, params, policy, *args, counts=3, rtol=1e-5, skips=None):
     """Compares with the masked full gradient, and what is skipped with what should be."""
-    skipping = jax.jit(cdb_jax.value_and_grad(loss, policy))
+    skipping = jax.jit(drawn.value_and_grad(loss, policy))
     full_value, full = jax.jit(jax.value_and_grad(loss))(params, *args)
 
     @jax.jit
     def masked(count):
-        selection = cdb_jax.sample_selection(policy, full, count)
-        return selection, cdb_jax.apply_selection(full, selection, policy)
+        selection = policy.select(full, count)
+        return selection.factors, selection.mask(full)
 
     distinct = set()
     for count in range(counts):
-        value, gradient = skipping(params, *args, count=count)
+        value, gradient = skipping(params, *args, step=count)
         selection, expected = masked(count)
         np.testing.assert_allclose(value, full_value, rtol=rtol)
         chex.assert_trees_all_equal_shapes_and_dtypes(gradient, full)
@@ -74,14 +75,16 @@ POLICIES = {
     "shared with bias": window(share_with_bias=True),
     "some layers": window(layer_rate=0.5),
     "some layers, input": window(layer_rate=0.5, channel_axes=cdb_jax.input_channels),
-    "scheduled layers": window(layer_rate=lambda count: 0.3 + 0.1 * (count % 3)),
+    "scheduled layers": window(
+        layer_rate=lambda step: jnp.float32(0.1) * (3 + step % 3).astype(jnp.float32)
+    ),
     "whole layers": cdb_jax.Policy(1.0, key=0, layer_rate=0.5),
     "whole layers, rescaled": cdb_jax.Policy(1.0, key=0, layer_rate=0.5, rescale="expected"),
     "one": window(layer_choice="one"),
-    "one, others still": window(layer_choice="one", other_layers="still"),
-    "one in full": cdb_jax.Policy(0.0, key=0, layer_choice="one", other_layers="still"),
+    "one, others still": window(layer_choice="one", other_layers="frozen"),
+    "one in full": cdb_jax.Policy(0.0, key=0, layer_choice="one", other_layers="frozen"),
     "one, sometimes in part": window(
-        layer_choice="one", other_layers="still", layer_rate=0.5, exempt=("conv",)
+        layer_choice="one", other_layers="frozen", layer_rate=0.5, exempt=("conv",)
     ),
 }
 
@@ -219,7 +222,7 @@ STACKED = {
     [
         window(channel_axes=STACKED),
         window(channel_axes=STACKED, layer_rate=0.5),
-        window(channel_axes=STACKED, layer_choice="one", other_layers="still"),
+        window(channel_axes=STACKED, layer_choice="one", other_layers="frozen"),
         cdb_jax.Policy(0.5, key=0, channel_choice="exact", channel_axes=STACKED),
     ],
     ids=["window", "layers", "one", "exact"],
@@ -595,8 +598,8 @@ def test_nnx_value_and_grad(standard_promotion):
 
     @nnx.jit
     def skip(model, x, count):
-        (value, _), gradient = cdb_jax.nnx.value_and_grad(loss, policy, has_aux=True)(
-            model, x, count=count
+        (value, _), gradient = drawn.nnx_value_and_grad(loss, policy, has_aux=True)(
+            model, x, step=count
         )
         return value, gradient
 
@@ -608,8 +611,8 @@ def test_nnx_value_and_grad(standard_promotion):
     for count in range(4):
         value, gradient = skip(ours, x, jnp.int32(count))
         other, whole = full(theirs, x)
-        selection = cdb_jax.sample_selection(policy, whole, count)
-        expected = cdb_jax.apply_selection(whole, selection, policy)
+        selection = policy.select(whole, count)
+        expected = selection.mask(whole)
         np.testing.assert_allclose(value, other, rtol=1e-5)
         chex.assert_trees_all_close(gradient, expected, rtol=1e-4, atol=1e-6)
         changed = nnx.Any(nnx.BatchStat, nnx.RngCount)
@@ -626,16 +629,16 @@ def test_nnx_models_in_trees_and_by_name(standard_promotion):
 
     images = normal(0, 4, 6, 6, 3)
     before = noisy.norm.mean[...]
-    value, gradient = cdb_jax.nnx.value_and_grad(loss, policy)(
-        models, images, extra={"noisy": noisy}, count=1
+    value, gradient = drawn.nnx_value_and_grad(loss, policy)(
+        models, images, extra={"noisy": noisy}, step=1
     )
     assert jnp.any(noisy.norm.mean[...] != before)
     noisy = Noisy(nnx.Rngs(0))
     expected, whole = nnx.value_and_grad(loss)(models, images, extra={"noisy": noisy})
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    selection = cdb_jax.sample_selection(policy, whole, 1)
-    assert set(selection) == {"encoder/kernel", "decoder/0/kernel"}
-    whole = cdb_jax.apply_selection(whole, selection, policy)
+    selection = policy.select(whole, 1)
+    assert set(selection.factors) == {"encoder/kernel", "decoder/0/kernel"}
+    whole = selection.mask(whole)
     chex.assert_trees_all_close(gradient, whole, rtol=1e-4, atol=1e-6)
 
 
@@ -644,30 +647,30 @@ def test_nnx_filters_and_mistakes(standard_promotion):
     model, x, policy = Noisy(nnx.Rngs(0)), normal(0, 4, 6, 6, 3), window()
     loss = lambda scale, model, x: scale * jnp.mean(model(x) ** 2)
     kernels = nnx.DiffState(1, nnx.All(nnx.Param, nnx.PathContains("kernel")))
-    gradient = cdb_jax.nnx.grad(loss, policy, argnums=kernels)(2.0, model, x, count=0)
+    gradient = drawn.nnx_grad(loss, policy, argnums=kernels)(2.0, model, x, step=0)
     assert set(gradient) == {"conv", "head"} and set(gradient["conv"]) == {"kernel"}
     by_path = nnx.DiffState(1, lambda path, x: path[0] == "conv" and isinstance(x, nnx.Param))
-    assert set(cdb_jax.nnx.grad(loss, policy, argnums=by_path)(2.0, model, x, count=0)) == {"conv"}
-    (several,) = cdb_jax.nnx.grad(loss, policy, argnums=(1,))(2.0, model, x, count=0)
+    assert set(drawn.nnx_grad(loss, policy, argnums=by_path)(2.0, model, x, step=0)) == {"conv"}
+    (several,) = drawn.nnx_grad(loss, policy, argnums=(1,))(2.0, model, x, step=0)
     assert set(several) == {"conv", "head", "norm"}
     for argnums, args in ((1, (model,)), (1, ({"student": model},)), ((0, 1), (model,))):
         with pytest.raises(TypeError, match="names an nnx.Module.*use cdb_jax.nnx.value_and_grad"):
-            cdb_jax.grad(loss, policy, argnums=argnums)(2.0, *args, x, count=0)
+            drawn.grad(loss, policy, argnums=argnums)(2.0, *args, x, step=0)
     with pytest.raises(TypeError, match="params is an nnx.Module.*use cdb_jax.nnx.channel_report"):
-        cdb_jax.channel_report(model, policy)
+        cdb_jax.channel_report(model, policy, loss)
 
     def adds(model, x):
         model.extra = nnx.Param(jnp.ones(3))
         return jnp.mean(model(x))
 
     with pytest.raises(ValueError, match="new variables"):
-        cdb_jax.nnx.grad(adds, policy)(model, x, count=0)
+        drawn.nnx_grad(adds, policy)(model, x, step=0)
     with pytest.raises(ValueError, match="names no NNX model"):
-        cdb_jax.nnx.grad(loss, policy)(2.0, model, x, count=0)
+        cdb_jax.nnx.grad(loss)(2.0, model, x, selection=policy.select(model, 0))
     with pytest.raises(ValueError, match="nothing but models"):
-        cdb_jax.nnx.grad(loss, policy)((model, 2.0), model, x, count=0)
-    with pytest.raises(TypeError, match="argument called count"):
-        cdb_jax.nnx.grad(lambda model, count: 0.0, policy)
+        cdb_jax.nnx.grad(loss)((model, 2.0), model, x, selection=policy.select(model, 0))
+    with pytest.raises(TypeError, match="argument called selection"):
+        drawn.nnx_grad(lambda model, selection: 0.0, policy)
 
 
 # What is not done, counted in compiled programs.
@@ -692,7 +695,7 @@ def mlp_params(depth=4, width=64):
 def test_flops(rate, axes):
     params, x = mlp_params(), normal(9, 256, 64)
     full = flops(jax.value_and_grad(mlp), params, x)
-    skip = flops(cdb_jax.value_and_grad(mlp, window(rate, channel_axes=axes)), params, x, count=0)
+    skip = flops(drawn.value_and_grad(mlp, window(rate, channel_axes=axes)), params, x, step=0)
     # Of three products for each layer, but two for the first, one is done in part.
     assert skip / full < 1 - 4 * rate / 11 + 0.02
 
@@ -711,7 +714,7 @@ def test_input_channels_store_the_kept_part_only():
     )
     full = memory(jax.grad(loss))
     policy = window(0.75, channel_axes=cdb_jax.input_channels)
-    assert memory(cdb_jax.grad(loss, policy), count=0) < 0.8 * full
+    assert memory(drawn.grad(loss, policy), step=0) < 0.8 * full
 
 
 def test_nothing_below_the_lowest_layer_that_learns():
@@ -733,12 +736,12 @@ def test_nothing_below_the_lowest_layer_that_learns():
             x = jnp.tanh(watch(x) @ layer["kernel"])
         return jnp.mean(x**2)
 
-    policy = cdb_jax.Policy(0.0, key=0, layer_choice="one", other_layers="still")
+    policy = cdb_jax.Policy(0.0, key=0, layer_choice="one", other_layers="frozen")
     params, x = mlp_params(), normal(9, 8, 64)
-    step = jax.jit(cdb_jax.grad(loss, policy))
+    step = jax.jit(drawn.grad(loss, policy))
     for count in range(8):
         seen.clear()
-        gradient = jax.block_until_ready(step(params, x, count=count))
+        gradient = jax.block_until_ready(step(params, x, step=count))
         jax.effects_barrier()
         learns = [bool(np.any(gradient[name]["kernel"])) for name in gradient]
         assert sum(learns) == 1
@@ -755,20 +758,18 @@ def test_auxiliary_data_argnums_and_grad():
         return jnp.mean(y**power), {"mean": y.mean(), "name": "anything", "none": None}
 
     params, x, policy = {"kernel": normal(0, 4, 6)}, normal(1, 3, 4), window()
-    both = cdb_jax.value_and_grad(loss, policy, argnums=1, has_aux=True)
-    (value, aux), gradient = both(2.0, params, x, power=2, count=1)
+    both = drawn.value_and_grad(loss, policy, argnums=1, has_aux=True)
+    (value, aux), gradient = both(2.0, params, x, power=2, step=1)
     assert aux["name"] == "anything" and aux["none"] is None
     np.testing.assert_allclose(aux["mean"], jnp.mean(2 * x @ params["kernel"]), rtol=1e-5)
-    only, same = cdb_jax.grad(loss, policy, argnums=1, has_aux=True)(
-        2.0, params, x, power=2, count=1
-    )
+    only, same = drawn.grad(loss, policy, argnums=1, has_aux=True)(2.0, params, x, power=2, step=1)
     chex.assert_trees_all_equal(only, gradient)
     assert same["name"] == "anything"
 
     alone = window(exempt=("1",))
-    several = cdb_jax.value_and_grad(loss, alone, argnums=(1, 2), has_aux=True)
+    several = drawn.value_and_grad(loss, alone, argnums=(1, 2), has_aux=True)
     with jax.numpy_dtype_promotion("standard"):
-        _, (first, second) = several(2.0, params, x, power=2, count=1)
+        _, (first, second) = several(2.0, params, x, power=2, step=1)
     assert first["kernel"].shape == (4, 6) and second.shape == (3, 4)
 
 
@@ -777,8 +778,8 @@ def test_higher_derivatives():
     policy = window()
     params, x = {"kernel": normal(0, 3, 4)}, normal(1, 5, 3)
     loss = lambda params: jnp.sum(jnp.sin(x @ params["kernel"]))
-    gradient = lambda params: cdb_jax.grad(loss, policy)(params, count=2)
-    mask = cdb_jax.sample_selection(policy, params, 2)["kernel"]
+    gradient = lambda params: drawn.grad(loss, policy)(params, step=2)
+    mask = policy.select(params, 2).factors["kernel"]
     masked = lambda params: jax.tree.map(lambda g: g * mask[None], jax.grad(loss)(params))
     for derivative in (jax.jacfwd, jax.jacrev):
         chex.assert_trees_all_close(derivative(gradient)(params), derivative(masked)(params))
@@ -788,65 +789,72 @@ def test_vmap_over_models():
     policy = window(layer_rate=0.5)
     params, x = {"kernel": normal(0, 3, 4, 6)}, normal(1, 5, 4)
     loss = lambda params, x: jnp.mean((x @ params["kernel"]) ** 2)
-    each = lambda params: cdb_jax.grad(loss, policy)(params, x, count=0)["kernel"]
+    each = lambda params: drawn.grad(loss, policy)(params, x, step=0)["kernel"]
     together = jax.vmap(each)(params)
     for i in range(3):
         np.testing.assert_allclose(together[i], each({"kernel": params["kernel"][i]}), rtol=1e-5)
 
 
-def test_swaps_with_the_transformation():
-    """A loop with one `value_and_grad` trains as a loop with the other and the transformation."""
-    policy = window(rescale="expected", layer_rate=0.7)
+@pytest.mark.parametrize("rescale", ["none", "expected", "realized"])
+@pytest.mark.parametrize("one", [False, True])
+def test_adding_it_to_a_loop_changes_the_time_alone(rescale, one):
+    """With `channel_drop_back` and `freeze_dropped` in the loop, for every rescaling."""
+    settings = dict(layer_choice="one", other_layers="frozen") if one else {}
+    policy = window(rescale=rescale, layer_rate=0.7, **settings)
     x = normal(9, 8, 64)
+    drop = cdb_jax.channel_drop_back(policy)
+    tx = optax.chain(drop, cdb_jax.freeze_dropped(optax.adam(1e-3), policy))
 
-    def train(value_and_grad, tx):
+    def train(skips):
+        @jax.jit
+        def step(params, state, count):
+            selection = policy.select(params, count)
+            if skips:
+                _, grads = cdb_jax.value_and_grad(mlp)(params, x, selection=selection)
+            else:
+                _, grads = jax.value_and_grad(mlp)(params, x)
+            given = {"selection": selection} if skips else {}
+            updates, state = tx.update(grads, state, params, **given)
+            return optax.apply_updates(params, updates), state
+
         params = mlp_params()
         state = tx.init(params)
-        for _ in range(5):
-            _, grads = value_and_grad(params, x, state)
-            updates, state = tx.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-        return params
+        for count in range(5):
+            params, state = step(params, state, count)
+        return params, state
 
     with jax.numpy_dtype_promotion("standard"):
-        masked = train(
-            jax.jit(lambda p, x, state: jax.value_and_grad(mlp)(p, x)),
-            optax.chain(cdb_jax.channel_drop_back(policy), optax.adam(1e-3)),
-        )
-        skipped = train(
-            jax.jit(
-                lambda p, x, state: cdb_jax.value_and_grad(mlp, policy)(
-                    p, x, count=cdb_jax.selection_count(state)
-                )
-            ),
-            optax.adam(1e-3),
-        )
-    chex.assert_trees_all_close(masked, skipped, atol=2e-5)
+        chex.assert_trees_all_close(train(False), train(True), atol=2e-5)
 
 
 def test_gradient_accumulation_shares_the_selection():
-    policy, tx = window(), optax.MultiSteps(optax.adam(1e-3), 3)
+    policy = window()
+    inner = optax.chain(cdb_jax.channel_drop_back(policy), optax.adam(1e-3))
+    tx = optax.MultiSteps(inner, 3)
     params, x = mlp_params(2), normal(9, 8, 64)
     with jax.numpy_dtype_promotion("standard"):
         state, counts = tx.init(params), []
         for _ in range(6):
             counts.append(int(cdb_jax.selection_count(state)))
-            grads = cdb_jax.grad(mlp, policy)(params, x, count=counts[-1])
+            grads = drawn.grad(mlp, policy)(params, x, step=counts[-1])
             _, state = tx.update(grads, state, params)
     assert counts == [0, 0, 0, 1, 1, 1]
+
+
+DROP = cdb_jax.channel_drop_back(0.5, key=0)
 
 
 @pytest.mark.parametrize(
     "tx",
     [
-        optax.adamw(optax.constant_schedule(1e-3)),
-        optax.chain(cdb_jax.channel_drop_back(0.5, key=0), optax.adam(1e-3)),
-        optax.MultiSteps(optax.chain(optax.adam(1e-3)), 1),
-        optax.apply_if_finite(optax.adam(1e-3), 2),
-        optax.inject_hyperparams(optax.adam)(1e-3),
-        optax.partition({"a": optax.adam(1e-3)}, {"kernel": "a"}),
+        optax.chain(DROP, optax.adamw(optax.constant_schedule(1e-3))),
+        cdb_jax.freeze_dropped(optax.adam(1e-3), window()),
+        optax.MultiSteps(optax.chain(DROP, optax.adam(1e-3)), 1),
+        optax.apply_if_finite(DROP, 2),
+        optax.inject_hyperparams(cdb_jax.channel_drop_back)(0.5, key=0),
+        optax.partition({"a": DROP}, {"kernel": "a"}),
     ],
-    ids=["adamw", "chain", "multi_steps", "if_finite", "inject", "partition"],
+    ids=["chain", "frozen", "multi_steps", "if_finite", "inject", "partition"],
 )
 def test_selection_count(tx, standard_promotion):
     params = {"kernel": jnp.ones((2, 4))}
@@ -859,7 +867,7 @@ def test_selection_count(tx, standard_promotion):
 
 def test_selection_count_of_nnx():
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, optax.chain(DROP, optax.adam(1e-3)), wrt=nnx.Param)
     assert cdb_jax.selection_count(optimizer.opt_state) == 0
 
 
@@ -872,42 +880,27 @@ def test_x64(standard_promotion):
 
 
 def test_no_tracer_leaks_and_no_host_sync():
-    policy, x = window(layer_choice="one", other_layers="still"), normal(9, 8, 64)
+    policy, x = window(layer_choice="one", other_layers="frozen"), normal(9, 8, 64)
     with jax.checking_leaks():
-        step = jax.jit(cdb_jax.value_and_grad(lambda p, x: (mlp(p, x), x), policy, has_aux=True))
-        compiled = step.lower(mlp_params(), x, count=jnp.int32(0)).compile()
+        step = jax.jit(drawn.value_and_grad(lambda p, x: (mlp(p, x), x), policy, has_aux=True))
+        compiled = step.lower(mlp_params(), x, step=jnp.int32(0)).compile()
     params, count = mlp_params(), jnp.int32(1)
     with jax.transfer_guard("disallow"):
-        compiled(params, x, count=count)
+        compiled(params, x, step=count)
 
 
 # Mistakes.
 
 
-def test_counts_that_start_anew_are_no_steps():
+@pytest.mark.bad_input
+def test_states_without_one_count():
     params = {"kernel": jnp.ones((2, 4))}
-    plateau = optax.contrib.reduce_on_plateau()
-    tx = optax.chain(plateau, optax.adam(1e-3))
+    tx = optax.chain(DROP, optax.MultiSteps(DROP, 2).gradient_transformation())
     with jax.numpy_dtype_promotion("standard"):
-        state = tx.init(params)
-        for count in range(3):
-            assert cdb_jax.selection_count(state) == count
-            _, state = tx.update(params, state, params, value=1.0)
-    with pytest.raises(ValueError, match="no count"):
-        cdb_jax.selection_count(plateau.init(params))
-    held = optax.conditionally_transform(optax.adam(1e-3), lambda step: step % 2 == 0)
-    with pytest.raises(ValueError, match="several counts"):
-        state = optax.chain(held, optax.adam(1e-3)).init(params)
-        jax.jit(cdb_jax.selection_count)(state)
-
-
-def test_several_counts_are_an_error():
-    outside = cdb_jax.channel_drop_back(0.5, key=0)
-    tx = optax.chain(outside, optax.MultiSteps(outside, 2).gradient_transformation())
-    state = tx.init({"kernel": jnp.ones((2, 4))})
-    with pytest.raises(ValueError, match="several counts"):
-        jax.jit(cdb_jax.selection_count)(state)
-    with pytest.raises(ValueError, match="no count"):
+        _, state = tx.update(params, tx.init(params))
+    with pytest.raises(ValueError, match=r"opt_state.*\[0, 1\]"):
+        cdb_jax.selection_count(state)
+    with pytest.raises(ValueError, match="opt_state"):
         cdb_jax.selection_count(optax.sgd(1.0).init(jnp.ones(2)))
 
 
@@ -915,64 +908,69 @@ def scalar(params, x):
     return jnp.sum(x @ params["kernel"])
 
 
-def uses_count(params, x, count):
-    return scalar(params, x) * count
+def uses_selection(params, x, selection):
+    return scalar(params, x) * selection
 
 
 KERNEL, X = {"kernel": jnp.ones((2, 4))}, jnp.ones((3, 2))
-BY_POSITION = "value_and_grad\\(fun, 0.5, key=0\\)"
+CHOSEN = window().select(KERNEL, 0)
+
+
+def policy(rate, **settings):
+    return cdb_jax.Policy(rate, key=0, **settings)
 
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: cdb_jax.grad(scalar, 0.5, key=0), ValueError, "bernoulli"),
-        (lambda: cdb_jax.grad(scalar, lambda t: 0.5, key=0), TypeError, "rate must be a Python"),
-        (lambda: cdb_jax.grad(scalar, jnp.float32(0.5), key=0), TypeError, "layer_rate"),
-        (lambda: cdb_jax.grad(scalar, window(), key=1), TypeError, "beside a Policy"),
-        (lambda: cdb_jax.value_and_grad(scalar, rate=0.5, key=0), TypeError, BY_POSITION),
-        (lambda: cdb_jax.grad(scalar, rate=0.5, key=0), TypeError, BY_POSITION),
-        (lambda: cdb_jax.nnx.grad(scalar, rate=0.5, key=0), TypeError, BY_POSITION),
-        (lambda: cdb_jax.grad(uses_count, window()), TypeError, "argument called count"),
-        (lambda: cdb_jax.grad(scalar, window())(KERNEL, X), TypeError, "count is missing"),
+        (lambda: drawn.grad(scalar, policy(0.5))(KERNEL, X, step=0), ValueError, "bernoulli"),
+        (lambda: drawn.grad(scalar, policy(lambda t: 0.5))(KERNEL, X, step=0), TypeError, "rate"),
         (
-            lambda: cdb_jax.grad(lambda p, x: x @ p["kernel"], window())(KERNEL, X, count=0),
+            lambda: drawn.grad(scalar, policy(jnp.float32(0.5)))(KERNEL, X, step=0),
+            TypeError,
+            "rate.*array.*layer_rate",
+        ),
+        (lambda: cdb_jax.grad(uses_selection), TypeError, "argument called selection"),
+        (lambda: cdb_jax.grad(scalar)(KERNEL, X), TypeError, "selection is missing"),
+        (lambda: cdb_jax.grad(scalar)(KERNEL, X, selection=0), TypeError, "selection.*got 0"),
+        (
+            lambda: drawn.grad(lambda p, x: x @ p["kernel"], window())(KERNEL, X, step=0),
             TypeError,
             r"float scalar, got shape \(3, 4\)",
         ),
         (
-            lambda: cdb_jax.grad(lambda p, x: (scalar(p, x), x), window())(KERNEL, X, count=0),
+            lambda: drawn.grad(lambda p, x: (scalar(p, x), x), window())(KERNEL, X, step=0),
             TypeError,
             "has_aux=True",
         ),
         (
-            lambda: cdb_jax.grad(scalar, window(), has_aux=True)(KERNEL, X, count=0),
+            lambda: drawn.grad(scalar, window(), has_aux=True)(KERNEL, X, step=0),
             TypeError,
             "must return a pair",
         ),
         (
-            lambda: cdb_jax.grad(scalar, window())({"kernel": jnp.ones((2, 4), int)}, X, count=0),
+            lambda: cdb_jax.grad(scalar)({"kernel": jnp.ones((2, 4), int)}, X, selection=CHOSEN),
             TypeError,
             "kernel has dtype int32",
         ),
         (
-            lambda: cdb_jax.grad(scalar, window(), argnums=(0, -2))(KERNEL, X, count=0),
+            lambda: cdb_jax.grad(scalar, argnums=(0, -2))(KERNEL, X, selection=CHOSEN),
             ValueError,
             "twice",
         ),
         (
-            lambda: cdb_jax.grad(scalar, window(), argnums="0")(KERNEL, X, count=0),
+            lambda: cdb_jax.grad(scalar, argnums="0")(KERNEL, X, selection=CHOSEN),
             TypeError,
             "argnums must be",
         ),
         (
-            lambda: cdb_jax.grad(scalar, window(), argnums=2)(KERNEL, X, count=0),
+            lambda: cdb_jax.grad(scalar, argnums=2)(KERNEL, X, selection=CHOSEN),
             ValueError,
             "argnums=2",
         ),
         (
-            lambda: cdb_jax.grad(lambda n, p, x: scalar(p, x), window())(None, KERNEL, X, count=0),
+            lambda: drawn.grad(lambda n, p, x: scalar(p, x), window())(None, KERNEL, X, step=0),
             ValueError,
             "without arrays",
         ),
@@ -988,9 +986,9 @@ def test_mistakes(call, error, words):
         call()
 
 
-def test_count_is_no_argument_of_functions_that_take_anything():
+def test_functions_that_take_anything_may_take_a_selection():
     wrapped = functools.partial(lambda *args, **kwargs: scalar(*args), x=X)
-    gradient = cdb_jax.grad(lambda p: wrapped(p, X), window())(KERNEL, count=0)
+    gradient = drawn.grad(lambda p: wrapped(p, X), window())(KERNEL, step=0)
     assert np.any(gradient["kernel"])
 
 
@@ -1015,16 +1013,14 @@ def test_eager_calls_share_one_program(caplog):
 
     def step(scale, x, count):
         loss = lambda params, x: jnp.mean(scaled(scale * jnp.sin(x @ params["kernel"])) ** 2)
-        found = cdb_jax.value_and_grad(loss, policy)(kernel, x, count=count)
+        found = drawn.value_and_grad(loss, policy)(kernel, x, step=count)
         return found, jax.value_and_grad(loss)(kernel, x)
 
     def test(count):
         x, scale = normal(count, 5, 4), jnp.float32(count + 1)
         (value, gradient), (expected, full) = step(scale, x, count)
         np.testing.assert_allclose(value, expected, rtol=1e-5)
-        masked = cdb_jax.apply_selection(
-            full, cdb_jax.sample_selection(policy, kernel, count), policy
-        )
+        masked = policy.select(kernel, count).mask(full)
         chex.assert_trees_all_close(gradient, masked, rtol=1e-5, atol=1e-6)
 
     for count in range(3):
@@ -1048,8 +1044,8 @@ def test_eager_calls_of_other_functions_are_other_programs():
                 array = jnp.full((6,), scale)[None]
                 loss = lambda p, x, f=f, a=array, n=power: jnp.sum(f(a * (x @ p["kernel"])) ** n)
                 params, x = {"kernel": normal(0, 4, 6)}, normal(1, 5, 4)
-                _, gradient = cdb_jax.value_and_grad(loss, window())(params, x, count=0)
-                keep = cdb_jax.sample_selection(window(), params, 0)["kernel"][None] > 0
+                _, gradient = drawn.value_and_grad(loss, window())(params, x, step=0)
+                keep = window().select(params, 0).factors["kernel"][None] > 0
                 full = jax.grad(loss)(params, x)["kernel"]
                 np.testing.assert_allclose(gradient["kernel"], jnp.where(keep, full, 0), rtol=1e-5)
                 results.append(float(jnp.sum(jnp.abs(gradient["kernel"]))))
@@ -1058,10 +1054,10 @@ def test_eager_calls_of_other_functions_are_other_programs():
 
 def test_eager_nnx_shares_one_program(caplog, standard_promotion):
     model, x = Noisy(nnx.Rngs(0)), normal(0, 4, 6, 6, 3)
-    call = cdb_jax.nnx.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2), window())
+    call = drawn.nnx_value_and_grad(lambda model, x: jnp.mean(model(x) ** 2), window())
     for count in range(3):
-        call(model, x, count=count)
+        call(model, x, step=count)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for count in range(3):
-            call(model, x, count=count)
+            call(model, x, step=count)
     assert not compilations(caplog)

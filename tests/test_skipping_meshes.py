@@ -3,6 +3,7 @@
 import operator
 
 import chex
+import drawn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -20,11 +21,11 @@ def window(rate=0.5, **settings):
 @pytest.mark.parametrize("name", MESHES)
 def test_same_gradients_as_one_device(name, layer_rate, groups):
     policy = window(layer_rate=layer_rate, window_groups=groups)
-    f = jax.jit(cdb_jax.value_and_grad(loss, policy))
+    f = jax.jit(drawn.value_and_grad(loss, policy))
     tree, batch = placed(name)
     for count in range(2):
-        alone = f(params(), BATCH, count=count)
-        chex.assert_trees_all_close(f(tree, batch, count=count), alone, rtol=1e-5, atol=1e-7)
+        alone = f(params(), BATCH, step=count)
+        chex.assert_trees_all_close(f(tree, batch, step=count), alone, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("axes", [cdb_jax.output_channels, cdb_jax.input_channels])
@@ -33,7 +34,7 @@ def test_all_reduce_carries_the_kept_part(rate, axes):
     tree, batch = placed("data-parallel")
     full = collectives(jax.grad(loss), tree, batch)
     skip = collectives(
-        cdb_jax.grad(loss, window(rate, channel_axes=axes)), tree, batch, count=jnp.int32(0)
+        drawn.grad(loss, window(rate, channel_axes=axes)), tree, batch, step=jnp.int32(0)
     )
     assert set(skip) == set(full) == {"all-reduce"}
     assert skip["all-reduce"][0] <= full["all-reduce"][0]
@@ -47,7 +48,7 @@ def test_windows_in_groups_fit_sharded_channels():
         gathered = {}
         for groups in (1, 8):
             policy = window(window_groups=groups)
-            skip = collectives(cdb_jax.grad(loss, policy), tree, batch, count=jnp.int32(0))
+            skip = collectives(drawn.grad(loss, policy), tree, batch, step=jnp.int32(0))
             gathered[groups] = sum(x[1] for x in skip.values())
             report = str(cdb_jax.channel_report(tree, policy, loss, batch))
             assert ("with an all-gather: the channels are sharded 8 ways" in report) == (
@@ -66,11 +67,11 @@ def test_constrained_weights():
 
     policy = window()
     full = collectives(jax.grad(gathering), tree, batch)
-    skip = collectives(cdb_jax.grad(gathering, policy), tree, batch, count=jnp.int32(0))
+    skip = collectives(drawn.grad(gathering, policy), tree, batch, step=jnp.int32(0))
     assert skip["all-reduce"][1] <= 0.5 * full["all-reduce"][1] + 64
-    alone = cdb_jax.grad(loss, policy)(params(), BATCH, count=0)
-    step = jax.jit(cdb_jax.grad(gathering, policy))
-    chex.assert_trees_all_close(step(tree, batch, count=0), alone, rtol=1e-5, atol=1e-7)
+    alone = drawn.grad(loss, policy)(params(), BATCH, step=0)
+    step = jax.jit(drawn.grad(gathering, policy))
+    chex.assert_trees_all_close(step(tree, batch, step=0), alone, rtol=1e-5, atol=1e-7)
 
 
 def test_explicit_sharding():
@@ -79,8 +80,8 @@ def test_explicit_sharding():
     with jax.set_mesh(grid):
         tree = jax.tree.map(lambda x: jax.device_put(x, P()), params())
         batch = jax.device_put(BATCH, P("data"))
-        value, gradient = jax.jit(cdb_jax.value_and_grad(loss, policy))(tree, batch, count=0)
-    alone = jax.jit(cdb_jax.value_and_grad(loss, policy))(params(), BATCH, count=0)
+        value, gradient = jax.jit(drawn.value_and_grad(loss, policy))(tree, batch, step=0)
+    alone = jax.jit(drawn.value_and_grad(loss, policy))(params(), BATCH, step=0)
     chex.assert_trees_all_close((value, gradient), alone, rtol=1e-5, atol=1e-7)
 
 
@@ -96,10 +97,10 @@ def test_explicit_sharding_of_images():
 
     kernel = {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 4, 8))}
     images = jax.random.normal(jax.random.key(1), (16, 6, 6, 4))
-    step = jax.jit(cdb_jax.grad(conv, window()))
+    step = jax.jit(drawn.grad(conv, window()))
     with jax.set_mesh(grid):
-        gradient = step(jax.device_put(kernel, P()), jax.device_put(images, P("data")), count=0)
-    chex.assert_trees_all_close(gradient, step(kernel, images, count=0), rtol=1e-5, atol=1e-7)
+        gradient = step(jax.device_put(kernel, P()), jax.device_put(images, P("data")), step=0)
+    chex.assert_trees_all_close(gradient, step(kernel, images, step=0), rtol=1e-5, atol=1e-7)
 
 
 def test_explicitly_sharded_parameters_are_masked():
@@ -111,19 +112,19 @@ def test_explicitly_sharded_parameters_are_masked():
             jnp.matmul(x, p["dense0"]["kernel"], out_sharding=P(None, None)) ** 2
         )
         batch = jax.device_put(BATCH, P(None, "model"))
-        gradient = jax.jit(cdb_jax.grad(one, policy))(tree, batch, count=0)
+        gradient = jax.jit(drawn.grad(one, policy))(tree, batch, step=0)
         report = cdb_jax.channel_report(tree, policy, one, batch)
     assert report.rows[0].gradient == "masked only: its sharding is explicit"
     assert gradient["dense0"]["kernel"].sharding.spec == P("model", None)
-    alone = jax.jit(cdb_jax.grad(lambda p, x: jnp.mean((x @ p["dense0"]["kernel"]) ** 2), policy))
-    chex.assert_trees_all_close(gradient, alone(params(), BATCH, count=0), rtol=1e-5, atol=1e-7)
+    alone = jax.jit(drawn.grad(lambda p, x: jnp.mean((x @ p["dense0"]["kernel"]) ** 2), policy))
+    chex.assert_trees_all_close(gradient, alone(params(), BATCH, step=0), rtol=1e-5, atol=1e-7)
 
 
 INSIDE = {
     "window": window(),
     "exact": cdb_jax.Policy(0.5, key=0, channel_choice="exact"),
     "layers": window(1.0, layer_rate=0.5),
-    "one": cdb_jax.algorithm_1(0.5, key=0, other_layers="still", channel_choice="window"),
+    "one": cdb_jax.presets.algorithm_1(0.5, key=0, other_layers="frozen", channel_choice="window"),
 }
 
 
@@ -135,17 +136,17 @@ def test_inside_shard_map_with_weights_of_each_device(name, check):
 
     def inside(tree, x):
         tree = jax.tree.map(lambda x: x[0], tree)
-        value, gradient = cdb_jax.value_and_grad(loss, policy)(tree, x, count=1)
+        value, gradient = drawn.value_and_grad(loss, policy)(tree, x, step=1)
         return value[None], jax.tree.map(lambda x: x[None], gradient)
 
     mapped = jax.shard_map(
         inside, mesh=grid, in_specs=P("data"), out_specs=P("data"), check_vma=check
     )
     values, gradients = jax.jit(mapped)(tree, BATCH)
-    alone = jax.jit(cdb_jax.value_and_grad(loss, policy))
+    alone = jax.jit(drawn.value_and_grad(loss, policy))
     for i in range(8):
         of_device, own = jax.tree.map(operator.itemgetter(i), (tree, (values, gradients)))
-        expected = alone(of_device, BATCH[4 * i : 4 * i + 4], count=1)
+        expected = alone(of_device, BATCH[4 * i : 4 * i + 4], step=1)
         chex.assert_trees_all_close(own, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -158,8 +159,8 @@ def test_inside_shard_map_with_replicated_weights(name):
         inside = lambda tree, x: jax.tree.map(lambda x: x / 8, f(tree, x))
         return jax.shard_map(inside, mesh=grid, in_specs=(P(), P("data")), out_specs=P())
 
-    skip = mapped(lambda tree, x: cdb_jax.grad(loss, policy)(tree, x, count=1))
-    expected = jax.jit(cdb_jax.grad(loss, policy))(params(), BATCH, count=1)
+    skip = mapped(lambda tree, x: drawn.grad(loss, policy)(tree, x, step=1))
+    expected = jax.jit(drawn.grad(loss, policy))(params(), BATCH, step=1)
     chex.assert_trees_all_close(jax.jit(skip)(params(), BATCH), expected, rtol=1e-5, atol=1e-7)
     if name == "window":
         tree, batch = placed("data-parallel")
@@ -184,9 +185,9 @@ def test_beside_shard_map():
 
     policy, tree = window(), params()
     tree.pop("dense2")
-    skip = jax.jit(cdb_jax.grad(both, policy))(tree, BATCH, count=1)
+    skip = jax.jit(drawn.grad(both, policy))(tree, BATCH, step=1)
     full = jax.jit(jax.grad(both))(tree, BATCH)
-    masked = cdb_jax.apply_selection(full, cdb_jax.sample_selection(policy, full, 1), policy)
+    masked = policy.select(full, 1).mask(full)
     chex.assert_trees_all_close(skip, masked, rtol=1e-5, atol=1e-7)
     report = cdb_jax.channel_report(tree, policy, both, BATCH)
     assert [row.gradient for row in report.rows] == [

@@ -1,5 +1,6 @@
 """Several methods in one training: they do not disturb each other, on one device or eight."""
 
+import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +42,7 @@ Y = X[:, :4] * X[:, 4:8]
 
 def optimizer():
     """Masks before; frozen channels around; masks after an Adam whose moments are dense."""
-    after = cdb_jax.channel_drop_back(cdb_jax.skip_update(0.2, key=1))
+    after = cdb_jax.channel_drop_back(cdb_jax.presets.skip_update(0.2, key=1))
     inner = optax.chain(optax.adam(3e-3), after)
     return optax.chain(cdb_jax.channel_drop_back(0.2, key=2), cdb_jax.freeze_dropped(inner, POLICY))
 
@@ -54,7 +55,7 @@ def train(place=lambda x: x, steps=60):
     @nnx.jit
     def step(model, optimiser, count):
         loss = lambda model: jnp.mean((model(x) - y) ** 2)
-        value, grads = cdb_jax.nnx.value_and_grad(loss, POLICY)(model, count=count)
+        value, grads = drawn.nnx_value_and_grad(loss, POLICY)(model, step=count)
         optimiser.update(model, grads)
         return value
 
@@ -83,16 +84,16 @@ def test_each_frozen_channel_stands_still_in_the_chain():
     params = {"dense": {"kernel": jnp.ones((4, 8))}}
     policy = cdb_jax.Policy(0.5, key=0)
     drop = cdb_jax.channel_drop_back
-    inner = optax.chain(optax.adam(0.1), drop(cdb_jax.skip_update(0.5, key=1)))
+    inner = optax.chain(optax.adam(0.1), drop(cdb_jax.presets.skip_update(0.5, key=1)))
     tx = optax.chain(drop(0.5, key=2), cdb_jax.freeze_dropped(inner, policy))
     state = tx.init(params)
     for count in range(5):
         updates, new = tx.update(params, state, params)
-        frozen = np.asarray(cdb_jax.sample_selection(policy, params, count)["dense/kernel"]) == 0
+        frozen = np.asarray(policy.select(params, count).factors["dense/kernel"]) == 0
         assert not np.asarray(updates["dense"]["kernel"])[:, frozen].any()
         was, now = (optax.tree.get(x, "mu")["dense"]["kernel"] for x in (state, new))
         np.testing.assert_array_equal(np.asarray(was == now).all(axis=0)[frozen], True)
         state = new
-    with pytest.raises(ValueError, match="several counts that need not agree"):
+    with pytest.raises(ValueError, match=r"different numbers of steps, \[0, 1\]"):
         odd = optax.chain(drop(0.5, key=2), optax.MultiSteps(inner, 2).gradient_transformation())
-        cdb_jax.selection_count(odd.init(params))
+        cdb_jax.selection_count(odd.update(params, odd.init(params), params)[1])

@@ -47,7 +47,7 @@ def mask_of(tx, count=0, grads=None):
 def test_before_and_after_an_optimizer():
     policy = Policy(0.5, key=0, channel_choice="exact")
     drop = channel_drop_back(policy)
-    keep = np.asarray(cdb_jax.sample_selection(policy, PARAMS, 0)["a/kernel"])
+    keep = np.asarray(policy.select(PARAMS, 0).factors["a/kernel"])
     before, after = optax.chain(drop, optax.adam(0.1)), optax.chain(optax.adam(0.1), drop)
     for tx in (before, after):
         updates, state = tx.update(PARAMS, tx.init(PARAMS))
@@ -98,7 +98,7 @@ def test_float64():
 @pytest.mark.parametrize("rescale", ["none", "realized"])
 def test_bad_values_in_dropped_channels_do_not_pass(bad, rescale):
     policy = Policy(0.5, key=0, channel_choice="exact", rescale=rescale)
-    keep = np.asarray(cdb_jax.sample_selection(policy, PARAMS, 0)["a/kernel"]) > 0
+    keep = np.asarray(policy.select(PARAMS, 0).factors["a/kernel"]) > 0
     poisoned = jnp.where(keep, PARAMS["a"]["kernel"], bad)
     updates = mask_of(channel_drop_back(policy), grads=PARAMS | {"a": {"kernel": poisoned}})
     assert np.isfinite(updates["a"]["kernel"]).all()
@@ -287,7 +287,7 @@ def test_nnx_optimizer():
 
     step(model, optimizer)
     moved = (np.asarray(model.stem.kernel[...]) != before).any(axis=0)
-    expected = cdb_jax.sample_selection(policy, nnx.state(model, nnx.Param), 0)["stem/kernel"]
+    expected = policy.select(nnx.state(model, nnx.Param), 0).factors["stem/kernel"]
     np.testing.assert_array_equal(moved, np.asarray(expected) > 0)
 
 
@@ -410,7 +410,7 @@ def test_around_a_step_that_takes_several_updates():
     tx = optax.chain(optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.5), sync_period=2), drop)
     params, state, start = PARAMS, tx.init(PARAMS), PARAMS
     for count in range(4):
-        keep = np.asarray(cdb_jax.sample_selection(drop_policy(2), PARAMS, count)["b/kernel"]) > 0
+        keep = np.asarray(drop_policy(2).select(PARAMS, count).factors["b/kernel"]) > 0
         updates, state = tx.update(PARAMS, state, params)
         np.testing.assert_array_equal(np.asarray(updates["b"]["kernel"] != 0).all(axis=0), keep)
         params = optax.apply_updates(params, updates)

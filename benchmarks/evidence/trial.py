@@ -181,12 +181,13 @@ def compiled(program: Program) -> Compiled:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits(model, images), labels)
             return losses.mean(), nnx.split(model, nnx.Param, ...)[2]
 
-        grad = jax.grad(loss_fn, has_aux=True)
+        grad, chosen = jax.grad(loss_fn, has_aux=True), {}
         if config.skip_dropped:
-            count = cdb_jax.selection_count(state.opt_state)
-            grad = functools.partial(cdb_jax.grad(loss_fn, policy, has_aux=True), count=count)
+            step = cdb_jax.selection_count(state.opt_state)
+            chosen = {"selection": policy.select(state.params, step)}
+            grad = functools.partial(cdb_jax.grad(loss_fn, has_aux=True), **chosen)
         gradients, rest = grad(state.params)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params, **chosen)
         return State(optax.apply_updates(state.params, updates), rest, opt_state)
 
     def predict(state: State, images: jax.Array) -> jax.Array:

@@ -8,39 +8,12 @@ holds all kept channels: a product's dimension numbers then hold for parts as fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-
-class Part(NamedTuple):
-    """How many channels are kept, and how they lie. Static.
-
-    The channels fall into `groups` equal groups, each of which keeps `kept` of its `size`. With a
-    `window`, a part lies at an int32 offset, shape `()`: the first kept channel of every group,
-    from which the window runs cyclically. Otherwise a part lies at the int32 positions of its
-    channels in rising order, shape `(kept,)`, the same in every group.
-    """
-
-    groups: int
-    size: int
-    kept: int
-    window: bool
-
-    @property
-    def total(self) -> int:
-        """The number of kept channels."""
-        return self.groups * self.kept
-
-    def shape(self, shape: Sequence[int], channel: Sequence[int]) -> tuple[int, ...]:
-        """What is left of a shape whose axes `channel` index the channels."""
-        if not channel:
-            return tuple(shape)
-        left = [1 if axis in channel else size for axis, size in enumerate(shape)]
-        left[channel[-1]] = self.total
-        return tuple(left)
+from cdb_jax.selection import Part
 
 
 def take(
@@ -64,8 +37,8 @@ def take(
         cut = lambda x, at: take(x, *_without(stack[0], channel, stack[1:]), part, at)
         return jax.vmap(cut, in_axes=(stack[0], 0), out_axes=stack[0])(x, at)
     left = part.shape(x.shape, channel)
-    x, axis, order = _merge(x, channel, part.groups, part.size)
-    if part.window:
+    x, axis, order = _merge(x, channel, part.blocks, part.size)
+    if part.contiguous:
         x = _take_window(x, axis, part.kept, at)
     else:
         x = jnp.take(x, at, axis=axis, unique_indices=True, indices_are_sorted=True, mode="clip")
@@ -90,8 +63,8 @@ def put(
         inner = tuple(size for axis, size in enumerate(shape) if axis != stack[0])
         fill = lambda x, at: put(x, inner, *_without(stack[0], channel, stack[1:]), part, at)
         return jax.vmap(fill, in_axes=(stack[0], 0), out_axes=stack[0])(x, at)
-    x, axis, order = _merge(x, channel, part.groups, part.kept)
-    if part.window:
+    x, axis, order = _merge(x, channel, part.blocks, part.kept)
+    if part.contiguous:
         x = _put_window(x, axis, part.size, at)
     else:
         # Read, not written: a gather joins the loop of the optimizer that follows, a scatter not.

@@ -17,28 +17,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from cdb_jax import jaxprs, parts
-
-# What a layer does in a step.
-STILL, PARTLY, FULL = 0, 1, 2
+from cdb_jax._skipping import jaxprs, parts
+from cdb_jax.selection import Mode, Part
 
 BinaryOp = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Target(NamedTuple):
-    """What may happen to a layer: its possible states, and the part that learns in `PARTLY`.
+    """What may happen to a layer: its possible modes, and the part it keeps if it is partial."""
 
-    `masked` is its state when it is masked.
-    """
-
-    states: tuple[int, ...]
-    masked: int
-    part: parts.Part | None
+    modes: tuple[Mode, ...]
+    part: Part | None
 
     @property
     def compact(self) -> bool:
         """Whether the kept part is all of the gradient there can be."""
-        return self.part is not None and FULL not in self.states
+        return self.part is not None and Mode.FULL not in self.modes
 
     def shape(self, shape: tuple[int, ...], channel: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the gradient of a weight."""
@@ -67,7 +61,7 @@ class Product(NamedTuple):
     w_stack: tuple[int, ...] = ()
     x_stack: tuple[int, ...] = ()
     y_stack: tuple[int, ...] = ()
-    x_part: parts.Part | None = None
+    x_part: Part | None = None
 
     def of(self, op: BinaryOp, x: jax.Array, w: jax.Array) -> jax.Array:
         return op(w, x) if self.side == 0 else op(x, w)
@@ -99,7 +93,7 @@ def dot_product(
 
     if any(axis not in batch[side] for axis in stack):
         return "layers of a stack meet in one product"
-    if stack and target.states != (PARTLY,):
+    if stack and target.modes != (Mode.PARTIAL,):
         return "stacked layers are computed together, but stand still one by one"
     places = [tuple(batch[side]).index(axis) for axis in stack]
     description = Product(
@@ -148,12 +142,12 @@ def convolution(
         return description
     if channel == (into,):
         # The channels of a kernel in groups are the inputs of each group.
-        x_part = part._replace(groups=groups * part.groups)
+        x_part = part._replace(blocks=groups * part.blocks)
         return description._replace(x_channel=(x_features,), x_part=x_part)
     if channel != (out,):
         return "its channels are no feature axis of the convolution"
     description = description._replace(y_channel=(y_features,))
-    if part.groups % groups == 0:
+    if part.blocks % groups == 0:
         return description
     if kernel_shape[into] == 1 and kernel_shape[out] == groups:  # Depthwise.
         part_op = partial(op, feature_group_count=part.total)
@@ -266,7 +260,7 @@ def _operand_gradient(
 
 def _cuts_early(product: Product) -> bool:
     """Whether only a part of x is ever needed."""
-    return FULL not in product.target.states and bool(product.x_channel)
+    return Mode.FULL not in product.target.modes and bool(product.x_channel)
 
 
 def _cut(product: Product, x: jax.Array, at: jax.Array) -> jax.Array:
@@ -280,7 +274,7 @@ def _weight_gradient(
 ) -> jax.Array:
     """The gradient of a weight of type `w_type`; `x` is cut already if it is cut early."""
     target = product.target
-    ordered = SLOW_IN_CONDITIONALS if len(target.states) > 1 else SLOW_ANYWHERE
+    ordered = SLOW_IN_CONDITIONALS if len(target.modes) > 1 else SLOW_ANYWHERE
 
     def partly(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
         part = target.part
@@ -300,16 +294,16 @@ def _weight_gradient(
         return _transpose(by_w, w_type, ordered)(dy, x)
 
     def learns(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
-        if FULL not in target.states:
+        if Mode.FULL not in target.modes:
             return partly(x, dy, at)
-        if PARTLY not in target.states:
+        if Mode.PARTIAL not in target.modes:
             return full(x, dy, at)
-        return lax.cond(state == FULL, full, partly, x, dy, at)
+        return lax.cond(state == Mode.FULL, full, partly, x, dy, at)
 
-    if STILL not in target.states:
+    if Mode.FROZEN not in target.modes:
         return learns(x, dy, at)
     of = jax.ShapeDtypeStruct(target.shape(w_type.shape, product.w_channel), w_type.dtype)
-    return _if(state != STILL, learns, of, x, dy, at)
+    return _if(state != Mode.FROZEN, learns, of, x, dy, at)
 
 
 def _if(flag: jax.Array, f: Callable[..., jax.Array], of: Any, *operands: Any) -> jax.Array:

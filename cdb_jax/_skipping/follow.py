@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from cdb_jax import jaxprs, products
+from cdb_jax._skipping import jaxprs, products
+from cdb_jax.selection import Mode
 
 
 class Weight(NamedTuple):
@@ -77,7 +78,7 @@ class Program(NamedTuple):
 
 
 class _Context(NamedTuple):
-    targets: Mapping[int, products.Target]
+    targets: Sequence[products.Target]
     gated: bool
     products: list[int]  # Leaves, once for each product.
     others: list[tuple[int, str]]
@@ -86,7 +87,7 @@ class _Context(NamedTuple):
 def follow(
     traced: Any,
     weights: Sequence[Weight | None],
-    targets: Mapping[int, products.Target],
+    targets: Sequence[products.Target],
     gated: bool,
 ) -> tuple[Program, dict[int, Uses]]:
     """Finds the products of weights in a program.
@@ -495,7 +496,7 @@ def _scan(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -
             for x, array, change in zip(scanned, *xs, strict=True):
                 needed = x.needed
                 if context.gated and change is not None:
-                    needed = frozenset([Flag(jnp.any(change.state != products.STILL))])
+                    needed = frozenset([Flag(jnp.any(change.state != Mode.FROZEN))])
                 learns.append(needed)
                 inputs.append(Value(array, change, needed))
             outs = [x.array for x in evaluate(program, inputs)]

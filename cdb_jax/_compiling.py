@@ -1,4 +1,4 @@
-"""One compiled program for calls outside of `jit`, which would build theirs again every time."""
+"""What calls outside of `jit` would compute again every time: compiled programs, and layouts."""
 
 from __future__ import annotations
 
@@ -38,5 +38,32 @@ def compiled(f: Callable[..., Result]) -> Callable[..., Result]:
         except TypeError:
             return f(static, *arrays)
         return jitted(static)(*arrays)
+
+    return call
+
+
+NO_ARRAY = object()
+
+
+def by_structure(f: Callable[..., Result]) -> Callable[..., Result]:
+    """`f(tree, *static)`, computed once for the structure and the types of a tree.
+
+    `f` sees a tree of `jax.ShapeDtypeStruct`s, and `NO_ARRAY` in place of leaves of other kinds.
+    """
+
+    @functools.lru_cache(maxsize=256)
+    def remembered(treedef: Any, types: tuple[Any, ...], *static: Any) -> Result:
+        leaves = [NO_ARRAY if x is None else jax.ShapeDtypeStruct(*x) for x in types]
+        return f(jax.tree.unflatten(treedef, leaves), *static)
+
+    @functools.wraps(f)
+    def call(tree: Any, *static: Any) -> Result:
+        leaves, treedef = jax.tree.flatten(tree)
+        types = tuple((tuple(x.shape), x.dtype) if hasattr(x, "dtype") else None for x in leaves)
+        try:
+            hash((treedef, static))
+        except TypeError:
+            return remembered.__wrapped__(treedef, types, *static)
+        return remembered(treedef, types, *static)
 
     return call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 import optax
 
 from cdb_jax import channels
+from cdb_jax._compiling import NO_ARRAY, by_structure
 
 SlotAxes = Callable[[str, tuple[int, ...] | None, tuple[int, ...]], tuple[int | None, ...] | None]
 
@@ -58,26 +58,16 @@ def find(
     Raises:
       ValueError: for an entry that nothing assigns, and for states of a step over several updates.
     """
-    leaves, treedef = jax.tree.flatten(state, is_leaf=_is_none)
-    types = tuple((tuple(x.shape), x.dtype) if hasattr(x, "dtype") else None for x in leaves)
-    settings = (layout, root, tuple(rules.items()))
-    try:
-        hash((treedef, settings))
-    except TypeError:
-        return _find.__wrapped__(treedef, types, *settings)
-    return _find(treedef, types, *settings)
+    return _find(state, layout, root, tuple(rules.items()))
 
 
-@functools.lru_cache(maxsize=256)  # Outside of `jit` every step asks again.
+@by_structure
 def _find(
-    treedef: Any,
-    types: tuple[Any, ...],
+    state: Any,
     layout: channels.Layout,
     root: str,
     rules: tuple[tuple[type, SlotAxes], ...],
 ) -> tuple[Slot | None, ...]:
-    described = [None if x is None else jax.ShapeDtypeStruct(*x) for x in types]
-    state = jax.tree.unflatten(treedef, described)
     shorten = len(root) + 1 if root else 0
     index = {leaf.path[shorten:]: i for i, leaf in enumerate(layout.leaves)}
     by_class = dict(rules)
@@ -125,7 +115,8 @@ def _entries(
             yield from _entries(node, rules, path)
             continue
         field = jax.tree_util.keystr(path[depth : depth + 1], simple=True)
-        array, is_masked = (None if empty(node) else node), isinstance(node, optax.MaskedNode)
+        is_masked = isinstance(node, optax.MaskedNode)
+        array = None if empty(node) or node is NO_ARRAY else node
         yield _Entry(path, channels.canonical_path(path), array, is_masked, owner, field)
 
 
@@ -156,10 +147,6 @@ def _refusal(x: Any) -> str | None:
 MULTI_STEPS = "optax.MultiSteps(cdb_jax.freeze_dropped(inner, policy), every_k_schedule=k)"
 _SAM = "optax.contrib.sam(cdb_jax.freeze_dropped(inner, policy), adv_optimizer)"
 _LOOKAHEAD = "optax.lookahead(cdb_jax.freeze_dropped(inner, policy), sync_period, slow_step_size)"
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
 
 
 def _splits(path: str, index: Mapping[str, int]) -> list[tuple[str, int]]:

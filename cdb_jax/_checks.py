@@ -1,0 +1,163 @@
+"""Checks of arguments that several parts of the library take."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_rate(name: str, rate: Any, *, schedule: bool = True) -> Any:
+    """Turns Python and NumPy numbers into floats; leaves schedules and JAX arrays as they are."""
+    if callable(rate) and schedule:
+        return rate
+    if isinstance(rate, jax.Array):
+        if rate.shape != () or not jnp.issubdtype(rate.dtype, jnp.number):
+            raise TypeError(
+                f"{name} must be a scalar, got an array of shape {rate.shape} and dtype "
+                f"{rate.dtype}; use jax.vmap for several rates."
+            )
+        if not isinstance(rate, jax.core.Tracer):
+            check_rate(name, float(rate))
+        return rate
+    if isinstance(rate, np.ndarray) and rate.shape == ():
+        rate = rate.item()
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
+        kinds = "a number, an optax schedule or" if schedule else "a number or"
+        raise TypeError(f"{name} must be a drop probability: {kinds} a scalar array, got {rate!r}.")
+    if not 0.0 <= float(rate) <= 1.0:  # False for NaN too.
+        raise ValueError(
+            f"{name} must be a drop probability between 0 and 1, got {rate!r}; use 0.3 to drop "
+            "30 % and 0.7 to keep 30 %."
+        )
+    return float(rate)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+    return int(value)
+
+
+def check_patterns(name: str, patterns: Any) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        raise TypeError(f"{name} must be a tuple of path patterns; write {name}=({patterns!r},).")
+    patterns = tuple(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"{name} must hold path patterns such as 'head' or '*/stem', got {pattern!r}."
+            )
+    return patterns
+
+
+def check_step(step: Any) -> Any:
+    """Returns the step; a Python int as an array that an int of 32 bits can hold."""
+    is_array = hasattr(step, "dtype") and jnp.issubdtype(step.dtype, jnp.integer)
+    if isinstance(step, bool) or not (isinstance(step, int) or (is_array and step.shape == ())):
+        raise TypeError(f"step must be an int or an integer scalar, got {step!r}.")
+    if not isinstance(step, (int, np.integer)):
+        return step
+    if not 0 <= step < 2**32:
+        raise ValueError(f"step={step} is not in [0, 2**32); count steps from 0.")
+    return np.asarray(step, np.int32 if step < 2**31 else np.uint32)
+
+
+def check_call_key(key: Any, source: str) -> jax.Array:
+    """Returns the key of a function that draws once; `source` is where users get one."""
+    if key is None:
+        raise TypeError(f"key is missing: give a JAX key for this call, such as {source}.")
+    is_key = isinstance(key, (jax.Array, np.ndarray)) and (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
+    )
+    if not is_key:
+        raise TypeError(f"key must be a JAX key, got {key!r}; use jax.random.key(0).")
+    return key
+
+
+def check_policy_key(key: Any) -> tuple[int, int] | jax.Array:
+    """Reduces any key to the two words of one threefry key.
+
+    Concrete keys are copied to the host, so that the policy holds no buffer that donation could
+    delete, and no array that `jit` would have to close over.
+    """
+    if key is None:
+        raise TypeError(
+            "key is missing: give an int or a JAX key, such as key=0 or key=jax.random.key(0). "
+            "The same key draws the same channels again after a restart."
+        )
+    if isinstance(key, tuple) and len(key) == 2 and all(isinstance(word, int) for word in key):
+        return key  # The words of another policy.
+    if isinstance(key, (jax.Array, np.ndarray)):
+        if isinstance(key, jax.core.Tracer):
+            return _threefry_words(key)
+        with jax.ensure_compile_time_eval():
+            high, low = np.asarray(_threefry_words(key)).tolist()
+        return high, low
+    try:
+        seed = None if isinstance(key, bool) else operator.index(key)
+    except TypeError:
+        seed = None
+    if seed is None:
+        raise TypeError(
+            f"key must be an int or a JAX key, got {key!r}; use key=0 or key=jax.random.key(0)."
+        )
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"key={seed} is not in [0, 2**64); use a seed in that range.")
+    return seed >> 32, seed & 0xFFFFFFFF
+
+
+def _threefry_words(key: jax.Array | np.ndarray) -> jax.Array:
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.shape:
+            raise TypeError(
+                f"key must be one key, got an array of keys of shape {key.shape}; use jax.vmap for "
+                "several, or index it."
+            )
+        words = jnp.ravel(jax.random.key_data(key))
+    elif jnp.issubdtype(key.dtype, jnp.integer) and key.shape == ():
+        seed = jnp.asarray(key)  # A Python int that passed through `inject_hyperparams`.
+        high = seed >> 32 if seed.dtype.itemsize == 8 else jnp.zeros_like(seed)
+        words = jnp.stack([high.astype(jnp.uint32), seed.astype(jnp.uint32)])
+    elif key.dtype == jnp.uint32 and key.ndim == 1 and key.size >= 2:
+        words = jnp.asarray(key)  # A legacy `jax.random.PRNGKey`.
+    else:
+        raise TypeError(
+            f"key must be an int or a JAX key, got an array of shape {key.shape} and dtype "
+            f"{key.dtype}; use key=0 or key=jax.random.key(0)."
+        )
+    reduced = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
+    for i in range(2, words.size):
+        reduced = jax.random.fold_in(reduced, words[i])
+    return jax.random.key_data(reduced)
+
+
+def _is_module(x: Any) -> bool:
+    nnx = sys.modules.get("flax.nnx")  # A model of Flax NNX has loaded it.
+    return nnx is not None and isinstance(x, nnx.Module)
+
+
+def parameters_of(tree: Any) -> Any:
+    """Returns the tree, with the `nnx.Param`s of each Flax NNX model in place of it."""
+    nnx = sys.modules.get("flax.nnx")
+    state = lambda x: nnx.state(x, nnx.Param) if _is_module(x) else x  # type: ignore[union-attr]
+    return jax.tree.map(state, tree, is_leaf=_is_module) if nnx else tree
+
+
+def check_no_module(tree: Any, argument: str, instead: str) -> None:
+    """Raises a TypeError for a Flax NNX model, which is more than its parameters."""
+    if any(map(_is_module, jax.tree.leaves(tree, is_leaf=_is_module))):
+        raise TypeError(
+            f"{argument} an nnx.Module, which holds batch statistics and RNG state as well as "
+            f"parameters; use {instead}."
+        )

@@ -1,0 +1,1 @@
+"""A backward pass that does not compute what a selection drops."""

@@ -1,0 +1,213 @@
+"""`value_and_grad` and `grad` that do not compute what a selection drops."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cdb_jax._checks import check_no_module
+from cdb_jax._skipping import program
+from cdb_jax.selection import Mode, Selection
+
+
+def value_and_grad(
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[..., Any]:
+    r"""`jax.value_and_grad` that computes only the part of the gradient that a selection keeps.
+
+    The gradient is that of `jax.value_and_grad`, up to the order of float additions, with zeros for
+    what is dropped. It is never rescaled: `channel_drop_back` alone does that. So in a loop with
+    `channel_drop_back` or `freeze_dropped`, this only saves time. Neither the loss nor the
+    model changes.
+
+    Where a weight :math:`w` reaches a product :math:`y = x \cdot w` through operations on layout
+    and dtype only, the weight gradient is computed for its kept channels K alone: with
+    :math:`\bar y` the cotangent of y,
+
+    .. math:: \bar w_{\cdot K} = x^\top \bar y_{\cdot K} \quad\text{(output channels)},
+       \qquad \bar w_{K \cdot} = x_{\cdot K}^\top \bar y \quad\text{(input channels)}.
+
+    A weight that is read in any other way gets its full gradient, masked; `channel_report` shows
+    which. The page "Skipping" says what this saves, and where.
+
+    Args:
+      fun: a function of arrays that returns a float scalar, or a pair of it and auxiliary data.
+      argnums: the position of the argument to differentiate, or several positions. With several,
+        the selection must be made for the tuple of these arguments.
+      has_aux: whether `fun` returns a pair.
+
+    Returns:
+      A function of the arguments of `fun` and of `selection`, by name: a `Selection` for the
+      argument that is differentiated, from `Policy.select` or `Selection.of`. It returns what
+      `jax.value_and_grad` would. Call it under `jit`.
+
+    Raises:
+      TypeError, ValueError: for a `fun` that cannot be differentiated; when called, for a selection
+        of another tree, or one whose number of kept channels is not static, so that nothing could
+        be saved: `rate` must be a Python number, and `channel_choice` "exact" or "window", unless
+        `rate` is 0 or 1.
+
+    Examples:
+      >>> import cdb_jax, jax, jax.numpy as jnp
+      >>> policy = cdb_jax.Policy(0.5, key=0, channel_choice="window")
+      >>> loss = lambda params, x: jnp.sum(x @ params["kernel"])
+      >>> @jax.jit
+      ... def gradient(params, x, step):
+      ...     selection = policy.select(params, step)
+      ...     return cdb_jax.value_and_grad(loss)(params, x, selection=selection)
+      >>> gradient({"kernel": jnp.zeros((2, 4))}, jnp.ones((3, 2)), 0)[1]["kernel"]
+      Array([[3., 0., 0., 3.],
+             [3., 0., 0., 3.]], dtype=float32)
+
+    References:
+      ChannelDropBack, `arXiv 2411.10891 <https://arxiv.org/abs/2411.10891>`_; LayerDropBack,
+      `arXiv 2412.18027 <https://arxiv.org/abs/2412.18027>`_.
+    """
+    check_function(fun)
+
+    @functools.wraps(
+        fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=()
+    )
+    def value_and_gradient(*args: Any, selection: Selection | None = None, **kwargs: Any) -> Any:
+        chosen = check_selection(selection)
+        params, call = _differentiated(fun, args, kwargs, argnums)
+        value, aux, gradient = program.run(call, params, chosen, has_aux)
+        return ((value, aux) if has_aux else value), gradient
+
+    return value_and_gradient
+
+
+def grad(
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[..., Any]:
+    """`jax.grad` that computes only the part of the gradient that a selection keeps.
+
+    Like `value_and_grad`, but the function it returns gives the gradient alone, or with `has_aux`
+    a pair of the gradient and the auxiliary data.
+
+    Examples:
+      >>> import cdb_jax, jax.numpy as jnp
+      >>> params = {"kernel": jnp.zeros((1, 4))}
+      >>> loss = lambda params, x: jnp.sum(x @ params["kernel"])
+      >>> last_two = cdb_jax.Selection.of(params, {"kernel": [2, 3]})
+      >>> cdb_jax.grad(loss)(params, jnp.ones((3, 1)), selection=last_two)
+      {'kernel': Array([[0., 0., 3., 3.]], dtype=float32)}
+    """
+    return without_value(value_and_grad(fun, argnums, has_aux), has_aux)
+
+
+def without_value(value_and_gradient: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """The function that `grad` returns, from the one that `value_and_grad` returns."""
+
+    @functools.wraps(value_and_gradient)
+    def gradient(*args: Any, **kwargs: Any) -> Any:
+        value, result = value_and_gradient(*args, **kwargs)
+        return (result, value[1]) if has_aux else result
+
+    return gradient
+
+
+def check_function(fun: Any) -> None:
+    if not callable(fun):
+        raise TypeError(
+            f"fun must be a function of the parameters that returns a loss, got {fun!r}."
+        )
+    try:
+        names = inspect.signature(fun).parameters
+    except (TypeError, ValueError):
+        return
+    bound = fun.keywords if isinstance(fun, functools.partial) else {}
+    if "selection" in names and "selection" not in bound:
+        raise TypeError(
+            f"fun {getattr(fun, '__name__', fun)!r} has an argument called selection, which is the "
+            "name of the Selection here; rename it, or wrap fun."
+        )
+
+
+def check_selection(selection: Any) -> Selection:
+    """Raises an error for a selection with which no work can be saved."""
+    if selection is None:
+        raise TypeError(
+            "selection is missing: give it by name, such as selection=policy.select(params, step)."
+        )
+    if not isinstance(selection, Selection):
+        raise TypeError(
+            f"selection must be a cdb_jax.Selection such as policy.select(params, step), got "
+            f"{selection!r:.80}."
+        )
+    if all(group.part or Mode.PARTIAL not in group.modes for group in selection.groups):
+        return selection
+    rate = selection.policy.rate
+    if not isinstance(rate, float):
+        kind = "a schedule" if callable(rate) else "an array"
+        raise TypeError(
+            f"rate must be a Python number to skip what is dropped, got {kind}: the number of kept "
+            "channels decides the shapes of the program. Give a number and vary layer_rate "
+            "instead, or use jax.value_and_grad, which takes any rate."
+        )
+    raise ValueError(
+        'channel_choice="bernoulli" keeps a different number of channels in every step, but '
+        'skipping needs static shapes. Use channel_choice="window" (a contiguous block that wraps '
+        'around) or "exact" (a fixed number of channels, anywhere), for a preset with '
+        "dataclasses.replace(policy, channel_choice=...); or use jax.value_and_grad."
+    )
+
+
+def _differentiated(
+    fun: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, argnums: int | Sequence[int]
+) -> tuple[Any, Callable[[Any], Any]]:
+    """The arguments to differentiate as one tree, and `fun` as a function of that tree."""
+    numbers = _checked_argnums(argnums, len(args))
+    single = not isinstance(argnums, Sequence)
+    params = args[numbers[0]] if single else tuple(args[i] for i in numbers)
+
+    def call(params: Any) -> Any:
+        given = list(args)
+        for i, value in zip(numbers, [params] if single else params, strict=True):
+            given[i] = value
+        return fun(*given, **kwargs)
+
+    check_no_module(params, f"argnums={argnums!r} names", "cdb_jax.nnx.value_and_grad")
+    _check_floats(params, argnums)
+    return params, call
+
+
+def _checked_argnums(argnums: Any, num_args: int) -> list[int]:
+    try:
+        several = argnums if isinstance(argnums, Sequence) else [argnums]
+        numbers = [operator.index(number) for number in several]
+    except TypeError:
+        raise TypeError(f"argnums must be an int or several, got {argnums!r}.") from None
+    for number in numbers:
+        if not -num_args <= number < num_args:
+            raise ValueError(
+                f"argnums={argnums!r} names argument {number}, and {num_args} were given by "
+                "position; give the parameters by position."
+            )
+    numbers = [number % num_args for number in numbers]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"argnums={argnums!r} names an argument twice; name each once.")
+    return numbers
+
+
+def _check_floats(params: Any, argnums: Any) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError(
+            f"argnums={argnums!r} names an argument without arrays; name the parameters."
+        )
+    for path, x in leaves:
+        dtype = getattr(x, "dtype", jnp.result_type(x) if isinstance(x, (int, float)) else None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+            where = jax.tree_util.keystr(path, simple=True, separator="/") or "the argument itself"
+            raise TypeError(
+                f"argnums={argnums!r}: {where} has dtype {dtype}, and only floats have a "
+                "gradient; keep counters, keys and functions out of the parameters (of an Equinox "
+                "model with eqx.partition(model, eqx.is_inexact_array)), or name another argument."
+            )

@@ -1,0 +1,50 @@
+"""`selection_count`: the step that an optimizer state has reached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from cdb_jax.freezing import FreezeDroppedState
+from cdb_jax.transform import ChannelDropBackState
+
+
+def selection_count(opt_state: Any) -> jax.Array:
+    """The number of steps that `channel_drop_back` or `freeze_dropped` has taken.
+
+    Its next selection is that of this step, so it is the `step` for `Policy.select` in a loop that
+    does not count its own steps. The state may lie inside chains, `optax.MultiSteps` and other
+    wrappers, or in an `nnx.Optimizer`. Under `MultiSteps` all micro-batches of a step share it.
+
+    Args:
+      opt_state: what `tx.init` or `tx.update` returned.
+
+    Returns:
+      The count, an int32 scalar.
+
+    Raises:
+      ValueError: if nothing in the optimizer drops channels, or if several that do have taken
+        different numbers of steps.
+
+    Examples:
+      >>> import cdb_jax, jax.numpy as jnp, optax
+      >>> tx = optax.chain(cdb_jax.channel_drop_back(0.5, key=0), optax.adamw(1e-3))
+      >>> cdb_jax.selection_count(tx.init({"kernel": jnp.zeros((2, 4))}))
+      Array(0, dtype=int32)
+    """
+    is_state = lambda x: isinstance(x, (ChannelDropBackState, FreezeDroppedState))
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+    counts = [jax.tree.leaves(state.count)[0] for state in states]  # NNX puts values into boxes.
+    if not counts:
+        raise ValueError(
+            "opt_state holds no state of channel_drop_back or freeze_dropped; count the steps "
+            "yourself."
+        )
+    known = {int(x) for x in counts if not isinstance(x, jax.core.Tracer)}
+    if len(known) > 1:
+        raise ValueError(
+            f"opt_state holds states that have taken different numbers of steps, {sorted(known)}; "
+            "count the steps yourself."
+        )
+    return counts[0]
