@@ -1,101 +1,220 @@
-"""Cutting kept channels out of an array, and putting them back, against NumPy."""
+"""Taking the kept part out of an array, and putting it back, against NumPy.
+
+Nearly all of the time goes into compilation, so one example of hypothesis is a list of cases that
+run as one compiled program, which is called with every place of every part.
+"""
 
 import itertools
+import math
+from typing import NamedTuple
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from cdb_jax._skipping.parts import put, take
+from cdb_jax._skipping import parts
 from cdb_jax.selection import Part
 
 
-@st.composite
-def layouts(draw):
-    """A part, a shape, its channel axes and a stack axis or none."""
-    num_windows = draw(st.integers(1, 3))
-    size = draw(st.integers(1, 5))
-    kept = draw(st.integers(1, size))
-    window = draw(st.booleans())
-    if not window:
-        num_windows = 1
-    channels = num_windows * size
-    divisor = draw(st.sampled_from([n for n in range(1, channels + 1) if channels % n == 0]))
-    channel_sizes = draw(st.sampled_from([(channels,), (divisor, channels // divisor)]))
-    other_sizes = tuple(draw(st.lists(st.integers(1, 3), max_size=2)))
-    stack_size = draw(st.sampled_from([None, 2]))
-    sizes = [*channel_sizes, *other_sizes, *([] if stack_size is None else [stack_size])]
-    place = draw(st.permutations(range(len(sizes))))
-    shape = tuple(sizes[place.index(axis)] for axis in range(len(sizes)))
-    channel = tuple(place[: len(channel_sizes)])
-    stack = () if stack_size is None else (place[-1],)
-    return Part(num_windows, size, kept, window), shape, channel, stack
+class Kept(NamedTuple):
+    """The kept part of a channel axis, as the tests describe it."""
+
+    num_blocks: int
+    size: int  # Of each block.
+    kept: int  # In each block.
+    contiguous: bool
 
 
-def all_places(part):
-    """Every place where a part can lie: offsets, or sets of positions."""
+# The tests call the library through these functions only.
+
+
+def part_shape(part, shape, channel_axes):
+    return Part(*part).shape(shape, channel_axes)
+
+
+def take(x, channel_axes, stack_axes, part, place):
+    return parts.take(x, channel_axes, stack_axes, Part(*part), place)
+
+
+def put(x, shape, channel_axes, stack_axes, part, place):
+    return parts.put(x, shape, channel_axes, stack_axes, Part(*part), place)
+
+
+# Parts in NumPy, which `test_products.py` uses too.
+
+
+def possible_places(part):
+    """Every place where a part can lie: the starts of windows, or sets of positions."""
     if part.contiguous:
         return np.arange(part.size, dtype=np.int32)
     return np.array(list(itertools.combinations(range(part.size), part.kept)), np.int32)
 
 
 def kept_channels(part, place):
-    """The channels that a part keeps, in the order in which it holds them."""
-    if not part.contiguous:
-        return np.asarray(place)
-    inside = np.arange(part.kept)
-    # A window that wraps around holds its first channels first.
-    wraps = place > part.size - part.kept
-    first = np.where(
-        inside < place - (part.size - part.kept), inside, inside + part.size - part.kept
-    )
-    inside = first if wraps else place + inside
-    return np.concatenate([group * part.size + inside for group in range(part.blocks)])
+    """The channels of a part, in rising order even if a window wraps around."""
+    inside = np.sort((place + np.arange(part.kept)) % part.size) if part.contiguous else place
+    return np.add.outer(np.arange(part.num_blocks) * part.size, inside).reshape(-1)
 
 
-def reference_take(x, channel, part, place):
-    """`take` without a stack: channels to the last axis, an index, and back."""
-    moved = np.moveaxis(x, channel, range(-len(channel), 0))
-    others = moved.shape[: moved.ndim - len(channel)]
-    cut = moved.reshape(*others, -1)[..., kept_channels(part, place)]
-    cut = cut.reshape(*others, *[1] * (len(channel) - 1), part.total)
-    return np.moveaxis(cut, range(-len(channel), 0), channel)
+def kept_entries(shape, channel_axes, stack_axes, part, place):
+    """Which entries of an array of the given shape a part holds.
+
+    Returns:
+      The positions of these entries in the flattened array, as an array of the shape of the part.
+    """
+    entries = np.arange(math.prod(shape)).reshape(shape)
+    if not channel_axes:
+        return entries
+    others = [axis for axis in range(len(shape)) if axis not in (*stack_axes, *channel_axes)]
+    order = (*stack_axes, *others, *channel_axes)
+    outer = [shape[axis] for axis in (*stack_axes, *others)]
+    entries = entries.transpose(order).reshape(*outer, -1)
+    kept = np.zeros((*outer, part.num_blocks * part.kept), int)
+    for layer in np.ndindex(*outer[: len(stack_axes)]):
+        kept[layer] = entries[layer][..., kept_channels(part, place[layer])]
+    # The last channel axis holds all channels of the part.
+    kept = kept.reshape(*outer, *[1] * (len(channel_axes) - 1), -1)
+    return kept.transpose(np.argsort(order))
 
 
-@hypothesis.settings(max_examples=40)
-@hypothesis.given(layouts(), st.randoms(use_true_random=False))
-def test_take_and_put(layout, random):
-    part, shape, channel, stack = layout
-    x = np.arange(1, np.prod(shape) + 1, dtype=np.float32).reshape(shape)
-    places = all_places(part)
-    if stack:  # Two layers, each with a place of its own.
-        pairs = [random.sample(range(len(places)), 1) + [i] for i in range(len(places))]
-        places = places[np.array(pairs)]
+def scattered(x, shape, entries):
+    """Zeros of the given shape, with `x` in the given entries: the inverse of `np.take`."""
+    filled = np.zeros(shape, np.asarray(x).dtype)
+    np.put(filled, entries, x)
+    return filled
+
+
+@st.composite
+def kept_parts(draw, max_blocks=3, max_size=5):
+    size = draw(st.integers(1, max_size))
+    kept = draw(st.integers(1, size))
+    return Kept(draw(st.integers(1, max_blocks)), size, kept, draw(st.booleans()))
+
+
+@st.composite
+def channel_shapes(draw, part, max_axes):
+    """The sizes of the axes that together index the channels of a part."""
+    sizes, size = [], part.num_blocks * part.size
+    for _ in range(draw(st.integers(1, max_axes)) - 1):
+        sizes.append(draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0])))
+        size //= sizes[-1]
+    return (*sizes, size)
+
+
+@st.composite
+def stacked_places(draw, part, stack_shape):
+    """A place for each layer of a stack."""
+    places = possible_places(part)
+    size = math.prod(stack_shape)
+    index = draw(st.lists(st.integers(0, len(places) - 1), min_size=size, max_size=size))
+    return places[np.array(index, int).reshape(stack_shape)]
+
+
+def one_program(cases, size):
+    """Runs a test with one list of cases, all different."""
+    lists = st.lists(cases, min_size=size, max_size=size, unique_by=repr)
+    settings = hypothesis.settings(max_examples=1, phases=[hypothesis.Phase.generate])
+    return lambda test: settings(hypothesis.given(lists)(test))
+
+
+class Case(NamedTuple):
+    """A part, and the array that it is taken out of."""
+
+    part: Kept
+    shape: tuple[int, ...]
+    channel_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...]
+    spread: int  # Between the places of one layer of the stack and the next.
+
+    @property
+    def layout(self):
+        return self.channel_axes, self.stack_axes, self.part
+
+    def place(self, turn):
+        """A place for each layer of the stack; the turns go through all of them."""
+        places = possible_places(self.part)
+        stack_shape = [self.shape[axis] for axis in self.stack_axes]
+        layers = np.arange(math.prod(stack_shape)).reshape(stack_shape)
+        return places[(self.spread * layers + turn) % len(places)]
+
+    def entries(self, turn):
+        return kept_entries(self.shape, *self.layout, self.place(turn))
+
+
+@st.composite
+def cases(draw):
+    part = draw(kept_parts())
+    channel_shape = draw(channel_shapes(part, max_axes=3))
+    stack_shape = draw(st.lists(st.integers(1, 3), max_size=2))
+    other_shape = draw(st.lists(st.integers(1, 3), max_size=2))
+    sizes = [*channel_shape, *stack_shape, *other_shape]
+    axes = tuple(draw(st.permutations(range(len(sizes)))))
+    shape = tuple(sizes[axes.index(axis)] for axis in range(len(sizes)))
+    channel_axes, rest = axes[: len(channel_shape)], axes[len(channel_shape) :]
+    return Case(part, shape, channel_axes, rest[: len(stack_shape)], draw(st.integers(0, 4)))
+
+
+# The largest number of places of one part that `cases` draws.
+NUM_TURNS = math.comb(5, 2)
+
+
+def numbered(shape):
+    """An array of different entries, one of which is not finite, to see it spread."""
+    x = np.arange(1, math.prod(shape) + 1, dtype=np.float32).reshape(shape)
+    x.flat[-1] = np.nan
+    return x
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(cases())
+def test_shape_of_a_part(case):
+    assert part_shape(case.part, case.shape, case.channel_axes) == case.entries(0).shape
+
+
+@one_program(cases(), 60)
+def test_take(drawn):
+    arrays = [numbered(case.shape) for case in drawn]
 
     @jax.jit
-    @jax.vmap
-    def cut_and_fill(place):
-        cut = take(jnp.asarray(x), channel, stack, part, place)
-        return cut, put(cut, shape, channel, stack, part, place)
+    def program(arrays, places):
+        operands = zip(drawn, arrays, places, strict=True)
+        return [take(x, *case.layout, place) for case, x, place in operands]
 
-    for place, cut, filled in zip(places, *cut_and_fill(places), strict=True):
-        assert cut.shape == part.shape(shape, channel)
-        if stack:
-            inner = tuple(axis - (axis > stack[0]) for axis in channel)
-            layers = zip(np.moveaxis(x, stack[0], 0), place, strict=True)
-            expected = [reference_take(layer, inner, part, at) for layer, at in layers]
-            expected = np.stack(expected, stack[0])
-        else:
-            expected = reference_take(x, channel, part, place)
-        np.testing.assert_array_equal(cut, expected)
-        # What was cut lies where it was, and zeros elsewhere.
-        np.testing.assert_array_equal(filled, np.where(np.isin(x, expected), x, 0.0))
+    for turn in range(NUM_TURNS):
+        taken = program(arrays, [case.place(turn) for case in drawn])
+        for case, x, actual in zip(drawn, arrays, taken, strict=True):
+            expected = np.take(x, case.entries(turn))
+            np.testing.assert_array_equal(actual, expected, f"{case}, {turn=}", strict=True)
 
 
-def test_without_channels_nothing_is_cut():
-    x, part = jnp.ones((2, 3)), Part(1, 3, 2, True)
-    assert part.shape((2, 3), ()) == (2, 3)
+@one_program(cases(), 50)
+def test_put(drawn):
+    arrays = [numbered(case.entries(0).shape) for case in drawn]
+
+    @jax.jit
+    def program(arrays, places):
+        operands = zip(drawn, arrays, places, strict=True)
+        return [put(x, case.shape, *case.layout, place) for case, x, place in operands]
+
+    for turn in range(NUM_TURNS):
+        filled = program(arrays, [case.place(turn) for case in drawn])
+        for case, x, actual in zip(drawn, arrays, filled, strict=True):
+            expected = scattered(x, case.shape, case.entries(turn))
+            np.testing.assert_array_equal(actual, expected, f"{case}, {turn=}", strict=True)
+
+
+@pytest.mark.parametrize("start, channels", [(0, [0, 1, 2]), (3, [0, 3, 4]), (4, [0, 1, 4])])
+def test_window_that_wraps_around(start, channels):
+    part = Kept(num_blocks=2, size=5, kept=3, contiguous=True)
+    kept = take(jnp.arange(10), (0,), (), part, jnp.int32(start))
+    np.testing.assert_array_equal(kept, [*channels, *(5 + np.array(channels))])
+
+
+def test_without_channel_axes_take_and_put_return_their_operand():
+    x, part = jnp.ones((2, 3)), Kept(1, 3, 2, True)
+    assert part_shape(part, (2, 3), ()) == (2, 3)
     assert take(x, (), (), part, jnp.int32(1)) is x
     assert put(x, (2, 3), (), (), part, jnp.int32(1)) is x
