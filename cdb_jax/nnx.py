@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,7 +65,7 @@ def value_and_grad(
     several = [argnums] if isinstance(argnums, (int, nnx.DiffState)) else list(argnums)
     wanted = [nnx.DiffState(x, nnx.Param) if isinstance(x, int) else x for x in several]
 
-    @functools.wraps(f, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=())
+    @api.wraps(f)
     def value_and_gradient(*args: Any, selection: Selection | None = None, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_model)
         models = {i: x for i, x in enumerate(leaves) if _is_model(x)}

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+
 from cdb_jax import _draw, channels
-from cdb_jax._checks import check_no_module
+from cdb_jax._checks import check_no_module, parameters_of
 from cdb_jax._skipping.explain import explain
 from cdb_jax.policy import Policy, check_policy
 
@@ -73,7 +75,8 @@ def channel_report(
     dropped part is not computed; *masked only*, it is computed and thrown away, and why.
 
     Args:
-      params: a tree of arrays or `jax.ShapeDtypeStruct`, as the transformation will see it.
+      params: a tree of arrays or `jax.ShapeDtypeStruct`, as the transformation will see it. Of a
+        Flax NNX model its `nnx.Param`s are taken; `cdb_jax.nnx.channel_report` explains its loss.
       policy: the policy to explain.
       fun: a loss function `fun(params, *args, **kwargs)` to be differentiated in its first
         argument, which may return a pair with auxiliary data. It is traced, not run.
@@ -104,12 +107,15 @@ def channel_report(
       >>> [row.gradient for row in cdb_jax.channel_report(params, policy, loss, x).rows]
       ['in full', 'skipped']
     """
+    if fun is not None:
+        check_no_module(params, "params is", "cdb_jax.nnx.channel_report")
+    params = parameters_of(params)
     layout = check_policy(policy).layout(params)
     _draw.check_layers(policy, layout)
     rows = [_row(leaf, policy) for leaf in layout.leaves]
     if fun is not None:
-        check_no_module(params, "params is", "cdb_jax.nnx.channel_report")
-        selection = policy.select(params, 0)
+        # Only what is static is read of the selection.
+        selection = jax.eval_shape(lambda: policy.select(params, 0))
         gradients = explain(fun, params, args, kwargs, selection)
         rows = [row._replace(gradient=x) for row, x in zip(rows, gradients, strict=True)]
     return ChannelReport(tuple(rows), _summary(layout, policy))

@@ -80,9 +80,6 @@ class Group:
     modes: tuple[Mode, ...] = dataclasses.field(metadata=dict(static=True))
     part: Part | None = dataclasses.field(metadata=dict(static=True))
 
-    def __len__(self) -> int:
-        return sum(layer.depth for layer in self.layers)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -159,16 +156,12 @@ class Selection:
         float32 of shape `(*stack, channels)`: 0 for a channel that is dropped, 1 for one that is
         kept, or what `rescale` makes of it. A frozen leaf without channels has shape `(1,)`.
         """
-        ones = [jnp.ones_like(group.mode, jnp.float32) for group in self.groups]
-        scales = [
-            one if group.scale is None else group.scale
-            for group, one in zip(self.groups, ones, strict=True)
-        ]
-        matrices = [
-            jnp.where(group.keep, scale[:, None], np.float32(0.0))
-            for group, scale in zip(self.groups, scales, strict=True)
-        ]
-        return _by_layer(self.groups, matrices)
+
+        def factors(group: Group) -> jax.Array:
+            scale = np.float32(1.0) if group.scale is None else group.scale[:, None]
+            return jnp.where(group.keep, scale, np.float32(0.0))
+
+        return _by_layer(self.groups, [factors(group) for group in self.groups])
 
     @property
     def modes(self) -> dict[str, jax.Array]:
@@ -211,6 +204,16 @@ class Selection:
     def layout_of(self, tree: Any) -> channels.Layout:
         """The leaves of a tree as this selection knows them; see `mask`."""
         return channels.same_layout(tree, self.layout)
+
+
+def check_selection(selection: Any) -> Selection:
+    """Returns the selection itself; raises a TypeError for anything else."""
+    if not isinstance(selection, Selection):
+        raise TypeError(
+            f"selection must be a cdb_jax.Selection such as policy.select(params, step), got "
+            f"{selection!r:.80}."
+        )
+    return selection
 
 
 @compiled
@@ -390,7 +393,7 @@ def _checked_channels(layer: channels.Leaf, chosen: Any) -> jax.Array | np.ndarr
     if not is_traced and place.size == 0:
         return np.zeros((0,), np.int32)
     shapes = {place.shape[-1:], (*layer.stack_shape, *place.shape[-1:])}
-    if not jnp.issubdtype(place.dtype, jnp.integer) or place.shape not in shapes:
+    if not jnp.issubdtype(place.dtype, jnp.integer) or not place.shape or place.shape not in shapes:
         raise TypeError(
             f"chosen: the channels of {layer.path!r} must be ints, of shape "
             f"{' or '.join(str(shape[:-1] + ('k',)) for shape in sorted(shapes))}, got {chosen!r}."

@@ -23,7 +23,7 @@ from cdb_jax.policy import (
     Rate,
     Rescale,
 )
-from cdb_jax.selection import Group, Selection, fraction_of, mask_leaves
+from cdb_jax.selection import Group, Selection, check_selection, fraction_of, mask_leaves
 
 
 class ChannelDropBackState(NamedTuple):
@@ -179,12 +179,7 @@ def layout_and_source(
 
     Two masks in one chain have different policies, and must not use the same selection.
     """
-    if selection is not None and not isinstance(selection, Selection):
-        raise TypeError(
-            f"selection must be a cdb_jax.Selection such as policy.select(params, step), got "
-            f"{selection!r:.80}."
-        )
-    if selection is None or not _are_equal(policy, selection.policy):
+    if selection is None or not _are_equal(policy, check_selection(selection).policy):
         return policy.layout(updates), policy
     return selection.layout_of(updates), selection
 

@@ -13,7 +13,12 @@ import jax.numpy as jnp
 
 from cdb_jax._checks import check_no_module
 from cdb_jax._skipping import program
-from cdb_jax.selection import Mode, Selection
+from cdb_jax.selection import Mode, Selection, check_selection
+
+# `functools.wraps` for functions that may be models, whose attributes are not to be copied.
+wraps = functools.partial(
+    functools.wraps, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=()
+)
 
 
 def value_and_grad(
@@ -71,11 +76,9 @@ def value_and_grad(
     """
     check_function(fun)
 
-    @functools.wraps(
-        fun, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=()
-    )
+    @wraps(fun)
     def value_and_gradient(*args: Any, selection: Selection | None = None, **kwargs: Any) -> Any:
-        chosen = check_selection(selection)
+        chosen = check_can_skip(selection)
         params, call = _differentiated(fun, args, kwargs, argnums)
         value, aux, gradient = program.run(call, params, chosen, has_aux)
         return ((value, aux) if has_aux else value), gradient
@@ -105,7 +108,7 @@ def grad(
 def without_value(value_and_gradient: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     """The function that `grad` returns, from the one that `value_and_grad` returns."""
 
-    @functools.wraps(value_and_gradient)
+    @wraps(value_and_gradient)
     def gradient(*args: Any, **kwargs: Any) -> Any:
         value, result = value_and_gradient(*args, **kwargs)
         return (result, value[1]) if has_aux else result
@@ -130,17 +133,13 @@ def check_function(fun: Any) -> None:
         )
 
 
-def check_selection(selection: Any) -> Selection:
-    """Raises an error for a selection with which no work can be saved."""
+def check_can_skip(selection: Any) -> Selection:
+    """Returns the selection; raises an error for one with which no work can be saved."""
     if selection is None:
         raise TypeError(
             "selection is missing: give it by name, such as selection=policy.select(params, step)."
         )
-    if not isinstance(selection, Selection):
-        raise TypeError(
-            f"selection must be a cdb_jax.Selection such as policy.select(params, step), got "
-            f"{selection!r:.80}."
-        )
+    check_selection(selection)
     if all(group.part or Mode.PARTIAL not in group.modes for group in selection.groups):
         return selection
     rate = selection.policy.rate

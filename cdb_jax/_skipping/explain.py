@@ -21,7 +21,7 @@ def explain(
     The function is traced, not run; its arrays may be `jax.ShapeDtypeStruct`s.
     """
     api.check_function(fun)
-    api.check_selection(selection)
+    api.check_can_skip(selection)
     layout, found = _followed(fun, params, args, kwargs, selection)
     return [_gradient(layout, found, i, x) for i, x in enumerate(jax.tree.leaves(params))]
 

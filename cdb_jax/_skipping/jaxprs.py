@@ -1,6 +1,6 @@
 """Evaluating a traced program with some of its operations replaced.
 
-Everything here and in `following.py` that depends on how JAX represents programs is documented in
+Everything here and in `follow.py` that depends on how JAX represents programs is documented in
 `jax.extend.core`, except the names of primitives and of their parameters, and what `as_in` reads;
 `tests/test_following.py` fails where one of them has moved.
 """

@@ -1,0 +1,254 @@
+"""One selection for all that takes part in a step, and channels that the user chooses."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import cdb_jax
+
+PARAMS = {
+    "first": {"kernel": jnp.arange(1.0, 25.0).reshape(4, 6), "bias": jnp.ones(6)},
+    "second": {"kernel": jnp.arange(1.0, 13.0).reshape(6, 2)},
+}
+X = jax.random.normal(jax.random.key(0), (5, 4))
+
+
+def policy(**settings):
+    return cdb_jax.Policy(0.5, **({"key": 0, "channel_choice": "window"} | settings))
+
+
+def loss(params, x):
+    hidden = jnp.tanh(x @ params["first"]["kernel"] / 50 + params["first"]["bias"][None])
+    return jnp.mean((hidden @ params["second"]["kernel"]) ** 2)
+
+
+def kept(tree, path):
+    """Which output channels of a kernel are not zero."""
+    return np.asarray(tree[path]["kernel"] != 0).all(axis=0)
+
+
+# A selection that is given.
+
+
+@pytest.mark.parametrize("make", [cdb_jax.channel_drop_back, None], ids=["mask", "freeze"])
+def test_a_selection_of_an_equal_policy_is_used(make):
+    tx = make(policy()) if make else cdb_jax.freeze_dropped(optax.identity(), policy())
+    state = tx.init(PARAMS)
+    selection = policy().select(PARAMS, 7)  # The state's own count is 0.
+    updates, state = tx.update(PARAMS, state, PARAMS, selection=selection)
+    chex.assert_trees_all_equal(updates, selection.mask(PARAMS))
+    assert state.count == 1
+    np.testing.assert_allclose(state.dropped_fraction, selection.dropped_fraction, rtol=1e-6)
+
+
+def test_a_selection_of_another_policy_is_not_used():
+    """Two masks in one chain stay two masks, whichever selection is given."""
+    first, second = policy(), policy(key=1)
+    tx = optax.chain(cdb_jax.channel_drop_back(first), cdb_jax.channel_drop_back(second))
+    selection = first.select(PARAMS, 7)
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, selection=selection)
+    expected = second.select(PARAMS, 0).mask(selection.mask(PARAMS))
+    chex.assert_trees_all_equal(updates, expected)
+
+
+def test_policies_with_arrays_are_compared_by_value():
+    rates = [policy(layer_rate=jnp.float32(x)) for x in (0.5, 0.5, 0.25)]
+    selection = rates[0].select(PARAMS, 7)
+    updates = []
+    for other in rates:
+        tx = cdb_jax.channel_drop_back(other)
+        updates.append(tx.update(PARAMS, tx.init(PARAMS), selection=selection)[0])
+    chex.assert_trees_all_equal(updates[0], selection.mask(PARAMS), updates[1])
+    chex.assert_trees_all_equal(updates[2], rates[2].select(PARAMS, 0).mask(PARAMS))
+
+
+def test_wrappers_of_optax_and_nnx_pass_it_on():
+    selection = policy().select(PARAMS, 7)
+    drop = cdb_jax.channel_drop_back(policy())
+    for tx in (
+        optax.MultiSteps(drop, 1).gradient_transformation(),
+        optax.chain(optax.identity(), drop),
+        optax.masked(drop, True),
+        cdb_jax.freeze_dropped(drop, policy()),
+    ):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, selection=selection)
+        chex.assert_trees_all_equal(updates, selection.mask(PARAMS))
+    model = nnx.Linear(3, 8, rngs=nnx.Rngs(0))
+    before = model.kernel[...]
+    selection = policy().select(model, 7)
+    optimizer = nnx.Optimizer(model, optax.chain(drop, optax.sgd(0.1)), wrt=nnx.Param)
+    ones = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    optimizer.update(model, ones, selection=selection)
+    moved = np.asarray(model.kernel[...] != before).any(axis=0)
+    np.testing.assert_array_equal(moved, selection.factors["kernel"] == 1)
+
+
+def test_a_part_of_the_tree_takes_its_part_of_the_selection():
+    selection = policy().select(PARAMS, 3)
+    part = {"second": PARAMS["second"]}
+    chex.assert_trees_all_equal(selection.mask(part)["second"], selection.mask(PARAMS)["second"])
+    _, gradient = cdb_jax.value_and_grad(lambda p, x: loss(PARAMS | p, x))(
+        part, X, selection=selection
+    )
+    full = cdb_jax.grad(loss)(PARAMS, X, selection=selection)
+    chex.assert_trees_all_close(gradient["second"], full["second"], rtol=1e-6)
+
+
+def test_rescaling_is_left_to_the_transformation():
+    scaled = policy(rescale="expected")
+    selection = scaled.select(PARAMS, 0)
+    chex.assert_trees_all_equal(selection.mask(PARAMS), policy().select(PARAMS, 0).mask(PARAMS))
+    drop = cdb_jax.channel_drop_back(scaled)
+    updates, _ = drop.update(PARAMS, drop.init(PARAMS))
+    chex.assert_trees_all_equal(updates, selection.mask(PARAMS, rescale=True))
+    np.testing.assert_array_equal(np.unique(selection.factors["first/kernel"]), [0.0, 2.0])
+
+
+# Through the transformations of JAX.
+
+
+def test_it_is_an_argument_and_a_result_of_jit():
+    selection = jax.jit(lambda step: policy().select(PARAMS, step))(4)
+    eager = policy().select(PARAMS, 4)
+    chex.assert_trees_all_equal(selection, eager)
+    gradient = jax.jit(cdb_jax.grad(loss))(PARAMS, X, selection=selection)
+    expected = eager.mask(jax.grad(loss)(PARAMS, X))
+    chex.assert_trees_all_close(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_vmap_and_scan_over_selections():
+    steps = jnp.arange(4)
+    several = jax.vmap(lambda step: policy().select(PARAMS, step))(steps)
+    gradient = lambda selection: cdb_jax.grad(loss)(PARAMS, X, selection=selection)
+    mapped = jax.vmap(gradient)(several)
+    _, scanned = jax.lax.scan(lambda _, selection: (None, gradient(selection)), None, several)
+    full = jax.grad(loss)(PARAMS, X)
+    for step in range(4):
+        expected = policy().select(PARAMS, step).mask(full)
+        for found in (mapped, scanned):
+            one = jax.tree.map(lambda x, i=step: x[i], found)
+            chex.assert_trees_all_close(one, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_it_is_an_argument_of_shard_map():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.random.normal(jax.random.key(1), (8, 4))
+    selection = policy().select(PARAMS, 2)
+
+    def gradient(params, x, selection):
+        return jax.tree.map(lambda g: g / 4, cdb_jax.grad(loss)(params, x, selection=selection))
+
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=P())
+    expected = selection.mask(jax.grad(loss)(PARAMS, x))
+    found = jax.jit(mapped)(PARAMS, x, selection)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_modes():
+    one = policy(layer_choice="one", other_layers="frozen").select(PARAMS, 0)
+    assert sorted(one.modes) == ["first/bias", "first/kernel", "second/kernel"]
+    counts = {mode: list(map(int, one.modes.values())).count(mode) for mode in cdb_jax.Mode}
+    assert counts == {cdb_jax.Mode.FROZEN: 2, cdb_jax.Mode.PARTIAL: 1, cdb_jax.Mode.FULL: 0}
+    whole = policy(layer_rate=0.0).select(PARAMS, 0)
+    assert set(map(int, whole.modes.values())) == {cdb_jax.Mode.FULL}
+
+
+# What may be dropped.
+
+
+def test_only_is_the_opposite_of_exempt():
+    selection = policy(only=("second",)).select(PARAMS, 0)
+    assert set(selection.factors) == {"second/kernel"}
+    both = policy(only=("*",), exempt=("second",)).select(PARAMS, 0)
+    assert set(both.factors) == {"first/kernel"}
+    report = cdb_jax.channel_report(PARAMS, policy(only=("second",)))
+    assert {row.path: row.note for row in report.rows}["first/kernel"] == "not in `only`"
+    frozen = policy(only=("first",), layer_choice="one", other_layers="frozen")
+    assert not np.any(frozen.select(PARAMS, 0).mask(PARAMS)["second"]["kernel"])
+
+
+def test_a_report_takes_a_model_of_nnx():
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    report = cdb_jax.channel_report(model, policy())
+    assert {row.path for row in report.rows} == {
+        *("layers/0/kernel", "layers/0/bias"),
+        *("layers/1/scale", "layers/1/bias"),
+    }
+
+
+# Channels that the user chooses.
+
+
+@pytest.mark.parametrize("others", ["full", "frozen"])
+def test_chosen_channels(others):
+    chosen = {"first/kernel": [1, -1], "first/bias": range(3)}
+    selection = cdb_jax.Selection.of(PARAMS, chosen, others=others)
+    gradient = jax.jit(cdb_jax.grad(loss))(PARAMS, X, selection=selection)
+    full = jax.grad(loss)(PARAMS, X)
+    kernel = full["first"]["kernel"] * jnp.array([0.0, 1, 0, 0, 0, 1])[None]
+    bias = full["first"]["bias"] * jnp.array([1.0, 1, 1, 0, 0, 0])
+    second = full["second"]["kernel"] * (1.0 if others == "full" else 0.0)
+    expected = {"first": {"kernel": kernel, "bias": bias}, "second": {"kernel": second}}
+    chex.assert_trees_all_close(gradient, expected, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_equal(selection.mask(full), expected)
+
+
+def test_chosen_channels_may_be_traced_and_name_many_leaves():
+    @jax.jit
+    def gradient(channels):
+        selection = cdb_jax.Selection.of(PARAMS, {"*/kernel": channels})
+        return cdb_jax.grad(loss)(PARAMS, X, selection=selection)
+
+    found = gradient(jnp.array([1]))
+    np.testing.assert_array_equal(kept(found, "first"), [False, True, *[False] * 4])
+    np.testing.assert_array_equal(kept(found, "second"), [False, True])
+
+
+def test_chosen_channels_of_stacked_layers():
+    params = {"kernel": jnp.ones((3, 2, 4))}
+    axes = cdb_jax.Axes(-1, stack=0)
+    together = cdb_jax.Selection.of(params, {"kernel": [0]}, channel_axes=axes)
+    np.testing.assert_array_equal(together.factors["kernel"], [[1, 0, 0, 0]] * 3)
+    apart = cdb_jax.Selection.of(params, {"kernel": [[0], [1], [3]]}, channel_axes=axes)
+    np.testing.assert_array_equal(apart.factors["kernel"], np.eye(4)[[0, 1, 3]])
+
+
+def test_all_channels_and_none():
+    chosen = {"first/kernel": [], "second/kernel": [0, 1]}
+    selection = cdb_jax.Selection.of(PARAMS, chosen)
+    assert selection.modes["first/kernel"] == cdb_jax.Mode.FROZEN
+    assert selection.modes["second/kernel"] == cdb_jax.Mode.FULL
+    gradient = cdb_jax.grad(loss)(PARAMS, X, selection=selection)
+    assert not np.any(gradient["first"]["kernel"]) and kept(gradient, "second").all()
+
+
+def test_chosen_channels_save_work():
+    flops = lambda f, **kwargs: jax.jit(f).lower(PARAMS, X, **kwargs).cost_analysis()["flops"]
+    selection = cdb_jax.Selection.of(PARAMS, {"first/kernel": [2]}, others="frozen")
+    assert flops(cdb_jax.grad(loss), selection=selection) < 0.9 * flops(jax.grad(loss))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("chosen", "settings", "error", "message"),
+    [
+        ({"third": [0]}, {}, ValueError, "'third'"),
+        ({"first/kernel": [6]}, {}, ValueError, r"'first/kernel'.*6 channels.*\[6\]"),
+        ({"first/kernel": [0, -6]}, {}, ValueError, r"'first/kernel'.*\[0, -6\]"),
+        ({"first/kernel": [0.5]}, {}, TypeError, r"'first/kernel'.*\[0.5\]"),
+        ({"first/kernel": [True] * 6}, {}, TypeError, "'first/kernel'.*ints"),
+        ({"first/kernel": 3}, {}, TypeError, "'first/kernel'.*3"),
+        ({"first": [0], "*/kernel": [0]}, {}, ValueError, r"'first/kernel'.*\*/kernel"),
+        ({"first/kernel": [0]}, {"others": "still"}, ValueError, "others.*'still'"),
+        ({"first/kernel": [0]}, {"channel_axes": 2}, ValueError, "axis 2.*'first/kernel'"),
+    ],
+)
+def test_mistakes(chosen, settings, error, message):
+    with pytest.raises(error, match=message):
+        cdb_jax.Selection.of(PARAMS, chosen, **settings)
