@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,8 @@ def materialise(f: Callable[[Any], Any], x: Any, *, cpu_only: bool = False) -> A
 
 
 def _true_at_run_time(x: Any) -> jax.Array:
-    """True, but no compiler knows: it would remove the conditional."""
+    """True, but no compiler knows unless all of `x` is constant: it would remove the conditional."""
     is_whole = lambda leaf: leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.integer)
-    whole = next(filter(is_whole, jax.tree.leaves(x)))
-    return (whole[(0,) * whole.ndim].astype(jnp.int32) | 1) != 0
+    whole = filter(is_whole, jax.tree.leaves(x))
+    entries = [leaf[(0,) * leaf.ndim].astype(jnp.int32) for leaf in whole]
+    return (functools.reduce(jnp.bitwise_or, entries) | 1) != 0

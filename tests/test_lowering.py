@@ -101,3 +101,25 @@ def test_no_loops(name, platform):
     # A cumulative sum comes with a loop for compilers that have no scan of their own.
     functions = [x for x in program.split("func.func") if "@chlo.scan.impl" not in x[:80]]
     assert not [x for x in functions if "stablehlo.while" in x]
+
+
+@pytest.mark.parametrize("name", ["whole", "one"])
+def test_every_layer_reads_the_draw_and_none_repeats_it(name):
+    """The CPU compiler would fuse the draw into whatever reads it, all of it for every layer."""
+    policy = {
+        "whole": cdb_jax.Policy(1.0, key=0, layer_rate=0.5),
+        "one": cdb_jax.Policy(0.0, key=0, layer_choice="one", other_layers="frozen"),
+    }[name]
+
+    def deep_loss(params, x):
+        for layer in params.values():
+            x = jnp.tanh(x @ layer["kernel"])
+        return jnp.mean(x**2)
+
+    def num_slices(depth):
+        params = {str(i): {"kernel": jnp.ones((8, 8))} for i in range(depth)}
+        gradient = jax.jit(drawn.grad(deep_loss, policy))
+        program = gradient.lower(params, jnp.ones((4, 8)), step=jnp.int32(0)).compile()
+        return program.as_text().count(" slice(")
+
+    assert num_slices(16) < 2 * num_slices(4)
