@@ -45,7 +45,7 @@ def materialise(f: Callable[[Any], Any], x: Any, *, cpu_only: bool = False) -> A
 
 
 def _true_at_run_time(x: Any) -> jax.Array:
-    """True, but no compiler knows unless all of `x` is constant: it would remove the conditional."""
+    """True, but no compiler knows, unless all of `x` is constant: else it would drop the branch."""
     is_whole = lambda leaf: leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.integer)
     whole = filter(is_whole, jax.tree.leaves(x))
     entries = [leaf[(0,) * leaf.ndim].astype(jnp.int32) for leaf in whole]
