@@ -179,8 +179,8 @@ class Policy:
 
         Args:
           params: the parameters, their gradients or their updates; only paths, shapes and dtypes
-            are read, so `jax.ShapeDtypeStruct` leaves will do. Of a Flax NNX model its `nnx.Param`s
-            are taken.
+            are read, so `jax.ShapeDtypeStruct` leaves will do. Of a Flax NNX model, its `nnx.Param`
+            variables are used.
           step: the step, an int or an integer scalar, which may be traced.
 
         Returns:

@@ -76,7 +76,8 @@ def channel_report(
 
     Args:
       params: a tree of arrays or `jax.ShapeDtypeStruct`, as the transformation will see it. Of a
-        Flax NNX model its `nnx.Param`s are taken; `cdb_jax.nnx.channel_report` explains its loss.
+        Flax NNX model, its `nnx.Param` variables are used; for its loss, use
+        `cdb_jax.nnx.channel_report`.
       policy: the policy to explain.
       fun: a loss function `fun(params, *args, **kwargs)` to be differentiated in its first
         argument, which may return a pair with auxiliary data. It is traced, not run.
