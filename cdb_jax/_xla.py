@@ -3,50 +3,140 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-# The most results of one conditional: the time to compile it grows with their square.
-MAX_RESULTS = 64
+_MAX_RESULTS = 64  # Of one conditional: the time to compile it grows with their square.
 
 
-def materialise(f: Callable[[Any], Any], x: Any, *, cpu_only: bool = False) -> Any:
+def materialise(
+    f: Callable[[Any], Any], x: Any, *, on_cpu: Callable[[Any], Any] | None = None
+) -> Any:
     """Returns `f(x)`, which XLA computes once instead of once for every array that reads it.
 
     Fused into parameter-sized loops, a draw would be repeated for each weight of a channel, and
     every layer would become a loop of its own to compile: four times the compilation time of
-    AdamW on a ViT-B. The CPU compiler drops optimization barriers before it fuses, but it fuses
-    nothing through a conditional. On other platforms a conditional may wait for the host, and
-    barriers hold. The workaround is obsolete once `benchmarks/overhead.py` shows the same
+    AdamW on a ViT-B. The workaround is obsolete once `benchmarks/overhead.py` shows the same
     compilation time on CPU without it.
 
     Args:
-      f: a function of a tree of arrays, at least one of them of ints or bools.
-      x: its argument.
-      cpu_only: whether other platforms may fuse `f` with what reads it.
+      f: a function of a tree of arrays.
+      x: its argument, as `alone_on_cpu` takes it.
+      on_cpu: another function with the same result, which is used in place of `f` on CPU.
     """
 
-    def zeros(x: Any) -> Any:
-        return jax.tree.map(jnp.zeros_like, jax.eval_shape(f, x))
-
-    def computed_once(x: Any) -> Any:
-        return f(x) if cpu_only else jax.lax.optimization_barrier(f(x))
+    def with_barrier(x: Any) -> Any:
+        return jax.lax.optimization_barrier(f(x))
 
     if not jax.tree.leaves(x):
         return f(x)
-    return jax.lax.platform_dependent(
-        x,
-        cpu=lambda x: jax.lax.cond(_true_at_run_time(x), f, zeros, x),
-        default=computed_once,
-    )
+    cpu = functools.partial(alone_on_cpu, on_cpu or f, _zeros_like(f))
+    return jax.lax.platform_dependent(x, cpu=cpu, default=with_barrier)
 
 
-def _true_at_run_time(x: Any) -> jax.Array:
-    """True, but no compiler knows, unless all of `x` is constant: else it would drop the branch."""
-    is_whole = lambda leaf: leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.integer)
-    whole = filter(is_whole, jax.tree.leaves(x))
-    entries = [leaf[(0,) * leaf.ndim].astype(jnp.int32) for leaf in whole]
-    return (functools.reduce(jnp.bitwise_or, entries) | 1) != 0
+def alone_on_cpu(f: Callable[[Any], Any], otherwise: Callable[[Any], Any], x: Any) -> Any:
+    """Returns `f(x)`, which the CPU compiler does not fuse with what reads it.
+
+    It drops optimization barriers before it fuses, but it fuses nothing through a conditional. On
+    other platforms a conditional may wait for the host.
+
+    Args:
+      f: a function of a tree of arrays.
+      otherwise: a function with results of the same types, for the branch that is never taken.
+      x: their argument. The first of its arrays of ints or bools must not be constant, or the
+        compiler drops the conditional.
+    """
+
+    def is_whole(leaf: jax.Array) -> bool:
+        return leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.integer)
+
+    first = next(filter(is_whole, jax.tree.leaves(x)))
+    # True, which the compiler does not know.
+    condition = (first[(0,) * first.ndim].astype(jnp.int32) | 1) != 0
+    return jax.lax.cond(condition, f, otherwise, x)
+
+
+class _Block(NamedTuple):
+    """Rows of one of several matrices, as an array whose leading axes have the shape `stack`."""
+
+    matrix: int
+    start: int
+    stop: int
+    stack: tuple[int, ...]
+
+
+def unstack(
+    matrices: Sequence[jax.Array], stacks: Sequence[Sequence[tuple[int, ...]]]
+) -> list[list[jax.Array]]:
+    """Cuts each matrix into blocks of rows, each of which XLA computes once; see `materialise`.
+
+    The CPU compiler compiles equal loops only once, but slices from different rows are different
+    loops. So a block of one row is not sliced there, but picked by comparing row numbers with a
+    constant: the loops are equal, and the draw for a ViT-S compiles in a third of the time. The
+    workaround is obsolete once `benchmarks/overhead.py` shows the same compilation time on CPU
+    with slices.
+
+    Args:
+      matrices: arrays of shape `(rows, ...)` without negative numbers, at least one of them of
+        ints or bools.
+      stacks: for each matrix, the shapes that the rows of its blocks have, in order: `()` for a
+        single row, `(12,)` for twelve.
+    """
+    blocks = []
+    for i, shapes in enumerate(stacks):
+        stop = 0
+        for shape in shapes:
+            start, stop = stop, stop + math.prod(shape)
+            blocks.append(_Block(i, start, stop, shape))
+    found = []
+    for first in range(0, len(blocks), _MAX_RESULTS):
+        run = blocks[first : first + _MAX_RESULTS]
+        found += materialise(
+            functools.partial(_cut, run, _slice),
+            matrices,
+            on_cpu=functools.partial(_cut, run, _pick),
+        )
+    results = iter(found)
+    return [list(itertools.islice(results, len(shapes))) for shapes in stacks]
+
+
+def _cut(
+    blocks: Sequence[_Block],
+    rows_of: Callable[[jax.Array, int, int], jax.Array],
+    matrices: Sequence[jax.Array],
+) -> list[jax.Array]:
+    found = []
+    for block in blocks:
+        matrix = matrices[block.matrix]
+        rows = rows_of(matrix, block.start, block.stop)
+        found.append(rows.reshape(block.stack + matrix.shape[1:]))
+    return found
+
+
+def _slice(matrix: jax.Array, start: int, stop: int) -> jax.Array:
+    return matrix[start:stop]
+
+
+def _pick(matrix: jax.Array, start: int, stop: int) -> jax.Array:
+    """`matrix[start:stop]`; a single row is picked from a few near it."""
+    if stop > start + 1:
+        return matrix[start:stop]
+    tile = 64 if matrix.ndim == 1 else 8
+    first = max(0, min(start // tile * tile, len(matrix) - tile))
+    rows = matrix[first : first + tile]
+    is_row = np.arange(first, first + len(rows)) == start
+    is_row = is_row.reshape(-1, *[1] * (matrix.ndim - 1))
+    return jnp.max(rows, axis=0, where=is_row, initial=matrix.dtype.type(0))
+
+
+def _zeros_like(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def zeros(x: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(f, x))
+
+    return zeros

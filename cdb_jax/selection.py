@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from cdb_jax import _scaling, channels
 from cdb_jax._checks import check_choice, parameters_of
 from cdb_jax._compiling import compiled
-from cdb_jax._xla import MAX_RESULTS, materialise
+from cdb_jax._xla import unstack
 
 
 class Mode(enum.IntEnum):
@@ -157,16 +157,17 @@ class Selection:
         kept, or what `rescale` makes of it. A frozen leaf without channels has shape `(1,)`.
         """
 
-        def factors(group: Group) -> jax.Array:
-            scale = np.float32(1.0) if group.scale is None else group.scale[:, None]
-            return jnp.where(group.keep, scale, np.float32(0.0))
-
-        return _by_layer(self.groups, [factors(group) for group in self.groups])
+        kept = per_layer(self.groups, "keep", "mode")
+        scale = _scales(self.groups)
+        return {
+            path: jnp.where(keep, scale.get(path, np.ones(()))[..., None], 0).astype(jnp.float32)
+            for path, (keep, _) in kept.items()
+        }
 
     @property
     def modes(self) -> dict[str, jax.Array]:
         """By path of each layer, its `Mode`: int32 of the shape of its stack."""
-        return _by_layer(self.groups, [group.mode for group in self.groups])
+        return {path: mode for path, (mode,) in per_layer(self.groups, "mode").items()}
 
     @property
     def dropped_fraction(self) -> jax.Array:
@@ -236,7 +237,8 @@ def mask_leaves(
 
     The leaves whose paths are in `done` have zeros for dropped channels already.
     """
-    keep, scale = _cut(groups, "keep"), _cut(groups, "scale") if rescale else {}
+    keep = kept_channels(groups)
+    scale = _scales(groups) if rescale else {}
     return [
         None if x is None else _masked(x, leaf, {} if leaf.path in done else keep, scale)
         for x, leaf in zip(leaves, layout.leaves, strict=True)
@@ -271,58 +273,31 @@ def kept_channels(groups: Sequence[Group]) -> dict[str, jax.Array]:
 
     Layers that always learn in full are left out.
     """
-    return _cut(groups, "keep")
+    changing = [group for group in groups if group.modes != (Mode.FULL,)]
+    # `unstack` needs an array of ints.
+    return {path: keep for path, (keep, _) in per_layer(changing, "keep", "mode").items()}
 
 
-def _cut(groups: Sequence[Group], field: str) -> dict[str, jax.Array]:
-    """One field of the groups as one array for each layer, computed once."""
-    found: dict[str, jax.Array] = {}
-    changing = [
-        group
-        for group in groups
-        if group.modes != (Mode.FULL,) and getattr(group, field) is not None
-    ]
-    for run in _runs(changing):
-        # The modes are there as `materialise` needs an array of ints.
-        fields = [(getattr(group, field), group.mode) for group in run]
-        cut = lambda fields, run=run: _by_layer(run, [matrix for matrix, _ in fields])
-        found |= materialise(cut, fields)
-    return found
+def _scales(groups: Sequence[Group]) -> dict[str, jax.Array]:
+    """By path of each layer, what its kept channels are multiplied by, where that is not 1."""
+    scaled = [group for group in groups if group.scale is not None]
+    return {path: scale for path, (scale, _) in per_layer(scaled, "scale", "mode").items()}
 
 
-def _runs(groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """The layers of all groups in order, `MAX_RESULTS` at a time."""
-    run: list[Group] = []
-    for group in groups:
-        layers, stop = group.layers, 0
-        while layers:
-            room = MAX_RESULTS - sum(len(other.layers) for other in run)
-            now, layers = layers[:room], layers[room:]
-            start, stop = stop, stop + sum(layer.depth for layer in now)
-            rows = jax.tree.map(lambda x, start=start, stop=stop: x[start:stop], group)
-            run.append(dataclasses.replace(rows, layers=now))
-            if len(now) == room:
-                yield run
-                run = []
-    if run:
-        yield run
+def per_layer(groups: Sequence[Group], *fields: str) -> dict[str, list[jax.Array]]:
+    """By path of each layer, its rows of some arrays of its group, which XLA computes once.
 
-
-def _by_layer(groups: Sequence[Group], matrices: Sequence[jax.Array]) -> dict[str, jax.Array]:
-    """Cuts matrices with one row for each layer into one array `(*stack, ...)` for each layer."""
+    The shape of each is `(*stack, ...)`.
+    """
+    matrices = [getattr(group, field) for group in groups for field in fields]
+    stacks = [[layer.stack_shape for layer in group.layers] for group in groups for _ in fields]
+    blocks = iter(unstack(matrices, stacks))
     found = {}
-    for group, matrix in zip(groups, matrices, strict=True):
-        for layer, rows in rows_of(group):
-            found[layer.path] = matrix[rows].reshape(layer.stack_shape + matrix.shape[1:])
+    for group in groups:
+        columns = [next(blocks) for _ in fields]
+        for layer, *rows in zip(group.layers, *columns, strict=True):
+            found[layer.path] = rows
     return found
-
-
-def rows_of(group: Group) -> Iterator[tuple[channels.Leaf, slice]]:
-    """The layers of a group, with the rows of its arrays that belong to each."""
-    stop = 0
-    for layer in group.layers:
-        start, stop = stop, stop + layer.depth
-        yield layer, slice(start, stop)
 
 
 def fraction_of(groups: Sequence[Group], layout: channels.Layout) -> jax.Array:

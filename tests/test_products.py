@@ -32,6 +32,7 @@ from test_parts import (
 )
 
 from cdb_jax._skipping import products
+from cdb_jax._skipping.reasons import Obstacle
 from cdb_jax.selection import Mode, Part
 
 # The tests call the library through the functions from here to `in_order` only.
@@ -56,22 +57,28 @@ def described(layer):
     target = products.Target(layer.modes, part)
     product = layer.product
     where = layer.channel_axes, layer.stack_axes, target
+    op = operation(product)
     if isinstance(product, Dot):
         ranks = len(product.shapes[0]), len(product.shapes[1])
-        return products.dot_product(product.apply, product.params, layer.side, ranks, *where)
-    return products.convolution(
-        product.apply, product.params, layer.side, product.shapes[1], *where
-    )
+        return products.dot_product(op, layer.side, ranks, *where)
+    return products.convolution(op, layer.side, product.shapes[1], *where)
+
+
+def operation(product):
+    """The product as the library knows it."""
+    operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in product.shapes]
+    (eqn,) = jax.make_jaxpr(product.apply)(*operands).eqns
+    return products.Operation.of_equation(eqn)
 
 
 def axes_of_parts(layer):
     """Where the parts of a layer are; None if the library refuses the layer."""
     found = described(layer)
-    if isinstance(found, str):
+    if isinstance(found, Obstacle):
         return None
     groups = None
-    if found.part_op is not found.op:
-        groups = found.part_op.keywords["feature_group_count"]
+    if found.part_op != found.op:
+        groups = dict(found.part_op.params)["feature_group_count"]
     x_part = Kept(*found.x_part)
     return Axes(found.x_channel, found.y_channel, found.x_stack, found.y_stack, x_part, groups)
 
@@ -79,20 +86,20 @@ def axes_of_parts(layer):
 def weight_gradient(layer, x, dy, place, mode):
     """The weight gradient from the cotangent of the result, without a custom gradient."""
     found = described(layer)
-    if products._cuts_early(found):
-        x = products._cut(found, x, place)
-    w = jax.ShapeDtypeStruct(layer.w_shape, jnp.float32)
-    return products._weight_gradient(found, w, x, dy, place, mode)
+    if found.cuts_early:
+        x = found.cut(x, place)
+    w = jax.typeof(jnp.zeros(layer.w_shape))
+    return products.weight_gradient(found, w, x, dy, place, mode)
 
 
 def weighted(layer, x, w, change, place, mode, needed):
     """The product with a weight, whose gradient is that of `change`."""
-    return products.multiply(described(layer), x, w, change, place, mode, needed)
+    return products.multiply(described(layer), x, w, products.Change(change, place, mode), needed)
 
 
 def unweighted(product, lhs, rhs, needed):
     """The product of two operands that are not weights."""
-    return products.gate(product.apply, lhs, rhs, needed)
+    return products.gate(operation(product), lhs, rhs, needed)
 
 
 def in_order(product, lhs, rhs):

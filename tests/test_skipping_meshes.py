@@ -191,6 +191,6 @@ def test_beside_shard_map():
     chex.assert_trees_all_close(skip, masked, rtol=1e-5, atol=1e-7)
     report = cdb_jax.channel_report(tree, policy, both, BATCH)
     assert [row.gradient for row in report.rows] == [
-        "masked only: not understood: inside of shard_map",
+        "masked only: inside shard_map, which cannot be followed",
         "skipped",
     ]

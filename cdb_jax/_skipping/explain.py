@@ -57,9 +57,10 @@ def _gradient(layout: channels.Layout, found: program.Followed, i: int, x: Any) 
     if leaf.layer != leaf.path:
         return "masked only: a bias"
     uses = found.uses[i]
+    others = "; ".join(map(str, uses.others))
     if not uses.products:
-        return "masked only: " + ("; ".join(uses.others) or "not used")
-    except_where = f", but not where {'; '.join(uses.others)}" if uses.others else ""
+        return f"masked only: {others or 'not used'}"
+    except_where = f", but not where {others}" if others else ""
     return "skipped" + except_where + _all_gather(target, leaf, x)
 
 

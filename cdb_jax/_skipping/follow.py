@@ -1,27 +1,36 @@
 """Follows weights through a traced program to the products that read them.
 
-A weight may reach a product through operations on layout and dtype only. Such a product becomes one
-that computes the kept part of its weight gradient (`products.multiply`); all other operations stay
-what they are, and what they contribute to a weight's gradient is found by JAX as ever.
+A weight may reach a product through operations on layout and dtype only. Such a product is replaced
+by one that computes the kept part of its weight gradient (`products.multiply`). All other
+operations stay as they are, and JAX finds what they contribute to a weight's gradient.
+
+If everything but one layer is frozen, the gradient of an activation is needed only if something
+that learns in this step lies below it. Such a program is *gated*: for each value, the leaves it
+depends on are found when it is traced, and conditionals leave out the gradients that no leaf needs.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core
+from jax.extend.core import primitives
 
 from cdb_jax._skipping import jaxprs, products
+from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax.selection import Mode
 
 
 class Weight(NamedTuple):
-    """A value that is a leaf of the parameters, rearranged: static.
+    """A value that is a leaf of the parameters with its axes rearranged.
 
     `channel` and `stack` are the axes of the value that hold the leaf's channels, major first, and
     its stacked layers.
@@ -32,261 +41,299 @@ class Weight(NamedTuple):
     stack: tuple[int, ...]
 
 
+class Loop:
+    """What a loop depends on from outside; instances are compared by identity."""
+
+
+ALWAYS = Loop()  # Something that learns in every step.
+Needs = frozenset[int | Loop]  # The leaves and loops that a value depends on.
+NOTHING: Needs = frozenset()
+
+
+class Fact(NamedTuple):
+    """What is known about a value when a program is traced."""
+
+    weight: Weight | None = None
+    needs: Needs = NOTHING
+
+
 class Uses(NamedTuple):
     """What a program does with a leaf: the number of its products, and what else reads it."""
 
     products: int
-    others: tuple[str, ...]
-
-
-class Change(NamedTuple):
-    """What goes with a weight at run time: see `products.multiply`."""
-
-    z: jax.Array
-    at: jax.Array
-    state: jax.Array
-
-
-class Flag:
-    """A boolean scalar at run time; two flags are the same if they are one object."""
-
-    def __init__(self, value: jax.Array | bool):
-        self.value = value
-
-
-ALWAYS = frozenset([Flag(True)])
-NEVER: frozenset[Flag] = frozenset()
+    others: tuple[Obstacle, ...]
 
 
 class Value(NamedTuple):
-    """A value of the program, and the flags of which one is set if its gradient is needed."""
+    """A value at run time; a weight that has a skipped gradient comes with a change."""
 
     array: Any
-    change: Change | None = None
-    needed: frozenset[Flag] = NEVER
+    change: products.Change | None = None
 
 
-Step = Callable[[Sequence[Value]], list[Value]]
+class Flags(NamedTuple):
+    """Which leaves learn in this step, at run time.
+
+    Attributes:
+      learns: for each leaf; bool, shape `(leaves,)`.
+      inner: in a loop, what replaces the flags of sliced leaves and stands for the loop.
+    """
+
+    learns: jax.Array
+    inner: dict[int | Loop, jax.Array]
+
+    def any(self, needs: Needs) -> jax.Array | bool:
+        """Whether anything that is needed learns: static if that is known."""
+        if ALWAYS in needs or not needs:
+            return bool(needs)
+        flags = [self.inner[x] for x in needs if x in self.inner]
+        outer = [x for x in needs if isinstance(x, int) and x not in self.inner]
+        if outer:
+            # Compared with a constant, so that XLA compiles all of these reductions once.
+            flags.append(jnp.any(self.learns & np.isin(np.arange(self.learns.size), outer)))
+        return functools.reduce(jnp.logical_or, flags)
+
+
+Step = Callable[[Sequence[Value], Flags], list[Value]]
+
+
+class Piece(NamedTuple):
+    """Equations that are evaluated together: one that is replaced, or a run of others."""
+
+    step: Step
+    inputs: Sequence[jaxprs.Atom]
+    outputs: Sequence[core.Var]
 
 
 class Program(NamedTuple):
-    """A traced program; `steps` replace the equations of the same position."""
+    """A traced program with some of its equations replaced."""
 
     jaxpr: core.Jaxpr
     consts: Sequence[Any]
-    steps: dict[int, Step]
+    pieces: Sequence[Piece]
+    is_changed: bool
 
 
 class _Context(NamedTuple):
     targets: Sequence[products.Target]
-    gated: bool
+    is_gated: bool
     products: list[int]  # Leaves, once for each product.
-    others: list[tuple[int, str]]
+    others: list[tuple[int, Obstacle]]
+
+    def used_otherwise(self, facts: Sequence[Fact], reason: Reason, detail: object = "") -> None:
+        obstacle = Obstacle(reason, detail)
+        self.others.extend((fact.weight.leaf, obstacle) for fact in facts if fact.weight)
 
 
 def follow(
-    traced: Any,
-    weights: Sequence[Weight | None],
-    targets: Sequence[products.Target],
-    gated: bool,
+    program: Any, facts: Sequence[Fact], targets: Sequence[products.Target], is_gated: bool
 ) -> tuple[Program, dict[int, Uses]]:
     """Finds the products of weights in a program.
 
     Args:
-      traced: the program, as `jax.make_jaxpr` returns it.
-      weights: for each of its inputs the leaf that it is, or None for no weight to follow.
-      targets: for each leaf that is followed what may happen to it.
-      gated: whether gradients that only feed layers that stand still are to be left out.
+      program: the program, as `jax.make_jaxpr` returns it.
+      facts: for each of its inputs, whether it is a weight to follow, and what it depends on.
+      targets: for each leaf, what may happen to it.
+      is_gated: whether to leave out gradients that only frozen layers need.
 
     Returns:
       The program with its products replaced, and the uses of each leaf that was followed.
     """
-    context = _Context(targets, gated, [], [])
-    program, _ = _follow(traced, weights, context)
-    leaves = [weight.leaf for weight in weights if weight is not None]
-    uses = {
-        leaf: Uses(
-            context.products.count(leaf),
-            tuple(dict.fromkeys(reason for other, reason in context.others if other == leaf)),
-        )
-        for leaf in leaves
-    }
-    return program, uses
+    context = _Context(targets, is_gated, [], [])
+    followed, _ = _follow(program, facts, context)
+    uses = {}
+    for leaf in (fact.weight.leaf for fact in facts if fact.weight):
+        others = dict.fromkeys(obstacle for other, obstacle in context.others if other == leaf)
+        uses[leaf] = Uses(context.products.count(leaf), tuple(others))
+    return followed, uses
 
 
-def evaluate(program: Program, operands: Sequence[Value]) -> list[Value]:
+def evaluate(program: Program, operands: Sequence[Value], flags: Flags) -> list[Value]:
     """Evaluates a program."""
-    jaxpr = program.jaxpr
     values: dict[core.Var, Value] = {
-        v: Value(x) for v, x in zip(jaxpr.constvars, program.consts, strict=True)
+        v: Value(x) for v, x in zip(program.jaxpr.constvars, program.consts, strict=True)
     }
-    values.update(zip(jaxpr.invars, operands, strict=True))
-    read = lambda v: Value(v.val) if isinstance(v, core.Literal) else values[v]
-    for i, eqn in enumerate(jaxpr.eqns):
-        given = [read(v) for v in eqn.invars]
-        if i in program.steps:
-            with jaxprs.as_in(eqn):
-                results = program.steps[i](given)
-        else:
-            results = _anew(jaxprs.run(eqn, jaxpr, [x.array for x in given]), given)
-        values.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    values.update(zip(program.jaxpr.invars, operands, strict=True))
 
+    def read(v: jaxprs.Atom) -> Value:
+        return Value(v.val) if isinstance(v, core.Literal) else values[v]
 
-def any_of(flags: frozenset[Flag]) -> jax.Array | bool:
-    """Whether one of the flags is set: static where that is known."""
-    if flags >= ALWAYS or not flags:
-        return bool(flags)
-    return functools.reduce(jnp.logical_or, [flag.value for flag in flags])
-
-
-def _union(values: Sequence[Value]) -> frozenset[Flag]:
-    flags = NEVER.union(*(x.needed for x in values))
-    return ALWAYS if flags >= ALWAYS else flags
-
-
-def _anew(arrays: Sequence[Any], made_from: Sequence[Value]) -> list[Value]:
-    needed = _union(made_from)
-    return [Value(x, None, needed) for x in arrays]
+    for piece in program.pieces:
+        results = piece.step([read(v) for v in piece.inputs], flags)
+        values.update(zip(piece.outputs, results, strict=True))
+    return [read(v) for v in program.jaxpr.outvars]
 
 
 # Finding.
 
 
-def _follow(
-    program: Any, given: Sequence[Weight | None], context: _Context
-) -> tuple[Program, list[Weight | None]]:
-    """Returns the program, and the weights among its results."""
+def _follow(program: Any, inputs: Sequence[Fact], context: _Context) -> tuple[Program, list[Fact]]:
+    """Returns the program with its products replaced, and what is known about its results."""
     jaxpr, consts = jaxprs.opened(program)
-    weights: dict[core.Var, Weight] = {
-        v: weight for v, weight in zip(jaxpr.invars, given, strict=True) if weight
-    }
-    read = lambda v: None if isinstance(v, core.Literal) else weights.get(v)
+    facts: dict[core.Var, Fact] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def known(v: jaxprs.Atom) -> Fact:
+        return Fact() if isinstance(v, core.Literal) else facts.get(v, Fact())
+
     steps: dict[int, Step] = {}
     for i, eqn in enumerate(jaxpr.eqns):
-        inputs = [read(v) for v in eqn.invars]
-        step, results = _understood(eqn, jaxpr, inputs, context)
+        given = [known(v) for v in eqn.invars]
+        step, results = _understood(eqn, jaxpr, given, context)
         if step:
-            steps[i] = step
-        weights.update((v, x) for v, x in zip(eqn.outvars, results, strict=True) if x)
-    return Program(jaxpr, consts, steps), [read(v) for v in jaxpr.outvars]
+            steps[i] = _in_scopes_of(eqn, step)
+        results = results or [Fact(None, _union(given))] * len(eqn.outvars)
+        facts.update(zip(eqn.outvars, results, strict=True))
+    pieces = _pieces(jaxpr, steps)
+    return Program(jaxpr, consts, pieces, bool(steps)), [known(v) for v in jaxpr.outvars]
+
+
+def _union(facts: Sequence[Fact]) -> Needs:
+    needs = NOTHING.union(*(fact.needs for fact in facts))
+    return frozenset([ALWAYS]) if ALWAYS in needs else needs
+
+
+def _pieces(jaxpr: core.Jaxpr, steps: Mapping[int, Step]) -> list[Piece]:
+    """Joins the equations between those that are replaced into runs."""
+    reads = Counter(v for eqn in jaxpr.eqns for v in eqn.invars if jaxprs.is_variable(v))
+    reads.update(v for v in jaxpr.outvars if jaxprs.is_variable(v))
+    pieces = []
+    indexed = enumerate(jaxpr.eqns)
+    for index, run in itertools.groupby(indexed, lambda pair: pair[0] if pair[0] in steps else -1):
+        eqns = [eqn for _, eqn in run]
+        if index in steps:
+            pieces.append(Piece(steps[index], eqns[0].invars, eqns[0].outvars))
+            continue
+        made = [v for eqn in eqns for v in eqn.outvars]
+        inside = Counter(v for eqn in eqns for v in eqn.invars if jaxprs.is_variable(v))
+        inputs = [v for v in inside if v not in set(made)]
+        outputs = [v for v in made if reads[v] > inside[v]]
+        function = jaxprs.as_function(eqns, inputs, outputs, jaxpr)
+        pieces.append(Piece(functools.partial(_run, function), inputs, outputs))
+    return pieces
+
+
+def _run(
+    function: Callable[..., list[Any]], operands: Sequence[Value], flags: Flags
+) -> list[Value]:
+    return [Value(x) for x in function(*(x.array for x in operands))]
+
+
+def _in_scopes_of(eqn: core.JaxprEqn, step: Step) -> Step:
+    def scoped(operands: Sequence[Value], flags: Flags) -> list[Value]:
+        with jaxprs.scopes_of(eqn):
+            return step(operands, flags)
+
+    return scoped
+
+
+# What replaces an equation, and what is known about its results, if that is more than their needs.
+Found = tuple[Step | None, list[Fact] | None]
 
 
 def _understood(
-    eqn: core.JaxprEqn, within: core.Jaxpr, weights: list[Weight | None], context: _Context
-) -> tuple[Step | None, list[Weight | None]]:
-    """`_step`, or nothing where JAX represents an equation in a way that is not known here.
+    eqn: core.JaxprEqn, program: core.Jaxpr, facts: list[Fact], context: _Context
+) -> Found:
+    """What replaces an equation, or nothing if JAX represents it in a form that is not known here.
 
-    Then its operations stay what they are, which is right for all of them.
+    Leaving an equation as it is gives the right gradient in every case.
     """
-    known = len(context.products), len(context.others)
+    num_products, num_others = len(context.products), len(context.others)
     try:
-        return _step(eqn, within, weights, context)
+        return _replaced(eqn, program, facts, context)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        del context.products[known[0] :], context.others[known[1] :]
-        _used_otherwise(weights, f"not understood: {eqn.primitive.name}", context)
-        return None, [None] * len(eqn.outvars)
+        del context.products[num_products:], context.others[num_others:]
+        context.used_otherwise(facts, Reason.UNKNOWN_FORM, eqn.primitive.name)
+        return None, None
 
 
-def _step(
-    eqn: core.JaxprEqn, within: core.Jaxpr, weights: list[Weight | None], context: _Context
-) -> tuple[Step | None, list[Weight | None]]:
-    """What replaces an equation, if anything, and which of its results are weights."""
-    name = eqn.primitive.name
-    none: list[Weight | None] = [None] * len(eqn.outvars)
-    if name in _CALLS:
-        step, results = _CALLS[name](eqn, weights, context)
-        return step, results or none
-    if not any(weights) and not (context.gated and name in _PRODUCTS):
-        return None, none
-    if name in _PRODUCTS:
-        return _product(eqn, weights, context), none
-    if name in _LAYOUT and len(eqn.invars) == 1 and weights[0]:
-        target = context.targets[weights[0].leaf]
-        moved = _LAYOUT[name](eqn, weights[0], target)
+def _replaced(
+    eqn: core.JaxprEqn, program: core.Jaxpr, facts: list[Fact], context: _Context
+) -> Found:
+    primitive, name = eqn.primitive, eqn.primitive.name
+    if primitive in _CALLS:
+        return _CALLS[primitive](eqn, facts, context)
+    if primitive in _PRODUCTS:
+        return _product(eqn, facts, context), None
+    if not any(fact.weight for fact in facts):
+        return None, None
+    rule = _LAYOUT.get(primitive) or _LAYOUT_BY_NAME.get(name)
+    if rule and len(facts) == 1 and facts[0].weight:
+        moved = rule(eqn, facts[0].weight, context.targets[facts[0].weight.leaf])
         if moved:
             weight, change_z = moved
-            return functools.partial(_move, eqn, within, change_z), [weight]
-    how = "not understood: inside of" if jaxprs.programs_in(eqn.params) else "read by"
-    _used_otherwise(weights, f"{how} {name}", context)
-    return None, none
+            step = functools.partial(_move, eqn, program, change_z)
+            return step, [Fact(weight, facts[0].needs)]
+    reason = Reason.INSIDE if jaxprs.programs_in(eqn.params) else Reason.READ_BY
+    context.used_otherwise(facts, reason, name)
+    return None, None
 
 
-def _shape(v: core.Var | core.Literal) -> tuple[int, ...]:
+def _shape(v: jaxprs.Atom) -> tuple[int, ...]:
     return v.aval.shape  # type: ignore[attr-defined]
-
-
-def _used_otherwise(weights: Sequence[Weight | None], why: str, context: _Context) -> None:
-    context.others.extend((weight.leaf, why) for weight in weights if weight)
 
 
 # Products.
 
-_PRODUCTS = ("dot_general", "conv_general_dilated")
+_PRODUCTS = (primitives.dot_general_p, primitives.conv_general_dilated_p)
 
 
-def _product(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Step | None:
-    name, params, op = eqn.primitive.name, eqn.params, products.operation(eqn)
+def _product(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Step | None:
+    op = products.Operation.of_equation(eqn)
     shapes = [_shape(v) for v in eqn.invars]
+    needs = (facts[0].needs, facts[1].needs) if context.is_gated else None
     for side in (1, 0):
-        weight = weights[side]
+        weight = facts[side].weight
         if weight is None:
             continue
-        target = context.targets[weight.leaf]
-        if name == "dot_general":
-            ranks = (len(shapes[0]), len(shapes[1]))
-            found = products.dot_product(
-                op, params, side, ranks, weight.channel, weight.stack, target
-            )
+        layer = weight.channel, weight.stack, context.targets[weight.leaf]
+        if eqn.primitive is primitives.dot_general_p:
+            found = products.dot_product(op, side, (len(shapes[0]), len(shapes[1])), *layer)
         else:
-            found = products.convolution(
-                op, params, side, shapes[side], weight.channel, weight.stack, target
-            )
-        if isinstance(found, str):
-            _used_otherwise([weight], found, context)
+            found = products.convolution(op, side, shapes[side], *layer)
+        if isinstance(found, Obstacle):
+            context.others.append((weight.leaf, found))
             continue
         context.products.append(weight.leaf)
-        _used_otherwise([weights[1 - side]], "multiplied with another weight", context)
-        return functools.partial(_multiply, found)
-    return functools.partial(_gate, op) if context.gated else None
+        context.used_otherwise([facts[1 - side]], Reason.TWO_WEIGHTS)
+        return functools.partial(_multiply, found, needs and needs[1 - side])
+    return functools.partial(_gate, op, needs) if needs else None
 
 
-def _multiply(product: products.Product, operands: Sequence[Value]) -> list[Value]:
+def _multiply(
+    product: products.Product, needs: Needs | None, operands: Sequence[Value], flags: Flags
+) -> list[Value]:
     x, w = operands[1 - product.side], operands[product.side]
     assert w.change is not None
-    below = any_of(x.needed)
-    y = products.multiply(product, x.array, w.array, *w.change, below)
-    return [Value(y, None, _one_flag(x.needed, below) | w.needed)]
+    needed = True if needs is None else flags.any(needs)
+    return [Value(products.multiply(product, x.array, w.array, w.change, needed))]
 
 
-def _gate(op: products.BinaryOp, operands: Sequence[Value]) -> list[Value]:
-    x, y = operands
-    needed = any_of(x.needed), any_of(y.needed)
-    product = products.gate(op, x.array, y.array, needed)
-    return [Value(product, None, _one_flag(x.needed, needed[0]) | _one_flag(y.needed, needed[1]))]
+def _gate(
+    op: products.Operation, needs: tuple[Needs, Needs], operands: Sequence[Value], flags: Flags
+) -> list[Value]:
+    lhs, rhs = operands
+    needed = flags.any(needs[0]), flags.any(needs[1])
+    return [Value(products.gate(op, lhs.array, rhs.array, needed))]
 
 
-def _one_flag(flags: frozenset[Flag], any_set: jax.Array | bool) -> frozenset[Flag]:
-    """The same flags as one, so that their number does not grow with the depth of a model."""
-    return flags if isinstance(any_set, bool) else frozenset([Flag(any_set)])
-
-
-# Layout: operations that move the entries of a weight about, or change their dtype.
+# Layout: operations that rearrange the entries of a weight or change their dtype. Each rule returns
+# the weight afterwards, and what happens to `Change.z`; or None if it cannot be followed.
 
 Moved = tuple[Weight, Callable[[jax.Array], jax.Array]] | None
 
 
 def _move(
     eqn: core.JaxprEqn,
-    within: core.Jaxpr,
+    program: core.Jaxpr,
     change_z: Callable[[jax.Array], jax.Array],
     operands: Sequence[Value],
+    flags: Flags,
 ) -> list[Value]:
     (w,) = operands
-    (array,) = jaxprs.run(eqn, within, [w.array])
-    # A weight that ends in no product comes without a change.
+    (array,) = jaxprs.apply(eqn, program, [w.array])
+    # A weight that reaches no product comes without a change.
     change = w.change and w.change._replace(z=change_z(w.change.z))
-    return [Value(array, change, w.needed)]
+    return [Value(array, change)]
 
 
 def _same(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
@@ -294,7 +341,7 @@ def _same(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
 
 
 def _constrained(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    """The gradient lies as the weight does, unless a part of its channels could not."""
+    """The gradient is sharded like the weight, unless its channel axes are sharded."""
     sharding = eqn.params["sharding"]
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return weight, lambda z: z
@@ -305,7 +352,7 @@ def _constrained(eqn: core.JaxprEqn, weight: Weight, target: products.Target) ->
 
 
 def _varied(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    """Replicated over a mesh axis of a `shard_map`; the gradient is summed over that axis."""
+    """In a `shard_map`, the gradient of what is replicated over an axis is summed over it."""
     return weight, lambda z: lax.pcast(z, eqn.params["axes"], to="varying")
 
 
@@ -318,9 +365,9 @@ def _converted(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> M
 
 def _transposed(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
     order = eqn.params["permutation"]
-    to = lambda axes: tuple(order.index(axis) for axis in axes)
-    moved = weight._replace(channel=to(weight.channel), stack=to(weight.stack))
-    return moved, lambda z: jnp.transpose(z, order)
+    channel = tuple(order.index(axis) for axis in weight.channel)
+    stack = tuple(order.index(axis) for axis in weight.stack)
+    return Weight(weight.leaf, channel, stack), lambda z: jnp.transpose(z, order)
 
 
 def _reversed(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
@@ -331,202 +378,222 @@ def _reversed(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Mo
 
 
 def _broadcast(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    place = eqn.params["broadcast_dimensions"]
+    new_axes = eqn.params["broadcast_dimensions"]
     before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    if any(before[axis] != after[place[axis]] for axis in (*weight.channel, *weight.stack)):
+    if any(before[axis] != after[new_axes[axis]] for axis in (*weight.channel, *weight.stack)):
         return None
-    to = lambda axes: tuple(place[axis] for axis in axes)
-    moved = weight._replace(channel=to(weight.channel), stack=to(weight.stack))
-    shape = target.shape(after, moved.channel)
-    return moved, lambda z: lax.broadcast_in_dim(z, shape, place)
+    channel = tuple(new_axes[axis] for axis in weight.channel)
+    stack = tuple(new_axes[axis] for axis in weight.stack)
+    shape = target.shape(after, channel)
+    moved = Weight(weight.leaf, channel, stack)
+    return moved, lambda z: lax.broadcast_in_dim(z, shape, new_axes)
 
 
 def _reshaped(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
     before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    is_reshape = eqn.primitive.name == "reshape"
-    if 0 in before or (is_reshape and eqn.params["dimensions"] is not None):
+    if 0 in before or eqn.params.get("dimensions") and eqn.primitive is primitives.reshape_p:
         return None
-    channel, stack = list(weight.channel), list(weight.stack)
-    for old, new in _blocks(before, after):
-        if len(old) == len(new) == 1:
-            channel = [-1 - new[0] if axis == old[0] else axis for axis in channel]
-            stack = [-1 - new[0] if axis == old[0] else axis for axis in stack]
-        elif set(old) & set(stack):
+    by_first = {old[0]: (old, new) for old, new in _matched_axes(before, after)}
+    stack = []
+    for axis in weight.stack:
+        old, new = by_first.get(axis, ([], []))
+        if len(old) != 1 or len(new) != 1:
             return None
-        elif set(old) & set(channel):
-            # Axes that are split or joined must be channels all of them, in their order.
-            at = channel.index(old[0]) if old[0] in channel else len(channel)
-            if channel[at : at + len(old)] != old:
-                return None
-            channel[at : at + len(old)] = [-1 - axis for axis in new]
-    if any(axis >= 0 for axis in (*channel, *stack)):
-        return None  # An axis of size 1 that is gone.
-    moved = Weight(weight.leaf, tuple(-1 - x for x in channel), tuple(-1 - x for x in stack))
-    shape = target.shape(after, moved.channel)
-    return moved, lambda z: z.reshape(shape)
+        stack += new
+    channel, left = [], list(weight.channel)
+    while left:
+        # Channel axes may be split and joined among themselves, in their order.
+        old, new = by_first.get(left[0], ([], []))
+        if not old or left[: len(old)] != old:
+            return None
+        channel += new
+        left = left[len(old) :]
+    shape = target.shape(after, tuple(channel))
+    return Weight(weight.leaf, tuple(channel), tuple(stack)), lambda z: z.reshape(shape)
 
 
-def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Splits a reshape into the smallest blocks of axes whose sizes multiply to the same.
+def _matched_axes(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Splits a reshape into the smallest groups of axes whose sizes have the same product.
 
-    Axes of size 1 are in no block, as they hold nothing.
+    Axes of size 1 belong to no group.
     """
     olds = [axis for axis, size in enumerate(before) if size != 1]
     news = [axis for axis, size in enumerate(after) if size != 1]
-    blocks = []
+    matched = []
     while olds and news:
         old, new = [olds.pop(0)], [news.pop(0)]
-        m, n = before[old[0]], after[new[0]]
-        while m != n:
-            if m < n:
+        old_size, new_size = before[old[0]], after[new[0]]
+        while old_size != new_size:
+            if old_size < new_size:
                 old.append(olds.pop(0))
-                m *= before[old[-1]]
+                old_size *= before[old[-1]]
             else:
                 new.append(news.pop(0))
-                n *= after[new[-1]]
-        blocks.append((old, new))
-    return blocks
+                new_size *= after[new[-1]]
+        matched.append((old, new))
+    return matched
 
 
-_LAYOUT: dict[str, Callable[[core.JaxprEqn, Weight, products.Target], Moved]] = {
-    "copy": _same,
-    "name": _same,
-    "optimization_barrier": _same,
-    "sharding_constraint": _constrained,
-    "pvary": _varied,
-    "convert_element_type": _converted,
-    "transpose": _transposed,
-    "rev": _reversed,
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshaped,
-    "squeeze": _reshaped,
+_LayoutRule = Callable[[core.JaxprEqn, Weight, products.Target], Moved]
+_LAYOUT: dict[core.Primitive, _LayoutRule] = {
+    primitives.copy_p: _same,
+    primitives.name_p: _same,
+    primitives.sharding_constraint_p: _constrained,
+    primitives.convert_element_type_p: _converted,
+    primitives.transpose_p: _transposed,
+    primitives.rev_p: _reversed,
+    primitives.broadcast_in_dim_p: _broadcast,
+    primitives.reshape_p: _reshaped,
+    primitives.squeeze_p: _reshaped,
 }
+# `jax.extend` does not export these.
+_LAYOUT_BY_NAME: dict[str, _LayoutRule] = {"optimization_barrier": _same, "pvary": _varied}
 
 
-# Calls: equations that hold programs of their own.
-
-Called = tuple[Step | None, list[Weight | None] | None]
+# Calls: equations that contain programs.
 
 
-def _jit(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Called:
-    unspecified = [type(x).__name__ == "UnspecifiedValue" for x in _shardings(eqn)]
-    if not all(unspecified):
-        _used_otherwise(weights, "inside a jit with shardings of its own", context)
+def _jit(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
+    if _has_shardings(eqn):
+        context.used_otherwise(facts, Reason.SHARDED_JIT)
         return None, None
-    program, results = _follow(eqn.params["jaxpr"], weights, context)
+    program, results = _follow(eqn.params["jaxpr"], facts, context)
     # Its operations join those around it.
-    changed = program.steps or any(results)
-    return functools.partial(evaluate, program) if changed else None, results
+    is_changed = program.is_changed or any(fact.weight for fact in results)
+    return functools.partial(evaluate, program) if is_changed else None, results
 
 
-def _shardings(eqn: core.JaxprEqn) -> list[Any]:
-    return [*eqn.params["in_shardings"], *eqn.params["out_shardings"]]
+def _has_shardings(eqn: core.JaxprEqn) -> bool:
+    shardings = [*eqn.params["in_shardings"], *eqn.params["out_shardings"]]
+    return not all(type(x).__name__ == "UnspecifiedValue" for x in shardings)
 
 
-def _checkpoint(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Called:
-    program, results = _follow(eqn.params["jaxpr"], weights, context)
-    _used_otherwise(results, "a result of jax.checkpoint", context)
+def _checkpoint(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
+    program, results = _follow(eqn.params["jaxpr"], facts, context)
+    context.used_otherwise(results, Reason.RESULT, "jax.checkpoint")
     settings = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
 
-    def step(operands: Sequence[Value]) -> list[Value]:
-        again = jax.checkpoint(_as_function(program, operands), **settings)
-        return _anew(again(*_contents(operands)), operands)
+    def step(operands: Sequence[Value], flags: Flags) -> list[Value]:
+        function = jax.checkpoint(_on_arrays(program, flags), **settings)
+        return [Value(x) for x in function(*_arrays_and_changes(operands))]
 
-    return step if program.steps else None, None
+    return step if program.is_changed else None, None
 
 
-def _cond(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Called:
-    followed = [_follow(branch, weights[1:], context) for branch in eqn.params["branches"]]
+def _cond(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
+    followed = [_follow(branch, facts[1:], context) for branch in eqn.params["branches"]]
     for _, results in followed:
-        _used_otherwise(results, "a result of a conditional", context)
+        context.used_otherwise(results, Reason.RESULT, "a conditional")
 
-    def step(operands: Sequence[Value]) -> list[Value]:
+    def step(operands: Sequence[Value], flags: Flags) -> list[Value]:
         index, *rest = operands
-        branches = [_as_function(program, rest) for program, _ in followed]
-        return _anew(lax.switch(index.array, branches, *_contents(rest)), operands)
+        branches = [_on_arrays(program, flags) for program, _ in followed]
+        results = lax.switch(index.array, branches, *_arrays_and_changes(rest))
+        return [Value(x) for x in results]
 
-    return step if any(program.steps for program, _ in followed) else None, None
+    is_changed = any(program.is_changed for program, _ in followed)
+    return step if is_changed else None, None
 
 
-def _contents(values: Sequence[Value]) -> tuple[list[Any], list[Change | None]]:
-    """The arrays of values, as arguments of `_as_function`."""
+def _arrays_and_changes(values: Sequence[Value]) -> tuple[list[Any], list[products.Change | None]]:
     return [x.array for x in values], [x.change for x in values]
 
 
-def _as_function(program: Program, like: Sequence[Value]) -> Callable[..., list[Any]]:
-    """A program as a function of arrays, for operands that are needed where those of `like` are."""
+def _on_arrays(program: Program, flags: Flags) -> Callable[..., list[Any]]:
+    """A program as a function of arrays and changes."""
 
-    def f(arrays: Sequence[Any], changes: Sequence[Change | None]) -> list[Any]:
-        inputs = [
-            Value(array, change, x.needed)
-            for array, change, x in zip(arrays, changes, like, strict=True)
-        ]
-        return [x.array for x in evaluate(program, inputs)]
+    def function(arrays: Sequence[Any], changes: Sequence[products.Change | None]) -> list[Any]:
+        values = [Value(*pair) for pair in zip(arrays, changes, strict=True)]
+        return [x.array for x in evaluate(program, values, flags)]
 
-    return f
+    return function
 
 
-def _scan(eqn: core.JaxprEqn, weights: list[Weight | None], context: _Context) -> Called:
-    consts, carry = _arity(eqn.params)
-    first_x = consts + carry
-    _used_otherwise(weights[consts:first_x], "carried through a loop", context)
-    sliced = [_slice(weight, context) for weight in weights[first_x:]]
-    inner = [*weights[:consts], *[None] * (first_x - consts), *sliced]
-    program, results = _follow(eqn.params["jaxpr"], inner, context)
-    _used_otherwise(results, "a result of a loop", context)
+# Loops.
+
+
+class _Scan(NamedTuple):
+    """A scan whose body has products of weights."""
+
+    body: Program
+    num_consts: int
+    num_carry: int
+    facts: Sequence[Fact]  # Of its operands.
+    sliced: Sequence[Weight | None]  # The weights that it slices, as one iteration has them.
+    settings: Mapping[str, Any]
+    loop: Loop | None  # None without gates.
+
+
+def _scan(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
+    num_consts, num_carry = _scan_arity(eqn.params)
+    first = num_consts + num_carry
+    consts, carried, scanned = facts[:num_consts], facts[num_consts:first], facts[first:]
+    context.used_otherwise(carried, Reason.CARRIED)
+    sliced = [fact.weight and _slice(fact, context) for fact in scanned]
+    loop = Loop() if context.is_gated else None
+    inner_needs = frozenset([loop]) if loop else NOTHING
+    inputs = [
+        *consts,
+        *(Fact(None, inner_needs) for _ in carried),
+        *(Fact(weight, fact.needs) for weight, fact in zip(sliced, scanned, strict=True)),
+    ]
+    body, results = _follow(eqn.params["jaxpr"], inputs, context)
+    context.used_otherwise(results, Reason.RESULT, "a loop")
     settings = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-
-    def step(operands: Sequence[Value]) -> list[Value]:
-        constants, carried, scanned = (
-            operands[:consts],
-            operands[consts:first_x],
-            operands[first_x:],
-        )
-        length = eqn.params["length"]
-        changes = [
-            _per_iteration(x.change, weight, length) if own else None
-            for x, weight, own in zip(scanned, weights[first_x:], sliced, strict=True)
-        ]
-
-        def body(carry: Any, xs: Any) -> tuple[Any, Any]:
-            arrays, below = carry
-            flags = frozenset([Flag(below)]) if context.gated else _union(operands)
-            inputs = [*constants, *(Value(x, None, flags) for x in arrays)]
-            learns = []
-            for x, array, change in zip(scanned, *xs, strict=True):
-                needed = x.needed
-                if context.gated and change is not None:
-                    needed = frozenset([Flag(jnp.any(change.state != Mode.FROZEN))])
-                learns.append(needed)
-                inputs.append(Value(array, change, needed))
-            outs = [x.array for x in evaluate(program, inputs)]
-            if context.gated:
-                below = jnp.logical_or(below, any_of(NEVER.union(*learns)))
-            return (outs[: len(arrays)], below), outs[len(arrays) :]
-
-        start = jnp.asarray(any_of(_union([*constants, *carried])))
-        xs = ([x.array for x in scanned], changes)
-        (arrays, below), ys = lax.scan(body, ([x.array for x in carried], start), xs, **settings)
-        needed = frozenset([Flag(below)]) if context.gated else _union(operands)
-        return [Value(x, None, needed) for x in (*arrays, *ys)]
-
-    return step if program.steps else None, None
+    scan = _Scan(body, num_consts, num_carry, facts, sliced, settings, loop)
+    step = functools.partial(_run_scan, scan) if body.is_changed else None
+    return step, None
 
 
-def _arity(params: Mapping[str, Any]) -> tuple[int, int]:
-    """The number of constants and of carried values of a scan, which come before what it slices."""
+def _run_scan(scan: _Scan, operands: Sequence[Value], flags: Flags) -> list[Value]:
+    first = scan.num_consts + scan.num_carry
+    consts, carried = operands[: scan.num_consts], operands[scan.num_consts : first]
+    scanned = operands[first:]
+    changes = [
+        _per_iteration(x.change, fact.weight, scan.settings["length"]) if weight else None
+        for x, fact, weight in zip(scanned, scan.facts[first:], scan.sliced, strict=True)
+    ]
+
+    def body(carry: Any, slices: Any) -> tuple[Any, Any]:
+        (arrays, below), (xs, changes) = carry, slices
+        learning: dict[int | Loop, jax.Array] = {
+            weight.leaf: jnp.any(change.mode != Mode.FROZEN)
+            for weight, change in zip(scan.sliced, changes, strict=True)
+            if weight and change
+        }
+        inner = flags
+        if scan.loop:
+            inner = flags._replace(inner={**flags.inner, **learning, scan.loop: below})
+            below = functools.reduce(jnp.logical_or, learning.values(), below)
+        inputs = [*consts, *map(Value, arrays), *map(Value, xs, changes)]
+        results = [x.array for x in evaluate(scan.body, inputs, inner)]
+        return (results[: len(arrays)], below), results[len(arrays) :]
+
+    # What carries and constants depend on, and slices that have no flags of their own.
+    outside = [*scan.facts[:first]]
+    outside += [
+        fact for fact, change in zip(scan.facts[first:], changes, strict=True) if change is None
+    ]
+    below = jnp.asarray(flags.any(_union(outside)) if scan.loop else False)
+    carry, xs = ([x.array for x in carried], below), ([x.array for x in scanned], changes)
+    (arrays, _), ys = lax.scan(body, carry, xs, **scan.settings)
+    return [Value(x) for x in (*arrays, *ys)]
+
+
+def _scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
+    """The numbers of constants and of carried values, which come before the sliced ones."""
     if "num_consts" in params:  # Before JAX 0.11.
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = map(len, params["ft_in"].unpack())
-    return consts, carry
+    num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
+    return num_consts, num_carry
 
 
-def _slice(weight: Weight | None, context: _Context) -> Weight | None:
+def _slice(fact: Fact, context: _Context) -> Weight | None:
     """A weight as one iteration of a loop over its first axis sees it."""
-    if weight is None:
-        return None
+    weight = fact.weight
+    assert weight is not None
     if 0 in weight.channel:
-        _used_otherwise([weight], "a loop runs over its channels", context)
+        context.used_otherwise([fact], Reason.LOOP_OVER_CHANNELS)
         return None
     return weight._replace(
         channel=tuple(axis - 1 for axis in weight.channel),
@@ -534,21 +601,24 @@ def _slice(weight: Weight | None, context: _Context) -> Weight | None:
     )
 
 
-def _per_iteration(change: Change | None, weight: Weight | None, length: int) -> Change | None:
-    """What each iteration of a loop has of a change."""
+def _per_iteration(change: products.Change | None, weight: Weight | None, length: int) -> Any:
+    """A change in the form that a scan slices."""
     if change is None or weight is None:
         return None
-    z, *drawn = change
-    if 0 in weight.stack:
-        axis = weight.stack.index(0)
-        return Change(z, *(jnp.moveaxis(x, axis, 0) for x in drawn))
-    return Change(z, *(jnp.broadcast_to(x, (length, *x.shape)) for x in drawn))
+
+    def per_iteration(x: jax.Array) -> jax.Array:
+        if 0 in weight.stack:
+            return jnp.moveaxis(x, weight.stack.index(0), 0)
+        return jnp.broadcast_to(x, (length, *x.shape))
+
+    place, mode = per_iteration(change.place), per_iteration(change.mode)
+    return products.Change(change.z, place, mode)
 
 
-_CALLS: dict[str, Callable[[core.JaxprEqn, list[Weight | None], _Context], Called]] = {
-    "jit": _jit,
-    "checkpoint": _checkpoint,  # The name of "remat2" in other releases.
-    "remat2": _checkpoint,
-    "cond": _cond,
-    "scan": _scan,
+_CallRule = Callable[[core.JaxprEqn, list[Fact], _Context], Found]
+_CALLS: dict[core.Primitive, _CallRule] = {
+    primitives.jit_p: _jit,
+    primitives.remat_p: _checkpoint,
+    primitives.cond_p: _cond,
+    primitives.scan_p: _scan,
 }

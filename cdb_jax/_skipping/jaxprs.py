@@ -1,51 +1,62 @@
-"""Evaluating a traced program with some of its operations replaced.
+"""Evaluating parts of a traced program.
 
-Everything here and in `follow.py` that depends on how JAX represents programs is documented in
-`jax.extend.core`, except the names of primitives and of their parameters, and what `as_in` reads;
-`tests/test_following.py` fails where one of them has moved.
+What depends on how JAX represents programs is in this package only. It is documented in
+`jax.extend.core`, except for the parameters of primitives and for what `scopes_of` reads;
+`tests/test_following.py` fails when one of them moves.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
 from jax.extend import core
 
+Atom = core.Var | core.Literal  # What an equation reads.
+
 
 @contextlib.contextmanager
-def as_in(eqn: core.JaxprEqn) -> Iterator[None]:
-    """The name scopes, XLA metadata and the like under which an equation was traced.
+def scopes_of(eqn: core.JaxprEqn) -> Iterator[None]:
+    """The name scopes, XLA metadata and other context under which an equation was traced.
 
-    `run` evaluates under them as well; this is for what takes an equation's place.
+    `as_function` restores them; this is for what replaces an equation.
     """
     scopes = str(eqn.source_info.name_stack)
     with eqn.ctx.manager, jax.named_scope(scopes) if scopes else contextlib.nullcontext():
         yield
 
 
-def run(eqn: core.JaxprEqn, within: core.Jaxpr, operands: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation of a program as it is."""
-    named = [
-        (v, x) for v, x in zip(eqn.invars, operands, strict=True) if not isinstance(v, core.Literal)
-    ]
-    alone = within.replace(
-        constvars=(),
-        invars=[v for v, _ in named],
-        outvars=list(eqn.outvars),
-        eqns=[eqn],
-        effects=eqn.effects,
+def as_function(
+    eqns: Sequence[core.JaxprEqn],
+    inputs: Sequence[core.Var],
+    outputs: Sequence[Atom],
+    program: core.Jaxpr,
+) -> Callable[..., list[Any]]:
+    """Some equations of a program as a function from `inputs` to `outputs`."""
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    part: Any = program.replace(
+        constvars=(), invars=list(inputs), outvars=list(outputs), eqns=list(eqns), effects=effects
     )
-    if not hasattr(alone, "consts"):  # Before JAX 0.11 constants were kept beside a program.
-        alone = core.ClosedJaxpr(alone, ())
-    return list(core.jaxpr_as_fun(alone)(*[x for _, x in named]))
+    if not hasattr(part, "consts"):  # Before JAX 0.11, constants were kept apart from a program.
+        part = core.ClosedJaxpr(part, ())
+    return core.jaxpr_as_fun(part)
+
+
+def apply(eqn: core.JaxprEqn, program: core.Jaxpr, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation of a program."""
+    given = {v: x for v, x in zip(eqn.invars, operands, strict=True) if is_variable(v)}
+    return list(as_function([eqn], list(given), eqn.outvars, program)(*given.values()))
+
+
+def is_variable(v: Atom) -> TypeGuard[core.Var]:
+    return not isinstance(v, core.Literal)
 
 
 def opened(program: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
-    """A program, and its constants, whether or not it is one object with them."""
+    """A program and its constants, which newer versions of JAX keep in one object."""
     return getattr(program, "jaxpr", program), getattr(program, "consts", ())
 
 
@@ -55,36 +66,19 @@ def programs_in(params: Mapping[str, Any]) -> list[core.Jaxpr]:
     return [opened(x)[0] for x in values if isinstance(opened(x)[0], core.Jaxpr)]
 
 
-def evaluate(
-    program: Any, operands: Sequence[Any], replaced: Mapping[str, Callable[..., Any]]
-) -> list[Any]:
-    """Evaluates a program; an equation named in `replaced` becomes `replaced[name](eqn, *x)`."""
-    jaxpr, consts = opened(program)
-    values = dict(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, operands, strict=True))
-    read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
-    for eqn in jaxpr.eqns:
-        given = [read(v) for v in eqn.invars]
-        if eqn.primitive.name in replaced:
-            results = [replaced[eqn.primitive.name](eqn, *given)]
-        else:
-            results = run(eqn, jaxpr, given)
-        values.update(zip(eqn.outvars, results, strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-
 # Parameters that hold the rules of `jax.custom_jvp` and `jax.custom_vjp`.
 _RULES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees")
 
 
-def differentiated(program: Any, consts: Sequence[Any], args: Sequence[Any]) -> core.Jaxpr:
-    """A program of `consts` and `args`, and its gradient by `args`, as one program.
+def differentiated(program: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> core.Jaxpr:
+    """One program for the results of a program of `consts` and `args`, and its gradient by `args`.
 
-    Where it depends on them, no custom rules are left.
+    No custom rules are left where it depends on them.
     """
+    function = as_function(program.eqns, program.invars, program.outvars, program)
 
     def value(args: Sequence[Any], consts: Sequence[Any]) -> tuple[Any, list[Any]]:
-        first, *others = evaluate(program, [*consts, *args], {})
+        first, *others = function(*consts, *args)
         return first, others
 
     both = jax.value_and_grad(value, has_aux=True)
@@ -92,10 +86,10 @@ def differentiated(program: Any, consts: Sequence[Any], args: Sequence[Any]) -> 
 
 
 def identity(x: Any) -> Hashable:
-    """A key that two programs share only if they compute the same, custom rules aside.
+    """A key of a program, or of a parameter of one, that programs share only if they are the same.
 
-    For a program, or a parameter of one. Arrays that are no arguments are the same if they are one
-    object, and so are functions.
+    Custom differentiation rules are left out. Constant arrays and functions are the same only if
+    they are one object.
     """
     if isinstance(opened(x)[0], core.Jaxpr):
         jaxpr, consts = opened(x)
@@ -139,7 +133,7 @@ def _identity_of_program(jaxpr: core.Jaxpr) -> Hashable:
 
 
 class _Same:
-    """Equal to another one of the same object, which it keeps alive."""
+    """Compares by identity of an object, and keeps the object alive."""
 
     def __init__(self, x: Any):
         self.x = x

@@ -2,57 +2,79 @@ r"""Products whose weight gradient is computed for the kept channels only.
 
 A product :math:`y = x \cdot w` (`dot_general`, `conv_general_dilated`) is linear in its weight, and
 so is its restriction to some channels of the weight. Output channels of the weight are channels of
-the cotangent of :math:`y`, input channels those of :math:`x`: cut these, and the transposed product
-of the parts is the kept part of the weight gradient.
+the cotangent of :math:`y`; input channels are those of :math:`x`. The transpose of the product of
+these parts is the kept part of the weight gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
+from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 
 from cdb_jax._skipping import jaxprs, parts
+from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax.selection import Mode, Part
 
-BinaryOp = Callable[[jax.Array, jax.Array], jax.Array]
+
+class Operation(NamedTuple):
+    """A primitive of two operands with its parameters. It is hashable, so that it can be static."""
+
+    primitive: core.Primitive
+    params: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of_equation(cls, eqn: core.JaxprEqn, **changes: Any) -> Operation:
+        return cls(eqn.primitive, tuple((eqn.params | changes).items()))
+
+    def replace(self, **changes: Any) -> Operation:
+        return self._replace(params=tuple((dict(self.params) | changes).items()))
+
+    def __call__(self, lhs: Any, rhs: Any) -> jax.Array:
+        return self.primitive.bind(lhs, rhs, **dict(self.params))
 
 
 class Target(NamedTuple):
-    """What may happen to a layer: its possible modes, and the part it keeps if it is partial."""
+    """The modes that a layer may have, and the part that it keeps if it is partial."""
 
     modes: tuple[Mode, ...]
     part: Part | None
 
     @property
-    def compact(self) -> bool:
-        """Whether the kept part is all of the gradient there can be."""
+    def is_compact(self) -> bool:
+        """Whether nothing outside the kept part ever has a gradient."""
         return self.part is not None and Mode.FULL not in self.modes
 
     def shape(self, shape: tuple[int, ...], channel: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the gradient of a weight."""
-        if self.compact:
-            assert self.part is not None
-            return self.part.shape(shape, channel)
-        return tuple(shape)
+        if self.part is None or not self.is_compact:
+            return tuple(shape)
+        return self.part.shape(shape, channel)
 
 
 class Product(NamedTuple):
-    """A product with a weight, and where the channels of the weight are.
+    """A product with a weight w; x is its other operand, and y the result. Static.
 
-    `side` is the position of the weight w among the operands; x is the other one, y the result.
-    `w_channel`, `x_channel` and `y_channel` are the axes that hold the channels of the weight;
-    `w_stack`, `x_stack` and `y_stack` those along which several layers are stacked. `part_op` is
-    the operation on parts, and `x_part` the part of x.
+    Attributes:
+      op: the operation on whole operands.
+      part_op: the operation on parts.
+      side: the position of w among the operands.
+      target: what may happen to w.
+      w_channel, x_channel, y_channel: the axes that hold the channels of w.
+      w_stack, x_stack, y_stack: the axes along which several layers are stacked.
+      x_part: the part of x that belongs to the kept part of w.
     """
 
-    op: BinaryOp
-    part_op: BinaryOp
+    op: Operation
+    part_op: Operation
     side: int
     target: Target
     w_channel: tuple[int, ...] = ()
@@ -63,337 +85,385 @@ class Product(NamedTuple):
     y_stack: tuple[int, ...] = ()
     x_part: Part | None = None
 
-    def of(self, op: BinaryOp, x: jax.Array, w: jax.Array) -> jax.Array:
-        return op(w, x) if self.side == 0 else op(x, w)
+    @property
+    def cuts_early(self) -> bool:
+        """Whether only a part of x is ever needed, so that only this part has to be stored."""
+        return Mode.FULL not in self.target.modes and bool(self.x_channel)
 
-
-def operation(eqn: core.JaxprEqn) -> Callable[..., jax.Array]:
-    """The operation of an equation with two operands, whatever parameters it has."""
-    return partial(eqn.primitive.bind, **eqn.params)
+    def cut(self, x: jax.Array, place: jax.Array) -> jax.Array:
+        if self.x_part is None:
+            return x
+        return parts.take(x, self.x_channel, self.x_stack, self.x_part, place)
 
 
 def dot_product(
-    op: BinaryOp,
-    params: dict[str, Any],
+    op: Operation,
     side: int,
     ranks: tuple[int, int],
     channel: tuple[int, ...],
     stack: tuple[int, ...],
     target: Target,
-) -> Product | str:
-    """Describes a `dot_general` with a weight, or says why the weight is not understood."""
-    contract, batch = params["dimension_numbers"]
+) -> Product | Obstacle:
+    """Describes a `dot_general` with a weight, or says why it is not skipped."""
+    contract, batch = dict(op.params)["dimension_numbers"]
     lhs_free, rhs_free = (
         [i for i in range(ranks[s]) if i not in contract[s] and i not in batch[s]] for s in (0, 1)
     )
-    # The axes of a result: batch, then what is left of the two operands.
+    # The axes of a result are those of the batch, then the free ones of both operands in turn.
     first_free = len(batch[0]) + (len(lhs_free) if side == 1 else 0)
     free = lhs_free if side == 0 else rhs_free
-    other = 1 - side
+    summed, batched = tuple(contract[side]), tuple(batch[side])
+    x_summed, x_batched = contract[1 - side], batch[1 - side]
 
-    if any(axis not in batch[side] for axis in stack):
-        return "layers of a stack meet in one product"
+    if any(axis not in batched for axis in stack):
+        return Obstacle(Reason.STACK_IN_ONE_PRODUCT)
     if stack and target.modes != (Mode.PARTIAL,):
-        return "stacked layers are computed together, but stand still one by one"
-    places = [tuple(batch[side]).index(axis) for axis in stack]
-    description = Product(
+        return Obstacle(Reason.STACK_IN_ONE_BATCH)
+    product = Product(
         op,
         op,
         side,
         target,
         w_channel=channel,
         w_stack=stack,
-        x_stack=tuple(batch[other][i] for i in places),
-        y_stack=tuple(places),
+        x_stack=tuple(x_batched[batched.index(axis)] for axis in stack),
+        y_stack=tuple(batched.index(axis) for axis in stack),
         x_part=target.part,
     )
     if all(axis in free for axis in channel):
-        return description._replace(
-            y_channel=tuple(first_free + free.index(axis) for axis in channel)
+        return product._replace(y_channel=tuple(first_free + free.index(axis) for axis in channel))
+    if all(axis in summed for axis in channel):
+        return product._replace(x_channel=tuple(x_summed[summed.index(axis)] for axis in channel))
+    if all(axis in batched for axis in channel):
+        return product._replace(
+            x_channel=tuple(x_batched[batched.index(axis)] for axis in channel),
+            y_channel=tuple(batched.index(axis) for axis in channel),
         )
-    if all(axis in contract[side] for axis in channel):
-        x = tuple(contract[other][tuple(contract[side]).index(axis)] for axis in channel)
-        return description._replace(x_channel=x)
-    if all(axis in batch[side] for axis in channel):
-        y = tuple(tuple(batch[side]).index(axis) for axis in channel)
-        return description._replace(x_channel=tuple(batch[other][i] for i in y), y_channel=y)
-    return "its channels are partly summed over and partly not"
+    return Obstacle(Reason.MIXED_CHANNELS)
 
 
 def convolution(
-    op: Callable[..., jax.Array],
-    params: dict[str, Any],
+    op: Operation,
     side: int,
     kernel_shape: tuple[int, ...],
     channel: tuple[int, ...],
     stack: tuple[int, ...],
     target: Target,
-) -> Product | str:
-    """Describes a `conv_general_dilated` with a kernel, or says why it is not understood."""
-    (_, x_features, *_), (out, into, *_), (_, y_features, *_) = params["dimension_numbers"]
-    groups = params["feature_group_count"]
+) -> Product | Obstacle:
+    """Describes a `conv_general_dilated` with a kernel, or says why it is not skipped."""
+    params = dict(op.params)
+    x_spec, kernel_spec, y_spec = params["dimension_numbers"]
+    output_axis, input_axis = kernel_spec[:2]
+    feature_groups = params["feature_group_count"]
     if side == 0:
-        return "it is the image of a convolution, not the kernel"
+        return Obstacle(Reason.CONVOLVED)
     if stack or params["batch_group_count"] != 1:
-        return "several convolutions in one"
+        return Obstacle(Reason.SEVERAL_CONVOLUTIONS)
     part = target.part
-    description = Product(op, op, side, target, w_channel=channel, x_part=part)
+    product = Product(op, op, side, target, w_channel=channel, x_part=part)
     if part is None:
-        return description
-    if channel == (into,):
-        # The channels of a kernel in groups are the inputs of each group.
-        x_part = part._replace(blocks=groups * part.blocks)
-        return description._replace(x_channel=(x_features,), x_part=x_part)
-    if channel != (out,):
-        return "its channels are no feature axis of the convolution"
-    description = description._replace(y_channel=(y_features,))
-    if part.blocks % groups == 0:
-        return description
-    if kernel_shape[into] == 1 and kernel_shape[out] == groups:  # Depthwise.
-        part_op = partial(op, feature_group_count=part.total)
-        return description._replace(x_channel=(x_features,), part_op=part_op)
-    return (
-        f"a convolution in {groups} groups, of which a part of the channels is none; "
-        f'channel_choice="window" with window_groups a multiple of {groups} is'
-    )
+        return product
+    if channel == (input_axis,):
+        # A kernel holds the inputs of one feature group, and every group keeps the same ones.
+        x_part = part._replace(blocks=feature_groups * part.blocks)
+        return product._replace(x_channel=(x_spec[1],), x_part=x_part)
+    if channel != (output_axis,):
+        return Obstacle(Reason.NO_FEATURE_AXIS)
+    product = product._replace(y_channel=(y_spec[1],))
+    if part.blocks % feature_groups == 0:
+        return product
+    if kernel_shape[input_axis] == 1 and kernel_shape[output_axis] == feature_groups:  # Depthwise.
+        part_op = op.replace(feature_group_count=part.total)
+        return product._replace(x_channel=(x_spec[1],), part_op=part_op)
+    return Obstacle(Reason.FEATURE_GROUPS, feature_groups)
+
+
+class Change(NamedTuple):
+    """What accompanies a weight at run time.
+
+    Attributes:
+      z: an array of the shape of the weight's gradient, `Target.shape`, whose values do not matter.
+        It receives the gradient.
+      place: where the kept part lies.
+      mode: what the layer does in this step.
+    """
+
+    z: jax.Array
+    place: jax.Array
+    mode: jax.Array
 
 
 def multiply(
-    product: Product,
-    x: jax.Array,
-    w: jax.Array,
-    z: jax.Array,
-    at: jax.Array,
-    state: jax.Array,
-    needed: jax.Array | bool,
+    product: Product, x: jax.Array, w: jax.Array, change: Change, needed: jax.Array | bool
 ) -> jax.Array:
-    """The product of `x` and `w`, differentiable in `x` and `z` only.
+    """The product of `x` and a weight, differentiable in `x` and `change.z` only.
 
-    Args:
-      product: what to compute.
-      x: the other operand.
-      w: the weight.
-      z: stands for a change of the weight, of shape `product.target.shape(w.shape,
-        product.w_channel)`; its values do not matter. Its gradient is that of the weight.
-      at: where the kept part lies.
-      state: what the layer does in this step.
-      needed: whether anything that learns in this step lies below `x`; if not, the gradient of `x`
-        is zero. A static False or True saves the conditional.
-
-    Returns:
-      The product.
+    `needed` is whether anything that `x` depends on learns in this step; if not, the gradient of
+    `x` is zero. A Python bool saves a conditional.
     """
-    x_type, w_type = jax.typeof(x), jax.typeof(w)
-
-    @jax.custom_vjp
-    def product_of(x: Any, w: Any, z: Any, at: Any, state: Any, needed: Any) -> Any:
-        return product.of(product.op, x, w)
-
-    def forward(x: Any, w: Any, z: Any, at: Any, state: Any, flag: Any) -> Any:
-        y = product.of(product.op, x.value, w.value)
-        kept_x = None
-        if z.perturbed:
-            # Where only a part of x is needed, that is all that is kept in memory.
-            kept_x = _cut(product, x.value, at.value) if _cuts_early(product) else x.value
-        kept_w = w.value if x.perturbed and needed is not False else None
-        return y, (kept_x, kept_w, at.value, state.value, flag.value)
-
-    def backward(residuals: Any, dy: Any) -> Any:
-        x, w, at, state, flag = residuals
-        if isinstance(dy, jax.custom_derivatives.SymbolicZero):
-            return (None,) * 6
-        by_x = lambda w, x: product.of(product.op, x, w)
-        dx = _operand_gradient(by_x, x_type, dy, w, needed, flag)
-        dz = None if x is None else _weight_gradient(product, w_type, x, dy, at, state)
-        return dx, None, dz, None, None, None
-
-    product_of.defvjp(forward, backward, symbolic_zeros=True)
-    return product_of(x, w, z, at, state, jnp.asarray(needed))
+    operands, flags = _ordered(product.side, w, x), _ordered(product.side, False, needed)
+    return _apply(_Call.of(product.op, operands, flags, product), *operands, change, flags)
 
 
 def gate(
-    op: BinaryOp, x: jax.Array, y: jax.Array, needed: tuple[jax.Array | bool, jax.Array | bool]
+    op: Operation, lhs: jax.Array, rhs: jax.Array, needed: tuple[jax.Array | bool, ...]
 ) -> jax.Array:
-    """A product without a weight, whose gradients are zero where nothing that learns lies below."""
-    x_type, y_type = jax.typeof(x), jax.typeof(y)
-
-    @jax.custom_vjp
-    def product_of(x: Any, y: Any, needed: Any) -> Any:
-        return op(x, y)
-
-    def forward(x: Any, y: Any, flags: Any) -> Any:
-        for_x = y.value if x.perturbed and needed[0] is not False else None
-        for_y = x.value if y.perturbed and needed[1] is not False else None
-        return op(x.value, y.value), (for_x, for_y, [flag.value for flag in flags])
-
-    def backward(residuals: Any, d: Any) -> Any:
-        y, x, flags = residuals
-        if isinstance(d, jax.custom_derivatives.SymbolicZero):
-            return (None,) * 3
-        dx = _operand_gradient(lambda y, x: op(x, y), x_type, d, y, needed[0], flags[0])
-        dy = _operand_gradient(lambda x, y: op(x, y), y_type, d, x, needed[1], flags[1])
-        return dx, dy, None
-
-    product_of.defvjp(forward, backward, symbolic_zeros=True)
-    return product_of(x, y, [jnp.asarray(flag) for flag in needed])
+    """A product without a weight; `needed` is for each operand what it is in `multiply`."""
+    return _apply(_Call.of(op, (lhs, rhs), needed, None), lhs, rhs, None, needed)
 
 
-def _operand_gradient(
-    linear: Callable[[Any, Any], Any],
-    of: Any,
-    cotangent: jax.Array,
-    other: jax.Array | None,
-    needed: jax.Array | bool,
-    flag: jax.Array,
-) -> jax.Array | None:
-    """The gradient of an operand of type `of`; none if the other operand was not saved for it.
+def _ordered(side: int, operand: Any, other: Any) -> tuple[Any, Any]:
+    """The two operands of a product, of which `operand` is the one at position `side`."""
+    return (operand, other) if side == 0 else (other, operand)
 
-    `flag` holds the value of `needed` as a residual, which is looked at if it is not static.
+
+class _Call(NamedTuple):
+    """What is static in the product of two operands.
+
+    Attributes:
+      op: the operation.
+      types: of the operands.
+      needed: for each operand whether its gradient is needed; None if that is known only at run
+        time. False for a weight, whose gradient goes to its change.
+      product: the product with a weight, if it is one.
     """
-    if other is None:
-        return None
-    if isinstance(needed, bool):
-        return _transpose(linear, of, ())(cotangent, other)
-    transposed = _transpose(linear, of, SLOW_IN_CONDITIONALS)
-    return _if(flag, transposed, of, cotangent, other)
+
+    op: Operation
+    types: tuple[Any, ...]
+    needed: tuple[bool | None, ...]
+    product: Product | None
+
+    @classmethod
+    def of(cls, op: Operation, operands: Any, flags: Any, product: Product | None) -> _Call:
+        needed = tuple(flag if isinstance(flag, bool) else None for flag in flags)
+        return cls(op, tuple(map(jax.typeof, operands)), needed, product)
 
 
-def _cuts_early(product: Product) -> bool:
-    """Whether only a part of x is ever needed."""
-    return Mode.FULL not in product.target.modes and bool(product.x_channel)
+class _Residuals(NamedTuple):
+    operands: tuple[jax.Array | None, ...]  # None where no gradient of the other one is needed.
+    x: jax.Array | None  # Or its part, for the gradient of the weight, if that is needed.
+    place: jax.Array | None
+    mode: jax.Array | None
+    needed: tuple[jax.Array, ...]
 
 
-def _cut(product: Product, x: jax.Array, at: jax.Array) -> jax.Array:
-    if product.x_part is None:
-        return x
-    return parts.take(x, product.x_channel, product.x_stack, product.x_part, at)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apply(call: _Call, lhs: Any, rhs: Any, change: Any, needed: Any) -> jax.Array:
+    return call.op(lhs, rhs)
 
 
-def _weight_gradient(
-    product: Product, w_type: Any, x: jax.Array, dy: jax.Array, at: jax.Array, state: jax.Array
+def _apply_fwd(
+    call: _Call, lhs: Any, rhs: Any, change: Any, needed: Any
+) -> tuple[jax.Array, _Residuals]:
+    saved = (
+        lhs.value if rhs.perturbed and call.needed[1] is not False else None,
+        rhs.value if lhs.perturbed and call.needed[0] is not False else None,
+    )
+    x = place = mode = None
+    if call.product and change.z.perturbed:
+        x, place, mode = (
+            (lhs, rhs)[1 - call.product.side].value,
+            change.place.value,
+            change.mode.value,
+        )
+        if call.product.cuts_early:
+            x = call.product.cut(x, place)
+    flags = tuple(flag.value for flag in needed)
+    return call.op(lhs.value, rhs.value), _Residuals(saved, x, place, mode, flags)
+
+
+def _apply_bwd(call: _Call, saved: _Residuals, dy: Any) -> tuple[Any, ...]:
+    if isinstance(dy, SymbolicZero):
+        return (None,) * 4
+    gradients: list[jax.Array | None] = [None, None]
+    for side in (0, 1):
+        other = saved.operands[1 - side]
+        if other is not None:
+            gradient = Gradient(call.op, side, call.types[side])
+            if call.needed[side]:
+                gradients[side] = gradient.compute(dy, other)
+            else:
+                compute = functools.partial(gradient.compute, slow=_SLOW_IN_CONDITIONALS)
+                gradients[side] = _if(saved.needed[side], compute, call.types[side], dy, other)
+    change = None
+    if call.product and saved.x is not None:
+        w_type = call.types[call.product.side]
+        dz = weight_gradient(call.product, w_type, saved.x, dy, saved.place, saved.mode)
+        change = Change(dz, None, None)  # type: ignore[arg-type]
+    return *gradients, change, None
+
+
+_apply.defvjp(_apply_fwd, _apply_bwd, symbolic_zeros=True)
+
+
+# The gradient of a weight.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)  # Traced once for equal layers.
+def weight_gradient(
+    product: Product, w_type: Any, x: jax.Array, dy: jax.Array, place: jax.Array, mode: jax.Array
 ) -> jax.Array:
-    """The gradient of a weight of type `w_type`; `x` is cut already if it is cut early."""
-    target = product.target
-    ordered = SLOW_IN_CONDITIONALS if len(target.modes) > 1 else SLOW_ANYWHERE
+    """The gradient of a weight; `x` is already cut if the product cuts early."""
+    modes = product.target.modes
+    operands = x, dy, place
+    kept = functools.partial(_kept_gradient, product, w_type)
+    full = functools.partial(_full_gradient, product, w_type)
 
-    def partly(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
-        part = target.part
-        assert part is not None
-        kept_x = x if _cuts_early(product) else _cut(product, x, at)
-        dy = parts.take(dy, product.y_channel, product.y_stack, part, at)
-        kept_shape = part.shape(w_type.shape, product.w_channel)
-        by_w = lambda x, w: product.of(product.part_op, x, w)
-        kept = jnp.zeros_like(dy, w_type.dtype, kept_shape)  # Varies as `dy` in a `shard_map`.
-        dw = _transpose(by_w, kept, ordered)(dy, kept_x)
-        if target.compact:
-            return dw
-        return parts.put(dw, w_type.shape, product.w_channel, product.w_stack, part, at)
+    def learns(x: jax.Array, dy: jax.Array, place: jax.Array) -> jax.Array:
+        if Mode.FULL not in modes:
+            return kept(x, dy, place)
+        if Mode.PARTIAL not in modes:
+            return full(x, dy, place)
+        return lax.cond(mode == Mode.FULL, full, kept, x, dy, place)
 
-    def full(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
-        by_w = lambda x, w: product.of(product.op, x, w)
-        return _transpose(by_w, w_type, ordered)(dy, x)
-
-    def learns(x: jax.Array, dy: jax.Array, at: jax.Array) -> jax.Array:
-        if Mode.FULL not in target.modes:
-            return partly(x, dy, at)
-        if Mode.PARTIAL not in target.modes:
-            return full(x, dy, at)
-        return lax.cond(state == Mode.FULL, full, partly, x, dy, at)
-
-    if Mode.FROZEN not in target.modes:
-        return learns(x, dy, at)
-    of = jax.ShapeDtypeStruct(target.shape(w_type.shape, product.w_channel), w_type.dtype)
-    return _if(state != Mode.FROZEN, learns, of, x, dy, at)
+    if Mode.FROZEN not in modes:
+        return learns(*operands)
+    shape = product.target.shape(w_type.shape, product.w_channel)
+    return _if(mode != Mode.FROZEN, learns, jax.ShapeDtypeStruct(shape, w_type.dtype), *operands)
 
 
-def _if(flag: jax.Array, f: Callable[..., jax.Array], of: Any, *operands: Any) -> jax.Array:
-    """`f(*operands)`, of type `of`, if the flag is set at run time, else zeros."""
-    # Like an operand, to vary where it does inside a `shard_map`.
-    zeros = lambda x, *_: jnp.zeros_like(x, of.dtype, of.shape)
+def _kept_gradient(
+    product: Product, w_type: Any, x: jax.Array, dy: jax.Array, place: jax.Array
+) -> jax.Array:
+    part = product.target.part
+    assert part is not None
+    kept_x = x if product.cuts_early else product.cut(x, place)
+    kept_dy = parts.take(dy, product.y_channel, product.y_stack, part, place)
+    kept_shape = part.shape(w_type.shape, product.w_channel)
+    kept_type = jax.typeof(jnp.zeros_like(dy, w_type.dtype, kept_shape))  # Varies like `dy`.
+    gradient = Gradient(product.part_op, product.side, kept_type)
+    dw = gradient.compute(kept_dy, kept_x, _slow(product))
+    if product.target.is_compact:
+        return dw
+    return parts.put(dw, w_type.shape, product.w_channel, product.w_stack, part, place)
+
+
+def _full_gradient(
+    product: Product, w_type: Any, x: jax.Array, dy: jax.Array, place: jax.Array
+) -> jax.Array:
+    gradient = Gradient(product.op, product.side, w_type)
+    return gradient.compute(dy, x, _slow(product))
+
+
+# Gradients of an operand, which JAX finds by transposing the product.
+
+
+class Gradient(NamedTuple):
+    """The gradient of the operand at position `side`. Static."""
+
+    op: Operation
+    side: int
+    operand_type: Any
+
+    def compute(
+        self, dy: jax.Array, other: jax.Array, slow: tuple[core.Primitive, ...] = ()
+    ) -> jax.Array:
+        """The gradient, given the cotangent of the product and the other operand.
+
+        On CPU, operations named in `slow` get their axes in the order that is fast there.
+        """
+        return _transposed(self, slow, dy, other)
+
+
+def _if(flag: jax.Array, f: Any, out_type: Any, *operands: jax.Array) -> jax.Array:
+    """`f(*operands)` if the flag is set at run time, else zeros."""
+
+    def zeros(x: jax.Array, *_: jax.Array) -> jax.Array:
+        # Like an operand, so that it varies over the same axes of a `shard_map`.
+        return jnp.zeros_like(x, out_type.dtype, out_type.shape)
+
     return lax.cond(flag, f, zeros, *operands)
 
 
-# What XLA's CPU compiler has fast kernels for only in one order of axes. It brings convolutions
-# into that order itself, but not inside a conditional, where a weight gradient then takes a hundred
-# times as long; and a sum over several axes at once takes up to twice as long as one over a single
-# axis, which weight gradients of batches of sequences are.
-SLOW_ANYWHERE = ("dot_general",)
-SLOW_IN_CONDITIONALS = ("dot_general", "conv_general_dilated")
+# XLA's CPU compiler has fast kernels for one order of axes only. It reorders convolutions, but not
+# inside a conditional, where a weight gradient then takes a hundred times as long. A sum over
+# several axes, as in weight gradients of batches of sequences, takes up to twice as long as one
+# over a single axis.
+_SLOW = (dot_general_p,)
+_SLOW_IN_CONDITIONALS = (dot_general_p, conv_general_dilated_p)
 
 
-def _transpose(
-    linear: Callable[[Any, Any], Any], of: Any, ordered: Sequence[str]
-) -> Callable[[jax.Array, Any], jax.Array]:
-    """The transpose of `linear(other, x)` in x, as a function of the cotangent and `other`.
-
-    On CPU the operations named in `ordered` get their axes in the order that is fast there.
-    """
-
-    def transposed(cotangent: jax.Array, other: Any) -> jax.Array:
-        (result,) = jax.linear_transpose(lambda x: linear(other, x), of)(cotangent)
-        return result
-
-    def either(cotangent: jax.Array, other: Any) -> jax.Array:
-        closed = jax.make_jaxpr(transposed)(cotangent, other)
-        slow = {
-            name: f
-            for name, f in _IN_ORDER.items()
-            if name in ordered and any(_is_slow(eqn, name) for eqn in jaxprs.opened(closed)[0].eqns)
-        }
-        if not slow:
-            return transposed(cotangent, other)
-        return lax.platform_dependent(
-            cotangent,
-            other,
-            cpu=lambda *operands: jaxprs.evaluate(closed, operands, slow)[0],
-            default=transposed,
-        )
-
-    return either
+def _slow(product: Product) -> tuple[core.Primitive, ...]:
+    """What is slow in the weight gradient of a product."""
+    return _SLOW_IN_CONDITIONALS if len(product.target.modes) > 1 else _SLOW
 
 
-def _is_slow(eqn: Any, name: str) -> bool:
-    if eqn.primitive.name != name:
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _transposed(
+    gradient: Gradient, slow: tuple[core.Primitive, ...], dy: jax.Array, other: jax.Array
+) -> jax.Array:
+    """`Gradient.compute`, traced once for equal products."""
+
+    def product(x: Any, other: Any) -> jax.Array:
+        return gradient.op(*_ordered(gradient.side, x, other))
+
+    def transposed(dy: jax.Array, other: jax.Array) -> jax.Array:
+        transpose = jax.linear_transpose(lambda x: product(x, other), gradient.operand_type)
+        return transpose(dy)[0]
+
+    program, consts = jaxprs.opened(jax.make_jaxpr(transposed)(dy, other))
+
+    def in_order(dy: jax.Array, other: jax.Array) -> jax.Array:
+        values = dict(zip(program.constvars, consts, strict=True))
+        values |= dict(zip(program.invars, (dy, other), strict=True))
+        for eqn in program.eqns:
+            operands = [v.val if isinstance(v, core.Literal) else values[v] for v in eqn.invars]
+            if _is_slow(eqn, slow):
+                results = [_IN_ORDER[eqn.primitive](eqn, *operands)]
+            else:
+                results = jaxprs.apply(eqn, program, operands)
+            values.update(zip(eqn.outvars, results, strict=True))
+        (result,) = filter(jaxprs.is_variable, program.outvars)
+        return values[result]
+
+    if not any(_is_slow(eqn, slow) for eqn in program.eqns):
+        return transposed(dy, other)
+    return lax.platform_dependent(dy, other, cpu=in_order, default=transposed)
+
+
+def _is_slow(eqn: core.JaxprEqn, slow: tuple[core.Primitive, ...]) -> bool:
+    if eqn.primitive is dot_general_p and len(eqn.params["dimension_numbers"][0][0]) < 2:
         return False
-    return name != "dot_general" or len(eqn.params["dimension_numbers"][0][0]) > 1
+    return eqn.primitive in slow
 
 
-def _dot_in_order(eqn: core.JaxprEqn, x: jax.Array, y: jax.Array) -> jax.Array:
-    """A product summed over one axis, where those that it is summed over are neighbours."""
-    (of_x, of_y), (x_batch, y_batch) = eqn.params["dimension_numbers"]
-    neighbours = lambda axes: tuple(axes) == tuple(range(axes[0], axes[0] + len(axes)))
-    order = sorted(range(len(of_x)), key=lambda i: of_x[i])
-    of_x, of_y = ([axes[i] for i in order] for axes in (of_x, of_y))
-    if len(of_x) < 2 or not neighbours(of_x) or not neighbours(of_y):
-        return operation(eqn)(x, y)
-
-    def merge(x: jax.Array, axes: Sequence[int], batch: Sequence[int]) -> tuple[jax.Array, Any]:
-        lead, tail = x.shape[: axes[0]], x.shape[axes[-1] + 1 :]
-        moved = [axis - (len(axes) - 1) * (axis > axes[0]) for axis in batch]
-        return x.reshape(*lead, -1, *tail), moved
-
-    x, x_batch = merge(x, of_x, x_batch)
-    y, y_batch = merge(y, of_y, y_batch)
-    numbers = (((of_x[0],), (of_y[0],)), (tuple(x_batch), tuple(y_batch)))
-    return operation(eqn)(x, y, dimension_numbers=numbers)
+def _dot_in_order(eqn: core.JaxprEqn, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """A product that sums over one axis in place of several adjacent ones."""
+    contract, batch = eqn.params["dimension_numbers"]
+    order = sorted(range(len(contract[0])), key=lambda i: contract[0][i])
+    contract = [[axes[i] for i in order] for axes in contract]
+    are_adjacent = all(list(np.diff(axes)) == [1] * (len(axes) - 1) for axes in contract)
+    if len(order) < 2 or not are_adjacent:
+        return Operation.of_equation(eqn)(lhs, rhs)
+    merged = [
+        x.reshape(*x.shape[: axes[0]], -1, *x.shape[axes[-1] + 1 :])
+        for x, axes in zip((lhs, rhs), contract, strict=True)
+    ]
+    removed = len(order) - 1
+    batch = [
+        tuple(axis - removed if axis > summed[0] else axis for axis in axes)
+        for axes, summed in zip(batch, contract, strict=True)
+    ]
+    numbers = (tuple((axes[0],) for axes in contract), tuple(batch))
+    return Operation.of_equation(eqn, dimension_numbers=numbers)(*merged)
 
 
 def _convolution_in_order(eqn: core.JaxprEqn, x: jax.Array, w: jax.Array) -> jax.Array:
-    """A convolution with axes (batch, ..., features) and (..., in, out), as XLA's CPU has it."""
-    lhs, rhs, out = eqn.params["dimension_numbers"]
-    last = lambda spec: (spec[0], *spec[2:], spec[1])
-    x = jnp.transpose(x, last(lhs))
-    w = jnp.transpose(w, (*rhs[2:], rhs[1], rhs[0]))
+    """A convolution with axes (batch, ..., features) and (..., in, out), the order of XLA's CPU."""
+    x_spec, kernel_spec, y_spec = eqn.params["dimension_numbers"]
     rank = x.ndim
     axes = (0, rank - 1, *range(1, rank - 1))
-    kernel = (rank - 1, rank - 2, *range(rank - 2))
-    numbers = lax.ConvDimensionNumbers(axes, kernel, axes)
-    y = operation(eqn)(x, w, dimension_numbers=numbers)
-    order = last(out)
+    numbers = lax.ConvDimensionNumbers(axes, (rank - 1, rank - 2, *range(rank - 2)), axes)
+    y = Operation.of_equation(eqn, dimension_numbers=numbers)(
+        jnp.transpose(x, _features_last(x_spec)),
+        jnp.transpose(w, (*kernel_spec[2:], kernel_spec[1], kernel_spec[0])),
+    )
+    order = _features_last(y_spec)
     return jnp.transpose(y, [order.index(axis) for axis in range(rank)])
 
 
-_IN_ORDER: dict[str, Callable[..., jax.Array]] = {
-    "dot_general": _dot_in_order,
-    "conv_general_dilated": _convolution_in_order,
-}
+def _features_last(spec: Sequence[int]) -> tuple[int, ...]:
+    return (spec[0], *spec[2:], spec[1])
+
+
+_IN_ORDER = {dot_general_p: _dot_in_order, conv_general_dilated_p: _convolution_in_order}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +14,9 @@ from jax.extend import core
 from cdb_jax import channels
 from cdb_jax._compiling import Keyed, compiled
 from cdb_jax._skipping import follow, jaxprs, parts, products
-from cdb_jax._xla import materialise
-from cdb_jax.selection import Group, Mode, Selection, mask_leaves, rows_of
+from cdb_jax._skipping.reasons import Obstacle, Reason
+from cdb_jax._xla import alone_on_cpu
+from cdb_jax.selection import Group, Mode, Selection, mask_leaves, per_layer
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
@@ -130,7 +131,7 @@ class Followed(NamedTuple):
     Attributes:
       program: the program with these products replaced.
       targets: for each leaf, what may happen to it.
-      uses: by position, what the program does with each leaf that was followed.
+      uses: by position, what the program does with each leaf that may lose a part of its gradient.
     """
 
     program: follow.Program
@@ -140,48 +141,64 @@ class Followed(NamedTuple):
 
 def followed(traced: Traced, groups: Sequence[Group]) -> Followed:
     """Follows parameters to the products that read them."""
-    layers = traced.layout.leaves
+    leaves = traced.layout.leaves
     by_path = {
         layer.path: products.Target(group.modes, group.part)
         for group in groups
         for layer in group.layers
     }
     learns = products.Target((Mode.FULL,), None)
-    targets = tuple(by_path.get(leaf.source, learns) for leaf in layers)
-    changing = {
-        i
-        for i, (leaf, target) in enumerate(zip(layers, targets, strict=True))
-        if leaf.layer == leaf.path and target.modes not in ((Mode.FULL,), (Mode.FROZEN,))
-    }
-    weights = [
-        follow.Weight(i, leaf.channel, leaf.stack) if i in changing - traced.explicit else None
-        for i, leaf in enumerate(layers)
-    ]
-    consts: list[follow.Weight | None] = [None] * len(traced.consts)
-    program, uses = follow.follow(traced.jaxpr, [*consts, *weights], targets, traced.freezes_others)
-    uses |= {i: follow.Uses(0, ("its sharding is explicit",)) for i in changing & traced.explicit}
-    return Followed(program, targets, uses)
+    targets = tuple(by_path.get(leaf.source, learns) for leaf in leaves)
+    facts = [follow.Fact()] * len(traced.consts)
+    hidden = []
+    for i, (leaf, target) in enumerate(zip(leaves, targets, strict=True)):
+        weight = None
+        if leaf.layer == leaf.path and target.modes not in ((Mode.FULL,), (Mode.FROZEN,)):
+            if i in traced.explicit:
+                hidden.append(i)
+            else:
+                weight = follow.Weight(i, leaf.channel, leaf.stack)
+        facts.append(follow.Fact(weight, _needs(i, target)))
+    program, uses = follow.follow(traced.jaxpr, facts, targets, traced.freezes_others)
+    obstacle = Obstacle(Reason.EXPLICIT_SHARDING)
+    return Followed(program, targets, uses | {i: follow.Uses(0, (obstacle,)) for i in hidden})
 
 
-class _LeafPlan(NamedTuple):
-    """How one leaf takes part in a step.
-
-    Attributes:
-      drawn: its mode and where its kept part lies, if it is followed.
-      needed: the flags of which one is set if it learns.
-      skipped: whether products compute the kept part of its gradient.
-      direct: whether JAX computes a gradient of it, too, or instead.
-    """
-
-    drawn: _Drawn | None
-    needed: frozenset[follow.Flag]
-    skipped: bool
-    direct: bool
+def _needs(i: int, target: products.Target) -> follow.Needs:
+    """What has to learn for the gradient of a leaf to be needed."""
+    if target.modes == (Mode.FROZEN,):
+        return follow.NOTHING
+    return frozenset([i if Mode.FROZEN in target.modes else follow.ALWAYS])
 
 
 class _Drawn(NamedTuple):
-    place: jax.Array
+    """The mode of a layer, and where its kept part lies: arrays over its stack."""
+
     mode: jax.Array
+    place: jax.Array
+
+
+class _Plan(NamedTuple):
+    """How one leaf takes part in a step.
+
+    Attributes:
+      leaf: its place in the layout.
+      target: what may happen to it.
+      drawn: what happens to it in this step; None if that is certain.
+      is_skipped: whether products compute the kept part of its gradient.
+      is_direct: whether JAX computes a gradient of it, in addition or instead.
+    """
+
+    leaf: channels.Leaf
+    target: products.Target
+    drawn: _Drawn | None
+    is_skipped: bool
+    is_direct: bool
+
+    @property
+    def change_shape(self) -> tuple[int, ...]:
+        """The shape of the gradient that products compute."""
+        return self.target.shape(self.leaf.shape, self.leaf.channel)
 
 
 @compiled
@@ -194,103 +211,102 @@ def _evaluate(
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """The results of the program, and the masked gradient."""
     found = followed(traced, groups)
-    layers = traced.layout.leaves
-    drawn = _drawn(groups)
-    plans = [_plan(i, leaf, found, drawn, traced) for i, leaf in enumerate(layers)]
-    direct = {i: x for i, x in enumerate(leaves) if plans[i].direct}
+    plans = _plans(found, traced.layout, _drawn(groups))
+    direct = {i: x for i, x in enumerate(leaves) if plans[i].is_direct}
     changes = {
-        i: jnp.zeros_like(x, shape=found.targets[i].shape(layers[i].shape, layers[i].channel))
+        i: jnp.zeros_like(x, shape=plans[i].change_shape)
         for i, x in enumerate(leaves)
-        if plans[i].skipped
+        if plans[i].is_skipped
     }
+    flags = follow.Flags(_learning(plans), {})
 
     def fun(changes: dict[int, jax.Array], direct: dict[int, Any]) -> tuple[jax.Array, list[Any]]:
         values = [follow.Value(x) for x in consts]
         for i, (x, plan) in enumerate(zip(leaves, plans, strict=True)):
             change = None
-            if plan.skipped and plan.drawn:
-                change = follow.Change(changes[i], *plan.drawn)
-            values.append(follow.Value(direct.get(i, x), change, plan.needed))
-        value, *aux = (x.array for x in follow.evaluate(found.program, values))
+            if plan.is_skipped and plan.drawn:
+                change = products.Change(changes[i], plan.drawn.place, plan.drawn.mode)
+            values.append(follow.Value(direct.get(i, x), change))
+        value, *aux = (x.array for x in follow.evaluate(found.program, values, flags))
         return value, aux
 
-    both = jax.value_and_grad(fun, argnums=(0, 1), has_aux=True)
-    (value, aux), (of_changes, of_leaves) = both(changes, direct)
-    of_changes = _put_back(of_changes, found, layers, drawn)
-    gradient = [
-        functools.reduce(jnp.add, [of[i] for of in (of_changes, of_leaves) if i in of])
-        if i in of_changes or i in of_leaves
-        else jnp.zeros_like(x)
-        for i, x in enumerate(leaves)
-    ]
-    done = {
-        leaf.path
-        for leaf, plan in zip(layers, plans, strict=True)
-        if plan.skipped and not plan.direct
-    }
-    return [value, *aux], mask_leaves(gradient, traced.layout, groups, rescale=False, done=done)
+    with_gradients = jax.value_and_grad(fun, argnums=(0, 1), has_aux=True)
+    (value, aux), (skipped, rest) = with_gradients(changes, direct)
+    gradients = _put_back(skipped, plans, leaves), rest
+    gradient = [_sum(i, gradients, x) for i, x in enumerate(leaves)]
+    masked = {plan.leaf.path for plan in plans if plan.is_skipped and not plan.is_direct}
+    gradient = mask_leaves(gradient, traced.layout, groups, rescale=False, done=masked)
+    return [value, *aux], gradient
 
 
-def _plan(
-    i: int, leaf: channels.Leaf, found: Followed, drawn: dict[str, _Drawn], traced: Traced
-) -> _LeafPlan:
-    target = found.targets[i]
-    mine = drawn.get(leaf.source)
-    if target.modes == (Mode.FROZEN,):
-        needed = follow.NEVER
-    elif not traced.freezes_others or Mode.FROZEN not in target.modes:
-        needed = follow.ALWAYS
-    else:
-        assert mine is not None
-        needed = frozenset([follow.Flag(jnp.any(mine.mode != Mode.FROZEN))])
-    uses = found.uses.get(i)
-    skipped = uses is not None and bool(uses.products)
-    # A leaf that only products read needs no other gradient.
-    direct = bool(needed) and not (uses is not None and skipped and not uses.others)
-    return _LeafPlan(mine, needed, skipped, direct)
+def _sum(i: int, gradients: Sequence[dict[int, jax.Array]], x: jax.Array) -> jax.Array:
+    found = [gradient[i] for gradient in gradients if i in gradient]
+    return functools.reduce(jnp.add, found) if found else jnp.zeros_like(x)
+
+
+def _plans(
+    found: Followed, layout: channels.Layout, drawn: Mapping[str, _Drawn]
+) -> tuple[_Plan, ...]:
+    plans = []
+    for i, (leaf, target) in enumerate(zip(layout.leaves, found.targets, strict=True)):
+        uses = found.uses.get(i, follow.Uses(0, ()))
+        is_skipped = uses.products > 0
+        # A leaf that only products read needs no other gradient.
+        is_direct = target.modes != (Mode.FROZEN,) and (not is_skipped or bool(uses.others))
+        plans.append(_Plan(leaf, target, drawn.get(leaf.source), is_skipped, is_direct))
+    return tuple(plans)
+
+
+def _learning(plans: Sequence[_Plan]) -> jax.Array:
+    """Whether each leaf learns in this step: bool, shape `(leaves,)`."""
+    return jnp.stack(
+        [
+            jnp.any(plan.drawn.mode != Mode.FROZEN)
+            if plan.drawn and Mode.FROZEN in plan.target.modes
+            else jnp.asarray(plan.target.modes != (Mode.FROZEN,))
+            for plan in plans
+        ]
+    )
 
 
 def _drawn(groups: Sequence[Group]) -> dict[str, _Drawn]:
-    """By path of each layer, its mode and where its kept part lies: arrays over its stack."""
-    changing = [group for group in groups if len(group.modes) > 1 or group.part]
-
-    def cut(arrays: Sequence[tuple[jax.Array, jax.Array]]) -> dict[str, _Drawn]:
-        drawn = {}
-        for group, (place, mode) in zip(changing, arrays, strict=True):
-            for layer, rows in rows_of(group):
-                stack = layer.stack_shape
-                at = place[rows]
-                drawn[layer.path] = _Drawn(
-                    at.reshape(stack + at.shape[1:]), mode[rows].reshape(stack)
-                )
-        return drawn
-
-    arrays = [
-        (jnp.zeros_like(group.mode) if group.place is None else group.place, group.mode)
-        for group in changing
-    ]
-    return materialise(cut, arrays)
+    """What is drawn for each layer, by path."""
+    modes = per_layer([group for group in groups if len(group.modes) > 1], "mode")
+    places = per_layer([group for group in groups if group.part], "place")
+    drawn = {}
+    for layer in (layer for group in groups for layer in group.layers):
+        if layer.path in modes or layer.path in places:
+            partial = jnp.full(layer.stack_shape, Mode.PARTIAL, jnp.int32)
+            (mode,) = modes.get(layer.path, [partial])
+            (place,) = places.get(layer.path, [jnp.zeros_like(mode)])
+            drawn[layer.path] = _Drawn(mode, place)
+    return drawn
 
 
 def _put_back(
-    kept: dict[int, jax.Array],
-    found: Followed,
-    layers: Sequence[channels.Leaf],
-    drawn: dict[str, _Drawn],
+    kept: dict[int, jax.Array], plans: Sequence[_Plan], weights: Sequence[jax.Array]
 ) -> dict[int, jax.Array]:
     """Gradients in the shapes of their weights, from gradients of the parts that are kept."""
+    compact = {
+        i: (x, drawn.place, weights[i])
+        for i, x in kept.items()
+        if plans[i].target.is_compact and (drawn := plans[i].drawn)
+    }
+    if not compact:
+        return kept
 
-    def put(parts_and_places: dict[int, tuple[jax.Array, jax.Array]]) -> dict[int, jax.Array]:
+    def put(operands: dict[int, tuple[jax.Array, ...]]) -> dict[int, jax.Array]:
         full = {}
-        for i, (x, place) in parts_and_places.items():
-            leaf, part = layers[i], found.targets[i].part
+        for i, (x, place, _) in operands.items():
+            leaf, part = plans[i].leaf, plans[i].target.part
             assert part is not None
             full[i] = parts.put(x, leaf.shape, leaf.channel, leaf.stack, part, place)
         return full
 
-    compact = {
-        i: (x, drawn[layers[i].path].place) for i, x in kept.items() if found.targets[i].compact
-    }
-    # Best done in the loops of the optimizer, where that costs no memory traffic. The CPU compiler
-    # does it there several times for each entry, and slower than a loop of its own.
-    return kept | materialise(put, compact, cpu_only=True)
+    def weights_themselves(operands: dict[int, tuple[jax.Array, ...]]) -> dict[int, jax.Array]:
+        return {i: weight for i, (_, _, weight) in operands.items()}
+
+    # Best done in the loops of the optimizer, where it costs no memory traffic. The CPU compiler
+    # would do it several times there for each entry, and slower than in a loop of its own.
+    cpu = functools.partial(alone_on_cpu, put, weights_themselves)
+    return kept | jax.lax.platform_dependent(compact, cpu=cpu, default=put)
