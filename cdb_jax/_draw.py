@@ -5,15 +5,16 @@ and on nothing else in the tree:
 
     layer key = fold_in(fold_in(fold_in(key, step), layer id), stack index)
 
-`fold_in(layer key, 0)` has the words for the layer as a whole, `fold_in(layer key, 1 + i)` those of
-channels 2i and 2i + 1. One vectorised fold makes all of them for the whole tree. Layers with the
-same number of channels then form one matrix, one row for each layer, so the number of operations
+`fold_in(layer key, 0)` gives the words for the layer as a whole, `fold_in(layer key, 1 + i)` those
+for channels 2i and 2i + 1. One vectorised fold computes all of them for the whole tree. Layers with
+the same number of channels form one matrix with one row for each layer, so the number of operations
 does not grow with the depth of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ import numpy as np
 
 from cdb_jax import channels
 from cdb_jax._compiling import compiled
+from cdb_jax.channels import Reason
 from cdb_jax.selection import Group, Mode, Part, Selection, frozen_group
 
 if TYPE_CHECKING:
@@ -37,50 +39,15 @@ def draw_once(layout: channels.Layout, policy: Policy, step: jax.Array) -> Selec
 def draw(policy: Policy, layout: channels.Layout, step: jax.typing.ArrayLike) -> Selection:
     """Draws which channels of the layers of a layout learn in a step."""
     check_layers(policy, layout)
-    step = jnp.asarray(step)
-    hold = jnp.asarray(policy.hold, step.dtype)
-    # A selection that is kept for several steps has the rates of the first of them.
-    period, first_step = step // hold, step - step % hold
-    rate = _value_at("rate", policy.rate, first_step)
-    layer_rate = _value_at("layer_rate", policy.layer_rate, first_step)
-    groups: list[Group] = []
-    if layout.layers:
-        widths = sorted({layer.channels for layer in layout.layers})
-        by_width = {
-            width: tuple(
-                sorted(
-                    (layer for layer in layout.layers if layer.channels == width),
-                    key=lambda layer: layer.path,
-                )
-            )
-            for width in widths
-        }
-        layers = [layer for members in by_width.values() for layer in members]
-        base_key = jax.random.wrap_key_data(_words(policy.key), impl="threefry2x32")
-        step_key = jax.random.fold_in(base_key, period)
-        chosen, chance = _choose_layers(policy, layers, step_key)
-        survival = 1.0 - layer_rate * chance
-        rows = {width: sum(x.depth for x in members) for width, members in by_width.items()}
-        words = _random_words(policy, _layer_keys(layers, step_key), rows)
-        stop = 0
-        for width, members in by_width.items():
-            start, stop = stop, stop + rows[width]
-            layer_words, channel_words = words[width]
-            masked = chosen[start:stop] & (_uniform(layer_words[:, 0]) < layer_rate)
-            kept = _choose_channels(policy, rate, width, layer_words[:, 1], channel_words)
-            groups.append(
-                _group(
-                    policy, rate, members, chosen[start:stop], masked, survival[start:stop], kept
-                )
-            )
+    groups = _draw_groups(policy, layout, _settings_at(policy, jnp.asarray(step)))
     if policy.freezes_others:
         groups += frozen_group(leaf for leaf in layout.leaves if is_frozen(policy, leaf))
     return Selection(tuple(groups), policy, layout, policy.freezes_others)
 
 
 def is_frozen(policy: Policy, leaf: channels.Leaf) -> bool:
-    """Whether a leaf without channels is frozen, because only one layer learns in a step."""
-    learns = leaf.reason in (channels.EXEMPT, channels.NO_VALUES)
+    """Whether a leaf without channels is frozen because only one layer learns in a step."""
+    learns = leaf.reason in (Reason.EXEMPT, Reason.NO_VALUES)
     return policy.freezes_others and leaf.layer is None and not learns
 
 
@@ -153,10 +120,88 @@ def possible_modes(policy: Policy, when_masked: Mode) -> tuple[Mode, ...]:
     return tuple(sorted(modes))
 
 
-class _Kept(NamedTuple):
-    """Which channels masked layers keep: `Group` describes `keep` and `place`.
+class _Settings(NamedTuple):
+    """The rates of a policy at a step, and the key of the step. Python floats are static."""
 
-    `probability` is the probability that a channel is kept.
+    rate: float | jax.Array
+    layer_rate: float | jax.Array
+    key: jax.Array
+
+
+def _settings_at(policy: Policy, step: jax.Array) -> _Settings:
+    hold = jnp.asarray(policy.hold, step.dtype)
+    period, first_step = step // hold, step - step % hold
+    words = policy.key if isinstance(policy.key, jax.Array) else np.array(policy.key, np.uint32)
+    key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+    return _Settings(
+        # A selection that is held for several steps has the rates of the first of them.
+        _rate_at("rate", policy.rate, first_step),
+        _rate_at("layer_rate", policy.layer_rate, first_step),
+        jax.random.fold_in(key, period),
+    )
+
+
+def _rate_at(name: str, rate: Any, step: jax.Array) -> float | jax.Array:
+    """A Python rate as it is, a schedule at its step, arrays in float32."""
+    value = rate(step) if callable(rate) else rate
+    if not isinstance(value, (int, float)):
+        return jnp.asarray(value, jnp.float32)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(
+            f"{name}: the schedule returned {value}; return a drop probability between 0 and 1."
+        )
+    return float(value)
+
+
+class _Rows(NamedTuple):
+    """Layers with the same number of channels, one row for each index of their stacks.
+
+    Attributes:
+      layers: the leaves.
+      may_be_masked: which rows may be masked in this step: all, or one.
+      chance: the probability of that.
+      layer_words: random words of the layers as a whole, shape `(rows, 2)`.
+      channel_words: random words of their channels, shape `(rows, channels)`; empty for windows.
+    """
+
+    layers: tuple[channels.Leaf, ...]
+    may_be_masked: jax.Array | np.ndarray
+    chance: np.ndarray
+    layer_words: jax.Array
+    channel_words: jax.Array
+
+
+def _draw_groups(policy: Policy, layout: channels.Layout, settings: _Settings) -> list[Group]:
+    widths = sorted({layer.channels for layer in layout.layers})
+    if not widths:
+        return []
+    layers = sorted(layout.layers, key=lambda layer: (layer.channels, layer.path))
+    by_width = [tuple(layer for layer in layers if layer.channels == width) for width in widths]
+    num_rows = [sum(layer.depth for layer in members) for members in by_width]
+    may_be_masked, chance = _choose_layers(policy, layers, settings.key)
+    columns = zip(
+        by_width,
+        _split(may_be_masked, num_rows),
+        _split(chance, num_rows),
+        *_random_words(policy, _layer_keys(layers, settings.key), widths, num_rows),
+        strict=True,
+    )
+    return [_draw_group(policy, settings, _Rows(*column)) for column in columns]
+
+
+def _split(x: Any, sizes: Sequence[int]) -> list[Any]:
+    """Cuts an array into consecutive parts along its first axis."""
+    stops = np.cumsum(sizes).tolist()
+    return [x[stop - size : stop] for size, stop in zip(sizes, stops, strict=True)]
+
+
+class _Kept(NamedTuple):
+    """The channels that masked layers keep.
+
+    Attributes:
+      keep: which channels; bool, shape `(rows, channels)`.
+      probability: that a channel is kept.
+      place: as `Group` has it; None if the number of kept channels is not static.
     """
 
     keep: jax.Array | np.ndarray
@@ -164,70 +209,39 @@ class _Kept(NamedTuple):
     place: jax.Array | None
 
 
-def _group(
-    policy: Policy,
-    rate: float | jax.Array,
-    layers: tuple[channels.Leaf, ...],
-    chosen: jax.Array | np.ndarray,
-    masked: jax.Array | np.ndarray,
-    survival: jax.Array | np.ndarray,
-    kept: _Kept,
-) -> Group:
-    """Combines the draws of layers with the same number of channels.
-
-    Args:
-      policy: the policy.
-      rate: its rate in this step.
-      layers: the leaves.
-      chosen: which rows may be masked in this step: all, or the "one".
-      masked: which rows are masked.
-      survival: the probability that a row is not masked.
-      kept: what the rows keep if they are masked.
-    """
-    when_masked, part = masked_mode(policy, rate, layers[0].channels)
-    learns_in_full = jnp.asarray(chosen) | (not policy.freezes_others)
+def _draw_group(policy: Policy, settings: _Settings, rows: _Rows) -> Group:
+    width, rate = rows.layers[0].channels, settings.rate
+    kept = _choose_channels(policy, rate, width, rows.layer_words[:, 1], rows.channel_words)
+    masked = rows.may_be_masked & (_uniform(rows.layer_words[:, 0]) < settings.layer_rate)
+    when_masked, part = masked_mode(policy, rate, width)
+    learns_in_full = jnp.asarray(rows.may_be_masked) | (not policy.freezes_others)
     otherwise = jnp.where(learns_in_full, np.int32(Mode.FULL), np.int32(Mode.FROZEN))
-    masked = jnp.asarray(masked)
     mode = jnp.where(masked, np.int32(when_masked), otherwise)
     keep = jnp.where(masked[:, None], kept.keep, learns_in_full[:, None])
     scale = None
     if policy.rescale != "none":
-        whole = jnp.ones(survival.shape, jnp.float32)
-        if policy.rescale == "expected":
-            # With rate 1 whole layers are frozen, and those that learn make up for it.
-            whole = jnp.where(rate >= 1.0, 1.0 / jnp.where(survival > 0, survival, 1.0), whole)
-        scale = jnp.where(masked, _inverse(_probability(policy, kept)), whole)
+        survival = 1.0 - settings.layer_rate * rows.chance
+        scale = jnp.where(masked, *_scales(policy, rate, kept, survival))
     modes = possible_modes(policy, when_masked)
     part = part if Mode.PARTIAL in modes else None
-    return Group(mode, keep, scale, kept.place if part else None, layers, modes, part)
+    return Group(mode, keep, scale, kept.place if part else None, rows.layers, modes, part)
 
 
-def _probability(policy: Policy, kept: _Kept) -> jax.Array:
-    """What `rescale` divides the kept channels of a masked layer by."""
+def _scales(
+    policy: Policy, rate: float | jax.Array, kept: _Kept, survival: jax.Array | np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+    """What rows are multiplied by if they are masked, and if they are not."""
+    ones = jnp.ones(survival.shape, jnp.float32)
     if policy.rescale == "realized":
-        return jnp.mean(kept.keep, axis=1, dtype=jnp.float32)
-    return jnp.asarray(kept.probability, jnp.float32)
+        return _inverse(jnp.mean(kept.keep, axis=1, dtype=jnp.float32)), ones
+    # With rate 1 whole layers are frozen, and those that learn make up for it.
+    when_whole = jnp.where(rate >= 1.0, _inverse(survival), ones)
+    return _inverse(jnp.asarray(kept.probability, jnp.float32)), when_whole
 
 
-def _inverse(probability: jax.Array) -> jax.Array:
+def _inverse(probability: Any) -> jax.Array:
     # Where nothing is kept the quotient is not used, and must not be a NaN.
     return 1.0 / jnp.where(probability > 0, probability, 1.0)
-
-
-def _value_at(name: str, rate: Any, step: jax.Array) -> float | jax.Array:
-    """A Python rate as it is, a schedule at its step, arrays in float32."""
-    value = rate(step) if callable(rate) else rate
-    if not isinstance(value, (int, float)):
-        return jnp.asarray(value, jnp.float32)
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(
-            f"{name} must be a drop probability between 0 and 1, and its schedule returned {value}."
-        )
-    return float(value)
-
-
-def _words(key: Any) -> jax.Array:
-    return jnp.asarray(key if isinstance(key, jax.Array) else np.array(key, np.uint32))
 
 
 _fold_pairwise = jax.vmap(jax.random.fold_in)  # One number into each key.
@@ -236,39 +250,39 @@ _fold_many = jax.vmap(jax.random.fold_in, in_axes=(None, 0))  # Many numbers int
 
 def _layer_keys(layers: Sequence[channels.Leaf], step_key: jax.Array) -> jax.Array:
     """One key for each layer and stack index, in order of layers."""
-    rows = [layer.depth for layer in layers]
-    ids = np.repeat(np.array([channels.layer_id(x.path) for x in layers], np.uint32), rows)
-    return _fold_pairwise(_fold_many(step_key, ids), _stack_index(rows))
+    depths = [layer.depth for layer in layers]
+    ids = np.repeat(np.array([channels.layer_id(x.path) for x in layers], np.uint32), depths)
+    return _fold_pairwise(_fold_many(step_key, ids), _stack_index(depths))
 
 
-def _stack_index(rows: Sequence[int]) -> np.ndarray:
-    return np.concatenate([np.arange(n, dtype=np.uint32) for n in rows])
+def _stack_index(depths: Sequence[int]) -> np.ndarray:
+    return np.concatenate([np.arange(depth, dtype=np.uint32) for depth in depths])
 
 
 def _random_words(
-    policy: Policy, keys: jax.Array, rows: Mapping[int, int]
-) -> dict[int, tuple[jax.Array, jax.Array]]:
+    policy: Policy, keys: jax.Array, widths: Sequence[int], num_rows: Sequence[int]
+) -> tuple[list[jax.Array], list[jax.Array]]:
     """All random words of a step, dtype uint32, from one vectorised fold for the whole tree.
 
-    Returns for each width the words of its layers as a whole, of shape `(rows, 2)`, and those of
-    their channels, of shape `(rows, width)`. A window needs none of the latter.
+    Returns for each width the words of its layers and those of their channels; see `_Rows`.
     """
     needs_channels = policy.channel_choice != "window"
-    folds = {width: 1 + (width + 1) // 2 if needs_channels else 1 for width in rows}
-    flat_keys, flat_index, stop = [], [], 0
-    for width, number in rows.items():
-        start, stop = stop, stop + number
-        shape = (number, folds[width])
-        flat_keys.append(jnp.broadcast_to(keys[start:stop, None], shape).ravel())
-        flat_index.append(jax.lax.broadcasted_iota(jnp.uint32, shape, 1).ravel())
+    shapes = [
+        (rows, 1 + (width + 1) // 2 if needs_channels else 1)
+        for width, rows in zip(widths, num_rows, strict=True)
+    ]
+    flat_keys = [
+        jnp.broadcast_to(key[:, None], shape).ravel()
+        for key, shape in zip(_split(keys, num_rows), shapes, strict=True)
+    ]
+    flat_index = [jax.lax.broadcasted_iota(jnp.uint32, shape, 1).ravel() for shape in shapes]
     folded = _fold_pairwise(jnp.concatenate(flat_keys), jnp.concatenate(flat_index))
-    flat = jax.random.key_data(folded)
-    words, stop = {}, 0
-    for width, number in rows.items():
-        start, stop = stop, stop + number * folds[width]
-        pairs = flat[start:stop].reshape(number, folds[width], 2)
-        words[width] = pairs[:, 0], pairs[:, 1:].reshape(number, -1)[:, :width]
-    return words
+    words = _split(jax.random.key_data(folded), [math.prod(shape) for shape in shapes])
+    pairs = [x.reshape(*shape, 2) for x, shape in zip(words, shapes, strict=True)]
+    of_channels = [
+        x[:, 1:].reshape(len(x), -1)[:, :width] for x, width in zip(pairs, widths, strict=True)
+    ]
+    return [x[:, 0] for x in pairs], of_channels
 
 
 def _uniform(words: jax.Array) -> jax.Array:
@@ -279,25 +293,25 @@ def _uniform(words: jax.Array) -> jax.Array:
 def _choose_layers(
     policy: Policy, layers: Sequence[channels.Leaf], step_key: jax.Array
 ) -> tuple[jax.Array | np.ndarray, np.ndarray]:
-    """Which rows may be masked in this step, and the probability of each: both of shape (rows,)."""
-    rows = np.array([layer.depth for layer in layers])
+    """Which rows may be masked in this step, and the probability of each; shape `(rows,)`."""
+    depths = np.array([layer.depth for layer in layers])
     if policy.layer_choice == "bernoulli":
-        return np.ones(rows.sum(), bool), np.ones(rows.sum(), np.float32)
+        return np.ones(depths.sum(), bool), np.ones(depths.sum(), np.float32)
 
     weights = _layer_weights(policy, layers)
     paths = sorted(weights)
     probabilities = np.array([weights[path] for path in paths]) / sum(weights.values())
     # Canonical paths have no empty parts, so no layer has this one.
     pick_key = jax.random.fold_in(step_key, channels.layer_id("//layer_choice"))
-    first, second = jax.random.key_data(pick_key)
+    layer_word, stack_word = jax.random.key_data(pick_key)
     bounds = np.cumsum(probabilities)[:-1].astype(np.float32)
-    picked = jnp.sum(_uniform(first) >= bounds)
-    position = np.repeat([paths.index(layer.path) for layer in layers], rows)
+    picked = jnp.sum(_uniform(layer_word) >= bounds)
+    position = np.repeat([paths.index(layer.path) for layer in layers], depths)
     # Within a stack every index is equally likely.
-    depth = np.repeat(rows, rows).astype(np.uint32)
-    in_stack = _stack_index(rows.tolist()) == second % depth
-    chance = probabilities[position] / np.repeat(rows, rows)
-    return (picked == position) & in_stack, chance.astype(np.float32)
+    depth = np.repeat(depths, depths)
+    is_picked_index = _stack_index(depths.tolist()) == stack_word % depth.astype(np.uint32)
+    chance = probabilities[position] / depth
+    return (picked == position) & is_picked_index, chance.astype(np.float32)
 
 
 def _layer_weights(policy: Policy, layers: Sequence[channels.Leaf]) -> dict[str, float]:
@@ -317,7 +331,7 @@ def _choose_channels(
 ) -> _Kept:
     if policy.channel_choice == "bernoulli":
         keep = _uniform(channel_words) >= rate
-        # Where all would be dropped none is, so a channel learns a little more often than 1 - rate.
+        # Where all would be dropped, none is: a channel learns a little more often than 1 - rate.
         spared = ~jnp.any(keep, axis=1, keepdims=True) & (rate < 1.0)
         return _Kept(keep | spared, 1.0 - rate + rate**width, None)
 

@@ -49,17 +49,14 @@ def alone_on_cpu(f: Callable[[Any], Any], otherwise: Callable[[Any], Any], x: An
     Args:
       f: a function of a tree of arrays.
       otherwise: a function with results of the same types, for the branch that is never taken.
-      x: their argument. The first of its arrays of ints or bools must not be constant, or the
-        compiler drops the conditional.
+      x: their argument. If the first of its arrays is constant, the compiler drops the conditional.
     """
-
-    def is_whole(leaf: jax.Array) -> bool:
-        return leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.integer)
-
-    first = next(filter(is_whole, jax.tree.leaves(x)))
+    first = jax.tree.leaves(x)[0]
+    entry = first[(0,) * first.ndim]
+    if jnp.issubdtype(first.dtype, jnp.inexact):
+        entry = jax.lax.bitcast_convert_type(jnp.real(entry).astype(jnp.float32), jnp.int32)
     # True, which the compiler does not know.
-    condition = (first[(0,) * first.ndim].astype(jnp.int32) | 1) != 0
-    return jax.lax.cond(condition, f, otherwise, x)
+    return jax.lax.cond((entry.astype(jnp.int32) | 1) != 0, f, otherwise, x)
 
 
 class _Block(NamedTuple):
@@ -83,8 +80,7 @@ def unstack(
     with slices.
 
     Args:
-      matrices: arrays of shape `(rows, ...)` without negative numbers, at least one of them of
-        ints or bools.
+      matrices: arrays of shape `(rows, ...)` without negative numbers.
       stacks: for each matrix, the shapes that the rows of its blocks have, in order: `()` for a
         single row, `(12,)` for twelve.
     """

@@ -124,7 +124,9 @@ def channel_report(
 
 def _row(leaf: channels.Leaf, policy: Policy) -> ChannelRow:
     if leaf.layer is None:
-        return ChannelRow(leaf.path, leaf.shape, (), (), None, "all", leaf.reason)
+        return ChannelRow(
+            leaf.path, leaf.shape, (), (), None, "all", leaf.reason.value if leaf.reason else ""
+        )
     note = "" if leaf.layer == leaf.path else f"follows {leaf.layer}"
     kept = _kept(policy, leaf.channels)
     return ChannelRow(leaf.path, leaf.shape, leaf.channel, leaf.stack, leaf.channels, kept, note)

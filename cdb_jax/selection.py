@@ -145,7 +145,7 @@ class Selection:
         groups = [_chosen_group(layer, layers[layer.path]) for layer in layout.layers]
         if others == "frozen":
             groups += frozen_group(
-                leaf for leaf in layout.leaves if leaf.reason == channels.NOT_NAMED
+                leaf for leaf in layout.leaves if leaf.reason is channels.Reason.NOT_NAMED
             )
         return cls(tuple(groups), None, layout, others == "frozen")
 
@@ -157,17 +157,12 @@ class Selection:
         kept, or what `rescale` makes of it. A frozen leaf without channels has shape `(1,)`.
         """
 
-        kept = per_layer(self.groups, "keep", "mode")
-        scale = _scales(self.groups)
-        return {
-            path: jnp.where(keep, scale.get(path, np.ones(()))[..., None], 0).astype(jnp.float32)
-            for path, (keep, _) in kept.items()
-        }
+        return _factors_once(self.layout, self.groups)
 
     @property
     def modes(self) -> dict[str, jax.Array]:
         """By path of each layer, its `Mode`: int32 of the shape of its stack."""
-        return {path: mode for path, (mode,) in per_layer(self.groups, "mode").items()}
+        return _modes_once(self.layout, self.groups)
 
     @property
     def dropped_fraction(self) -> jax.Array:
@@ -215,6 +210,24 @@ def check_selection(selection: Any) -> Selection:
             f"{selection!r:.80}."
         )
     return selection
+
+
+# What a selection computes, as one program outside of `jit`.
+
+
+@compiled
+def _factors_once(_: channels.Layout, groups: Sequence[Group]) -> dict[str, jax.Array]:
+    scale = _scales(groups)
+    factors = {}
+    for path, keep in per_layer(groups, "keep").items():
+        factor = scale[path][..., None] if path in scale else np.float32(1.0)
+        factors[path] = jnp.where(keep, factor, np.float32(0.0))
+    return factors
+
+
+@compiled
+def _modes_once(_: channels.Layout, groups: Sequence[Group]) -> dict[str, jax.Array]:
+    return per_layer(groups, "mode")
 
 
 @compiled
@@ -273,31 +286,26 @@ def kept_channels(groups: Sequence[Group]) -> dict[str, jax.Array]:
 
     Layers that always learn in full are left out.
     """
-    changing = [group for group in groups if group.modes != (Mode.FULL,)]
-    # `unstack` needs an array of ints.
-    return {path: keep for path, (keep, _) in per_layer(changing, "keep", "mode").items()}
+    return per_layer([group for group in groups if group.modes != (Mode.FULL,)], "keep")
 
 
 def _scales(groups: Sequence[Group]) -> dict[str, jax.Array]:
-    """By path of each layer, what its kept channels are multiplied by, where that is not 1."""
-    scaled = [group for group in groups if group.scale is not None]
-    return {path: scale for path, (scale, _) in per_layer(scaled, "scale", "mode").items()}
+    """By path of each layer, what its kept channels are multiplied by, where that may not be 1."""
+    return per_layer([group for group in groups if group.scale is not None], "scale")
 
 
-def per_layer(groups: Sequence[Group], *fields: str) -> dict[str, list[jax.Array]]:
-    """By path of each layer, its rows of some arrays of its group, which XLA computes once.
+def per_layer(groups: Sequence[Group], field: str) -> dict[str, jax.Array]:
+    """By path of each layer, its rows of an array of its group, which XLA computes once.
 
     The shape of each is `(*stack, ...)`.
     """
-    matrices = [getattr(group, field) for group in groups for field in fields]
-    stacks = [[layer.stack_shape for layer in group.layers] for group in groups for _ in fields]
-    blocks = iter(unstack(matrices, stacks))
-    found = {}
-    for group in groups:
-        columns = [next(blocks) for _ in fields]
-        for layer, *rows in zip(group.layers, *columns, strict=True):
-            found[layer.path] = rows
-    return found
+    matrices = [getattr(group, field) for group in groups]
+    stacks = [[layer.stack_shape for layer in group.layers] for group in groups]
+    return {
+        layer.path: rows
+        for group, blocks in zip(groups, unstack(matrices, stacks), strict=True)
+        for layer, rows in zip(group.layers, blocks, strict=True)
+    }
 
 
 def fraction_of(groups: Sequence[Group], layout: channels.Layout) -> jax.Array:
@@ -336,7 +344,7 @@ def _by_pattern(layout: channels.Layout, chosen: Mapping[str, Any]) -> dict[str,
             raise ValueError(f"chosen: {leaf.path!r} is named by {patterns}; name it once.")
         if patterns and leaf.layer is None:
             raise ValueError(
-                f"chosen: {leaf.path!r} of shape {leaf.shape} has no channels ({leaf.reason}); "
+                f"chosen: {leaf.path!r} of shape {leaf.shape} has no channels ({leaf.reason and leaf.reason.value}); "
                 "give channel_axes, or take it out."
             )
         if patterns:

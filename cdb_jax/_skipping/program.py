@@ -277,9 +277,8 @@ def _drawn(groups: Sequence[Group]) -> dict[str, _Drawn]:
     for layer in (layer for group in groups for layer in group.layers):
         if layer.path in modes or layer.path in places:
             partial = jnp.full(layer.stack_shape, Mode.PARTIAL, jnp.int32)
-            (mode,) = modes.get(layer.path, [partial])
-            (place,) = places.get(layer.path, [jnp.zeros_like(mode)])
-            drawn[layer.path] = _Drawn(mode, place)
+            mode = modes.get(layer.path, partial)
+            drawn[layer.path] = _Drawn(mode, places.get(layer.path, jnp.zeros_like(mode)))
     return drawn
 
 
