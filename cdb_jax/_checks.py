@@ -29,7 +29,7 @@ def check_rate(name: str, rate: Any, *, schedule: bool = True) -> Any:
         rate = rate.item()
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
         kinds = "a number, an optax schedule or" if schedule else "a number or"
-        raise TypeError(f"{name} must be a drop probability: {kinds} a scalar array, got {rate!r}.")
+        raise TypeError(f"{name} must be a drop probability: {kinds} a scalar array; got {rate!r}.")
     if not 0.0 <= float(rate) <= 1.0:  # False for NaN too.
         raise ValueError(
             f"{name} must be a drop probability between 0 and 1, got {rate!r}; use 0.3 to drop "
@@ -62,7 +62,7 @@ def check_patterns(name: str, patterns: Any) -> tuple[str, ...]:
 
 
 def check_step(step: Any) -> Any:
-    """Returns the step; a Python int as an array that an int of 32 bits can hold."""
+    """Returns the step, a Python int as an array of 32 bits."""
     is_array = hasattr(step, "dtype") and jnp.issubdtype(step.dtype, jnp.integer)
     if isinstance(step, bool) or not (isinstance(step, int) or (is_array and step.shape == ())):
         raise TypeError(f"step must be an int or an integer scalar, got {step!r}.")
@@ -74,9 +74,9 @@ def check_step(step: Any) -> Any:
 
 
 def check_call_key(key: Any, source: str) -> jax.Array:
-    """Returns the key of a function that draws once; `source` is where users get one."""
+    """Returns the key of a function that draws once; `source` says where users get one."""
     if key is None:
-        raise TypeError(f"key is missing: give a JAX key for this call, such as {source}.")
+        raise TypeError(f"key is missing; pass a JAX key for this call, such as {source}.")
     is_key = isinstance(key, (jax.Array, np.ndarray)) and (
         jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
     )
@@ -88,13 +88,13 @@ def check_call_key(key: Any, source: str) -> jax.Array:
 def check_policy_key(key: Any) -> tuple[int, int] | jax.Array:
     """Reduces any key to the two words of one threefry key.
 
-    Concrete keys are copied to the host, so that the policy holds no buffer that donation could
-    delete, and no array that `jit` would have to close over.
+    Concrete keys are copied to the host: donation could delete the buffer of an array, and `jit`
+    would have to close over it.
     """
     if key is None:
         raise TypeError(
-            "key is missing: give an int or a JAX key, such as key=0 or key=jax.random.key(0). "
-            "The same key draws the same channels again after a restart."
+            "key is missing; pass an int or a JAX key, such as key=0 or key=jax.random.key(0). "
+            "With the same key, training draws the same channels after a restart."
         )
     if isinstance(key, tuple) and len(key) == 2 and all(isinstance(word, int) for word in key):
         return key  # The words of another policy.
@@ -148,16 +148,21 @@ def _is_module(x: Any) -> bool:
 
 
 def parameters_of(tree: Any) -> Any:
-    """Returns the tree, with the `nnx.Param`s of each Flax NNX model in place of it."""
+    """Returns the tree with each Flax NNX model replaced by the state of its `nnx.Param`s."""
     nnx = sys.modules.get("flax.nnx")
-    state = lambda x: nnx.state(x, nnx.Param) if _is_module(x) else x  # type: ignore[union-attr]
-    return jax.tree.map(state, tree, is_leaf=_is_module) if nnx else tree
+    if nnx is None:
+        return tree
+
+    def state(x: Any) -> Any:
+        return nnx.state(x, nnx.Param) if _is_module(x) else x
+
+    return jax.tree.map(state, tree, is_leaf=_is_module)
 
 
 def check_no_module(tree: Any, argument: str, instead: str) -> None:
     """Raises a TypeError for a Flax NNX model, which is more than its parameters."""
     if any(map(_is_module, jax.tree.leaves(tree, is_leaf=_is_module))):
         raise TypeError(
-            f"{argument} an nnx.Module, which holds batch statistics and RNG state as well as "
+            f"{argument} an nnx.Module, which holds batch statistics and RNG state in addition to "
             f"parameters; use {instead}."
         )

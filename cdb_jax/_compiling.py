@@ -1,4 +1,4 @@
-"""What calls outside of `jit` would compute again every time: compiled programs, and layouts."""
+"""Caches for calls outside of `jit`: compiled programs, and what is found from structures."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class Keyed:
-    """A value that is the same as any other with an equal key."""
+    """A value that compares by its key."""
 
     key: Hashable
     value: Any = dataclasses.field(compare=False)
 
 
 def compiled(f: Callable[..., Result]) -> Callable[..., Result]:
-    """`f(static, *arrays)`, compiled once for what is static and the types of the arrays.
+    """`f(static, *arrays)`, compiled once for each static value and types of the arrays.
 
-    Inside of `jit` its operations join those around it. What has no hash cannot be remembered, and
-    is then computed as it comes.
+    Inside of `jit`, its operations join those around it. If something static has no hash, `f` is
+    called as it is.
     """
 
-    @functools.lru_cache(maxsize=128)  # A program that is forgotten leaves the memory.
+    @functools.lru_cache(maxsize=128)  # A program that is evicted is freed.
     def jitted(static: Any) -> Callable[..., Result]:
         return jax.jit(functools.wraps(f)(functools.partial(f, static)), inline=True)
 
@@ -48,7 +48,7 @@ NO_ARRAY = object()
 def by_structure(f: Callable[..., Result]) -> Callable[..., Result]:
     """`f(tree, *static)`, computed once for the structure and the types of a tree.
 
-    `f` sees a tree of `jax.ShapeDtypeStruct`s, and `NO_ARRAY` in place of leaves of other kinds.
+    `f` gets a tree of `jax.ShapeDtypeStruct`s, with `NO_ARRAY` in place of other leaves.
     """
 
     @functools.lru_cache(maxsize=256)

@@ -13,19 +13,18 @@ from cdb_jax.transform import ChannelDropBackState
 def selection_count(opt_state: Any) -> jax.Array:
     """The number of steps that `channel_drop_back` or `freeze_dropped` has taken.
 
-    Its next selection is that of this step, so it is the `step` for `Policy.select` in a loop that
-    does not count its own steps. The state may lie inside chains, `optax.MultiSteps` and other
-    wrappers, or in an `nnx.Optimizer`. Under `MultiSteps` all micro-batches of a step share it.
+    Use it as the `step` of `Policy.select` in a loop that does not count its own steps. The state
+    may be inside chains, `optax.MultiSteps` and other wrappers, or in an `nnx.Optimizer`. Under
+    `MultiSteps`, all micro-batches of a step share it.
 
     Args:
       opt_state: what `tx.init` or `tx.update` returned.
 
     Returns:
-      The count, an int32 scalar.
+      The count: int32, a scalar.
 
     Raises:
-      ValueError: if nothing in the optimizer drops channels, or if several that do have taken
-        different numbers of steps.
+      ValueError: if the optimizer has no such state, or several with different counts.
 
     Examples:
       >>> import cdb_jax, jax.numpy as jnp, optax
@@ -33,7 +32,10 @@ def selection_count(opt_state: Any) -> jax.Array:
       >>> cdb_jax.selection_count(tx.init({"kernel": jnp.zeros((2, 4))}))
       Array(0, dtype=int32)
     """
-    is_state = lambda x: isinstance(x, (ChannelDropBackState, FreezeDroppedState))
+
+    def is_state(x: Any) -> bool:
+        return isinstance(x, (ChannelDropBackState, FreezeDroppedState))
+
     states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
     counts = [jax.tree.leaves(state.count)[0] for state in states]  # NNX puts values into boxes.
     if not counts:
@@ -44,7 +46,7 @@ def selection_count(opt_state: Any) -> jax.Array:
     known = {int(x) for x in counts if not isinstance(x, jax.core.Tracer)}
     if len(known) > 1:
         raise ValueError(
-            f"opt_state holds states that have taken different numbers of steps, {sorted(known)}; "
-            "count the steps yourself."
+            f"opt_state holds states with different counts, {sorted(known)}; count the steps "
+            "yourself."
         )
     return counts[0]

@@ -44,37 +44,37 @@ _CHOICES = {
 class Policy:
     r"""Which channels may be dropped, how often, and how they are chosen.
 
-    A policy is a value: every consumer takes one, and equal policies draw the same channels at
-    the same step. It is a frozen dataclass, so `dataclasses.replace(policy, rate=0.5)` returns a
-    changed copy, and a pytree whose leaves are the settings that are JAX arrays.
+    Every consumer takes a policy, and equal policies draw the same channels at the same step. A
+    policy is a frozen dataclass, so `dataclasses.replace(policy, rate=0.5)` returns a changed copy,
+    and a pytree whose leaves are those settings that are JAX arrays.
 
-    In each step, each layer :math:`l` is masked with probability `layer_rate`, and each channel
-    :math:`c` of a masked layer is dropped with probability `rate`. If that would drop every channel
-    of a layer, none is dropped, except with `rate=1`.
+    In each step, each layer is masked with probability `layer_rate`, and each channel of a masked
+    layer is dropped with probability `rate`. If that would drop every channel of a layer, it drops
+    none, unless `rate=1`.
 
     Args:
       rate: probability that a channel of a masked layer is dropped, in [0, 1]: a number, an optax
-        schedule of the step, or a scalar array, which may be traced. With `rate=1` a masked layer
+        schedule of the step, or a scalar array, which may be traced. With `rate=1`, a masked layer
         is frozen.
-      key: an int, a JAX key of any implementation, or a legacy `jax.random.PRNGKey`. Required. The
-        same key and step give the same selection, on every device and after any restart.
+      key: an int or a JAX key. Required. The same key and step give the same selection, on every
+        device and after any restart.
       channel_axes: which axes hold the channels: `output_channels` or `input_channels`, which know
         the names that Flax and Equinox use; an int or tuple for every leaf of two or more
-        dimensions; `Axes`; a tree of those that is a prefix of the parameters (None leaves a leaf
-        alone); or a rule `(path, leaf)` that returns one of them.
+        dimensions; `Axes`; a tree of those that is a prefix of the parameters, where None leaves a
+        leaf alone; or a rule `(path, leaf)` that returns one of them.
       layer_rate: probability that a layer is masked in a step; the other layers learn in full. A
         number, a schedule or a scalar array.
       layer_choice: "bernoulli" decides for each layer independently; "one" picks one layer per step
-        (Algorithm 1 of the paper), which is masked with probability `layer_rate`.
+        (Algorithm 1 of the paper) and masks it with probability `layer_rate`.
       layer_weights: how "one" picks the layer: "uniform", "size" (by number of parameters), or a
         dict from path to weight.
-      other_layers: with "one", what the other layers do: they learn in "full", or they are
-        "frozen", together with every leaf that is not `exempt`, biases and normalisation included.
+      other_layers: with "one", whether the other layers learn in "full" or are "frozen", together
+        with every leaf that is not `exempt`, including biases and normalisation.
       channel_choice: how the channels of a masked layer are chosen. "bernoulli" decides for each
-        channel independently; "exact" keeps a fixed number k, all subsets being equally likely;
-        "window" keeps a contiguous block of k that wraps around, so that each channel is kept with
-        probability k/C. Here :math:`k = \max(1, \mathrm{round}((1 - \mathrm{rate})\, C))`, and 0
-        for `rate=1`. If the rate is an array or a schedule, k may differ by one.
+        channel independently; "exact" keeps a fixed number k, and all subsets are equally likely;
+        "window" keeps a contiguous block of k that wraps around. Here
+        :math:`k = \max(1, \mathrm{round}((1 - \mathrm{rate})\, C))` of C channels, and 0 for
+        `rate=1`. If the rate is an array or a schedule, k may differ by one.
       window_groups: number g of equal groups of channels; every group keeps the same window of k/g.
       rescale: what `channel_drop_back` divides the kept channels by. "none"; "expected", the
         probability that a channel of a masked layer learns: k/C, or :math:`1 - r + r^C` for
@@ -90,14 +90,14 @@ class Policy:
         `optax.contrib.sam(..., sync_period=n)` if `channel_drop_back` comes after a wrapper like
         it, which takes n updates for one step.
       root: path of the given tree inside a larger model, so that a part of the model, such as a
-        pipeline stage, draws what the whole would.
+        pipeline stage, draws what the whole would draw.
 
     Attributes:
       key: two 32-bit words of a threefry key, whatever kind of key was given: Python ints, or a
         uint32 array of shape `(2,)` if the key was traced.
 
     Raises:
-      TypeError, ValueError: for a bad argument, with its name and value.
+      TypeError, ValueError: for a bad argument.
 
     Examples:
       >>> import cdb_jax, jax.numpy as jnp
@@ -154,12 +154,12 @@ class Policy:
     def _check_combinations(self) -> None:
         if self.rescale == "realized" and isinstance(self.rate, float) and self.rate == 1.0:
             raise ValueError(
-                "rescale='realized' divides by the fraction of channels kept, and rate=1.0 "
-                "keeps none; use rescale='expected' or 'none'."
+                "rescale='realized' divides by the fraction of channels kept, but rate=1.0 keeps "
+                "none; use rescale='expected' or 'none'."
             )
         if self.share_with_bias and self.channel_axes is channels.input_channels:
             raise ValueError(
-                "share_with_bias=True needs channels that a bias has too, and a bias has no input "
+                "share_with_bias=True with channel_axes=input_channels: a bias has no input "
                 "channels; use channel_axes=output_channels or share_with_bias=False."
             )
         needs = (
@@ -187,7 +187,7 @@ class Policy:
           A `Selection`, the same for the same policy, step and parameter shapes.
 
         Raises:
-          ValueError: if the policy does not fit the tree, or `step` is negative.
+          ValueError: if the policy does not fit the tree, or if `step` is negative.
 
         Examples:
           >>> import cdb_jax, jax.numpy as jnp
@@ -210,7 +210,7 @@ class Policy:
 
     @property
     def freezes_others(self) -> bool:
-        """Whether one layer learns in a step, and nothing else that is not exempt."""
+        """Whether nothing but one layer, and what is exempt, learns in a step."""
         return self.layer_choice == "one" and self.other_layers == "frozen"
 
     @property

@@ -28,11 +28,10 @@ class Mode(enum.IntEnum):
 class Part(NamedTuple):
     """How many channels of a layer are kept, and how they lie. Static.
 
-    The channels fall into `blocks` equal blocks of `size`, each of which keeps `kept` of its
-    channels, the same in every block. The *place* of a part says which. If `contiguous`, the place
-    is one int32, the first kept channel of a block, from which the kept ones continue cyclically.
-    Otherwise the place is the int32 positions of the kept channels in rising order, of shape
-    `(kept,)`.
+    The channels form `blocks` equal blocks of `size`, each of which keeps `kept` channels, the same
+    in every block. The *place* of a part says which. If `contiguous`, it is an int32 scalar, the
+    first kept channel of a block; the others follow it cyclically. Otherwise it holds the positions
+    of the kept channels in ascending order: int32, shape `(kept,)`.
     """
 
     blocks: int
@@ -59,16 +58,15 @@ class Part(NamedTuple):
 class Group:
     """Layers with the same number of channels: each array has one row for each layer.
 
-    A leaf in which several layers are stacked has a row for each of them.
+    A leaf that stacks several layers has a row for each of them.
 
     Attributes:
       mode: what each layer does, as a `Mode`.
       keep: which channels learn.
       scale: what `channel_drop_back` multiplies the kept channels by; None for 1.
-      place: where the kept part of a `PARTIAL` layer lies, as `part` describes it; None without
-        a part.
+      place: where the kept part of a `PARTIAL` layer lies; see `Part`. None without a part.
       layers: the leaves. Static.
-      modes: every mode that is possible for one of the layers. Static.
+      modes: every mode that one of the layers may have. Static.
       part: the part that a `PARTIAL` layer keeps; None if its size is not static. Static.
     """
 
@@ -118,11 +116,11 @@ class Selection:
 
         Args:
           params: the parameters; only paths, shapes and dtypes are read.
-          chosen: for each path or path pattern the channels that learn: ints, or an int array that
-            may be traced, of shape `(k,)`, or `(*stack, k)` for stacked layers. No channels
-            freezes the leaf. Channels of a traced array must be distinct and in range.
-          channel_axes: which axes hold the channels, as in `Policy`, for the leaves that are named
-            in `chosen`. A leaf of one dimension is its own channel axis.
+          chosen: for each path or path pattern, the channels that learn: ints, or an int array of
+            shape `(k,)`, or `(*stack, k)` for stacked layers. An array may be traced; its channels
+            must then be distinct and in range. An empty list freezes the leaf.
+          channel_axes: which axes hold the channels of the leaves in `chosen`, as in `Policy`. The
+            only axis of a vector always does.
           others: whether the other leaves learn in "full" or are "frozen".
 
         Raises:
@@ -151,36 +149,36 @@ class Selection:
 
     @property
     def factors(self) -> dict[str, jax.Array]:
-        """By path of each layer, what its channels are multiplied by.
+        """What the channels of each layer are multiplied by, by path.
 
-        float32 of shape `(*stack, channels)`: 0 for a channel that is dropped, 1 for one that is
-        kept, or what `rescale` makes of it. A frozen leaf without channels has shape `(1,)`.
+        float32, shape `(*stack, channels)`: 0 for a dropped channel, 1 or the factor of `rescale`
+        for a kept one. A frozen leaf without channels has shape `(1,)`.
         """
 
         return _factors_once(self.layout, self.groups)
 
     @property
     def modes(self) -> dict[str, jax.Array]:
-        """By path of each layer, its `Mode`: int32 of the shape of its stack."""
+        """The `Mode` of each layer, by path: int32, with the shape of its stack."""
         return _modes_once(self.layout, self.groups)
 
     @property
     def dropped_fraction(self) -> jax.Array:
-        """The fraction of the parameters of all layers that is dropped: a float32 scalar."""
+        """The fraction of the parameters of all layers that is dropped: float32, a scalar."""
         return fraction_of(self.groups, self.layout)
 
     def mask(self, tree: Any, *, rescale: bool = False) -> Any:
         r"""Zeroes every channel that is dropped.
 
-        A dropped channel is *set* to zero, so a NaN in it does not pass; a kept one keeps its bits.
+        A dropped channel is set to zero even if it holds a NaN; a kept one does not change.
 
         Args:
-          tree: the tree that the selection was drawn for, or a part of it, with the same paths and
-            shapes: gradients, updates or parameters.
-          rescale: whether to multiply what is kept by what the policy's `rescale` says.
+          tree: gradients, updates or parameters: the tree that the selection was made for, or a
+            part of it with the same paths and shapes.
+          rescale: whether to apply the policy's `rescale`.
 
         Returns:
-          The masked tree: structure, shapes, dtypes and shardings of `tree`.
+          The masked tree, with the structure, shapes, dtypes and shardings of `tree`.
 
         Raises:
           ValueError: for a leaf with another path or shape.
@@ -246,9 +244,9 @@ def mask_leaves(
     rescale: bool,
     done: Collection[str] = (),
 ) -> list[Any]:
-    """`Selection.mask` for the leaves of a layout, of which some may be None and stay so.
+    """`Selection.mask` for the leaves of a layout; a leaf that is None stays None.
 
-    The leaves whose paths are in `done` have zeros for dropped channels already.
+    Leaves whose paths are in `done` already have zeros for dropped channels.
     """
     keep = kept_channels(groups)
     scale = _scales(groups) if rescale else {}
@@ -340,15 +338,16 @@ def _by_pattern(layout: channels.Layout, chosen: Mapping[str, Any]) -> dict[str,
     found = {}
     for leaf in layout.leaves:
         patterns = [pattern for pattern in chosen if channels.covers(pattern, leaf.path)]
+        if not patterns:
+            continue
         if len(patterns) > 1:
-            raise ValueError(f"chosen: {leaf.path!r} is named by {patterns}; name it once.")
-        if patterns and leaf.layer is None:
+            raise ValueError(f"chosen: {leaf.path!r} is matched by {patterns}; name it once.")
+        if leaf.reason:
             raise ValueError(
-                f"chosen: {leaf.path!r} of shape {leaf.shape} has no channels ({leaf.reason and leaf.reason.value}); "
-                "give channel_axes, or take it out."
+                f"chosen: {leaf.path!r} of shape {leaf.shape} has no channels "
+                f"({leaf.reason.value}); give channel_axes, or remove it."
             )
-        if patterns:
-            found[leaf.path] = chosen[patterns[0]]
+        found[leaf.path] = chosen[patterns[0]]
     return found
 
 
@@ -370,7 +369,7 @@ def _chosen_group(layer: channels.Leaf, chosen: Any) -> Group:
 
 
 def _checked_channels(layer: channels.Leaf, chosen: Any) -> jax.Array | np.ndarray:
-    """The channels of a layer as an int array; checked where their values are known."""
+    """The channels of a layer as an int array, checked if their values are known."""
     is_traced = isinstance(chosen, jax.core.Tracer)
     place = chosen if is_traced else np.asarray(chosen)
     if not is_traced and place.size == 0:
@@ -390,21 +389,23 @@ def _checked_channels(layer: channels.Leaf, chosen: Any) -> jax.Array | np.ndarr
         )
     place = np.sort(place % width, axis=-1)
     if np.any(place[..., 1:] == place[..., :-1]):
-        raise ValueError(f"chosen: the channels of {layer.path!r} repeat in {chosen!r}.")
+        raise ValueError(
+            f"chosen: the channels of {layer.path!r} repeat in {chosen!r}; name each once."
+        )
     return place.astype(np.int32)
 
 
 def _also_vectors(channel_axes: channels.ChannelAxes) -> channels.ChannelAxes:
-    """The same spec, with which the only axis of a vector holds its channels."""
+    """The same spec, except that the only axis of a vector holds its channels."""
     spec = channels.as_specs(channel_axes)
     if callable(spec) or isinstance(spec, channels.SpecTree):
         return spec
-    return _OrVector(spec)
+    return _AlsoVectors(spec)
 
 
 @dataclasses.dataclass(frozen=True)
-class _OrVector:
-    """A rule with a hash, so that layouts are found once."""
+class _AlsoVectors:
+    """A rule that is hashable, so that layouts are resolved once."""
 
     spec: channels.AxisSpec
 

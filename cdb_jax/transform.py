@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,14 +27,13 @@ from cdb_jax.selection import Group, Selection, check_selection, fraction_of, ma
 
 
 class ChannelDropBackState(NamedTuple):
-    """State of `channel_drop_back`: plain arrays, and no key.
+    """State of `channel_drop_back`: plain arrays, which any checkpoint library can save.
 
-    The key is part of the program and the count is all that changes, so the state can be saved
-    by anything that saves arrays, and a restart continues with the same selections.
+    The key belongs to the policy, so a restart continues with the same selections.
 
     Attributes:
-      count: the steps taken, and so the count of the next selection; an int32 scalar.
-      dropped_fraction: of the last step, by parameters, as in `dropped_fraction`; a float32 scalar.
+      count: number of steps taken, and so the step of the next selection: int32, a scalar.
+      dropped_fraction: `Selection.dropped_fraction` of the last step: float32, a scalar.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
@@ -66,38 +65,25 @@ def channel_drop_back(
 
     .. math:: g'_{lc} = \frac{b_{lc}}{s_l}\, g_{lc},
 
-    where :math:`s_l` is 1 or what `rescale` says. The forward pass and the model do not change.
-    Placed before an optimizer, it masks gradients, and momentum and weight decay still move a
-    dropped channel. Placed after one, it masks updates: a dropped channel keeps its weights, while
-    its moments take in every gradient.
+    where :math:`s_l` is 1 unless `rescale` says otherwise. The forward pass does not change. Before
+    an optimizer, this masks gradients, and momentum and weight decay keep moving a dropped channel.
+    After an optimizer, it masks updates: a dropped channel keeps its weights, while every gradient
+    enters its moments.
 
     Args:
-      rate: a `Policy` and no other argument, or the `rate` of one, followed by the other arguments
-        of `Policy`, which describes them all.
-      key: see `Policy`, as for every argument below.
-      channel_axes: which axes hold the channels.
-      layer_rate: probability that a layer is masked in a step.
-      layer_choice: "bernoulli" or "one".
-      layer_weights: how "one" picks the layer.
-      other_layers: with "one", whether the other layers learn in "full" or are "frozen".
-      channel_choice: "bernoulli", "exact" or "window".
-      window_groups: number of equal groups of channels that share one window.
-      rescale: "none", "expected" or "realized".
-      exempt: path patterns to leave alone.
-      only: path patterns outside of which to leave everything alone.
-      share_with_bias: whether the bias of a layer is dropped with its kernel.
-      hold: number of steps for which a selection is kept.
-      root: path of the given tree inside a larger model.
+      rate: the drop rate, followed by the other settings of `Policy`, which describes them all; or
+        a `Policy` and no other argument.
+      key, channel_axes, layer_rate, layer_choice, layer_weights, other_layers, channel_choice,
+        window_groups, rescale, exempt, only, share_with_bias, hold, root: see `Policy`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `ChannelDropBackState`. Its `update`
-      does not need `params`, and ignores extra arguments other than `selection`: a `Selection` that
-      was drawn from an equal policy is used as it is. Otherwise, the selection is drawn from the
-      policy at the state's own count.
+      does not need `params`. It uses the extra argument `selection` if that was drawn from an equal
+      policy, and otherwise draws one at the state's count. It ignores all other extra arguments.
 
     Raises:
-      TypeError, ValueError: for a bad argument here; when updates are first seen, for a tree that
-        does not fit the policy.
+      TypeError, ValueError: for a bad argument, or when `update` gets a tree that does not fit the
+        policy.
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp, optax
@@ -117,23 +103,8 @@ def channel_drop_back(
     References:
       ChannelDropBack, `arXiv 2411.10891 <https://arxiv.org/abs/2411.10891>`_, ICPR 2024.
     """
-    settings = dict(
-        key=key,
-        channel_axes=channel_axes,
-        layer_rate=layer_rate,
-        layer_choice=layer_choice,
-        layer_weights=layer_weights,
-        other_layers=other_layers,
-        channel_choice=channel_choice,
-        window_groups=window_groups,
-        rescale=rescale,
-        exempt=exempt,
-        only=only,
-        share_with_bias=share_with_bias,
-        hold=hold,
-        root=root,
-    )
-    policy = _as_policy(rate, settings)
+    # All arguments, by name.
+    policy = _as_policy(**locals())
 
     def init_fn(params: Any) -> ChannelDropBackState:
         # Layouts are resolved on updates: frameworks may wrap parameters differently in the two,
@@ -151,7 +122,7 @@ def channel_drop_back(
     ) -> tuple[Any, ChannelDropBackState]:
         del extra_args
         check_state(state, ChannelDropBackState)
-        check_not_paired(updates)
+        _check_not_paired(updates)
         channels.check_parameters(updates, params, policy.root)
         layout, source = layout_and_source(policy, selection, updates)
         leaves, treedef = jax.tree.flatten(updates)
@@ -175,7 +146,7 @@ def _mask(
 def layout_and_source(
     policy: Policy, selection: Selection | None, updates: Any
 ) -> tuple[channels.Layout, Policy | Selection]:
-    """Where the selection of a step comes from: the one given, if it has an equal policy.
+    """The leaves, and the selection that was given if its policy is equal, else the policy.
 
     Two masks in one chain have different policies, and must not use the same selection.
     """
@@ -185,27 +156,26 @@ def layout_and_source(
 
 
 def _are_equal(policy: Policy, other: Policy | None) -> bool:
-    """Whether two policies draw the same; False if that depends on values of traced arrays."""
+    """Whether two policies draw the same; False if that depends on the values of tracers."""
+    leaves, others = jax.tree.leaves(policy), jax.tree.leaves(other)
     structures: list[Any] = [jax.tree.structure(x) for x in (policy, other)]
-    if structures[0] != structures[1]:
-        return False
 
-    def same(x: jax.Array, y: jax.Array) -> bool:
-        is_known = not isinstance(x, jax.core.Tracer) and not isinstance(y, jax.core.Tracer)
-        return x is y or (is_known and bool(np.array_equal(x, y)))
+    def are_same(x: jax.Array, y: jax.Array) -> bool:
+        is_traced = isinstance(x, jax.core.Tracer) or isinstance(y, jax.core.Tracer)
+        return x is y or (not is_traced and bool(np.array_equal(x, y)))
 
-    return all(map(same, *map(jax.tree.leaves, (policy, other))))
+    return structures[0] == structures[1] and all(map(are_same, leaves, others))
 
 
 def groups_from(
     source: Policy | Selection, layout: channels.Layout, count: jax.Array
 ) -> tuple[Group, ...]:
-    """The groups of a selection that was given, or of the one that a policy draws."""
+    """The groups of the selection that was given, or of one that the policy draws."""
     return (source if isinstance(source, Selection) else _draw.draw(source, layout, count)).groups
 
 
 def touched_leaves(policy: Policy, layout: channels.Layout, leaves: Sequence[Any]) -> list[Any]:
-    """The leaves that a selection may change; None for the others, whatever they are."""
+    """The leaves that a selection may change, and None in place of the others."""
 
     def is_touched(leaf: channels.Leaf) -> bool:
         return leaf.layer is not None or _draw.is_frozen(policy, leaf)
@@ -216,7 +186,7 @@ def touched_leaves(policy: Policy, layout: channels.Layout, leaves: Sequence[Any
     ]
 
 
-def _as_policy(rate: Rate | Policy, settings: Mapping[str, Any]) -> Policy:
+def _as_policy(rate: Any, **settings: Any) -> Policy:
     """Returns the policy itself, or the one that `rate` and `settings` describe."""
     if isinstance(rate, optax.GradientTransformation):
         raise TypeError(
@@ -229,10 +199,10 @@ def _as_policy(rate: Rate | Policy, settings: Mapping[str, Any]) -> Policy:
         value = settings[field.name]
         if type(value) is not type(field.default) or value != field.default:
             raise TypeError(
-                f"{field.name}={value!r} was given in addition to a Policy; make it a part of the "
+                f"{field.name}={value!r} was given in addition to a Policy; include it in the "
                 f"policy: dataclasses.replace(policy, {field.name}=...). optax.inject_hyperparams "
-                "passes every number as an argument: give it the rate and the settings, and no "
-                "Policy."
+                "passes every number as an argument: give it the rate and the settings instead of "
+                "a Policy."
             )
     return rate
 
@@ -242,23 +212,29 @@ def check_state(state: Any, expected: type) -> None:
     name = expected.__name__
     if not isinstance(state, expected):
         raise TypeError(
-            f"state must be the {name} that init of this transformation returned, got a "
-            f"{type(state).__name__}; give the state of tx.init(params), with the same tx."
+            f"state must be a {name}, got a {type(state).__name__}; use the state that init of "
+            "the same transformation returned."
         )
     shape = jnp.shape(state.count)  # type: ignore[attr-defined]
     if shape != ():
         raise ValueError(
-            f"state: the count of this {name} has shape {shape}, so it holds the states of several "
+            f"state: count has shape {shape}, so this {name} holds the states of several "
             "optimizers; use jax.vmap(tx.update), or index it."
         )
 
 
-def check_not_paired(updates: Any) -> None:
-    """Raises a TypeError for updates of `optax.lookahead`, in which each parameter is twice."""
-    is_pair = lambda x: isinstance(x, optax.LookaheadParams)
+def _check_not_paired(updates: Any) -> None:
+    """Raises a TypeError for updates of `optax.lookahead`, which has two copies of the parameters.
+
+    Their paths differ, so they would draw different channels.
+    """
+
+    def is_pair(x: Any) -> bool:
+        return isinstance(x, optax.LookaheadParams)
+
     if any(map(is_pair, jax.tree.leaves(updates, is_leaf=is_pair))):
         raise TypeError(
-            "updates are LookaheadParams, in which each parameter has a fast and a slow copy, and "
-            "these would draw different channels; put it inside of the wrapper: optax.lookahead("
-            "optax.chain(cdb_jax.channel_drop_back(...), optax.sgd(0.1)), 5, 0.5)."
+            "updates are optax.LookaheadParams, whose fast and slow copies would draw different "
+            "channels; move channel_drop_back inside the wrapper: optax.lookahead(optax.chain("
+            "cdb_jax.channel_drop_back(...), optax.sgd(0.1)), 5, 0.5)."
         )

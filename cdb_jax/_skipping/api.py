@@ -15,7 +15,7 @@ from cdb_jax._checks import check_no_module
 from cdb_jax._skipping import program
 from cdb_jax.selection import Mode, Selection, check_selection
 
-# `functools.wraps` for functions that may be models, whose attributes are not to be copied.
+# `functools.wraps` without the attributes, since the function may be a model.
 wraps = functools.partial(
     functools.wraps, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=()
 )
@@ -27,19 +27,18 @@ def value_and_grad(
     r"""`jax.value_and_grad` that computes only the part of the gradient that a selection keeps.
 
     The gradient is that of `jax.value_and_grad`, up to the order of float additions, with zeros for
-    what is dropped. It is never rescaled: `channel_drop_back` alone does that. So in a loop with
-    `channel_drop_back` or `freeze_dropped`, this only saves time. Neither the loss nor the
-    model changes.
+    what is dropped. It is never rescaled; only `channel_drop_back` does that. In a loop with
+    `channel_drop_back` or `freeze_dropped`, this function saves time and changes nothing else.
 
-    Where a weight :math:`w` reaches a product :math:`y = x \cdot w` through operations on layout
-    and dtype only, the weight gradient is computed for its kept channels K alone: with
-    :math:`\bar y` the cotangent of y,
+    If a weight :math:`w` reaches a product :math:`y = x \cdot w` through operations on layout and
+    dtype only, the weight gradient is computed for its kept channels K alone. With :math:`\bar y`
+    the cotangent of y,
 
     .. math:: \bar w_{\cdot K} = x^\top \bar y_{\cdot K} \quad\text{(output channels)},
        \qquad \bar w_{K \cdot} = x_{\cdot K}^\top \bar y \quad\text{(input channels)}.
 
-    A weight that is read in any other way gets its full gradient, masked; `channel_report` shows
-    which. The page "Skipping" says what this saves, and where.
+    For a weight that is read in any other way, the full gradient is computed and masked.
+    `channel_report` shows which weights those are.
 
     Args:
       fun: a function of arrays that returns a float scalar, or a pair of it and auxiliary data.
@@ -48,15 +47,14 @@ def value_and_grad(
       has_aux: whether `fun` returns a pair.
 
     Returns:
-      A function of the arguments of `fun` and of `selection`, by name: a `Selection` for the
-      argument that is differentiated, from `Policy.select` or `Selection.of`. It returns what
-      `jax.value_and_grad` would. Call it under `jit`.
+      A function of the arguments of `fun` and of the keyword argument `selection`, a `Selection`
+      for the argument that is differentiated. It returns what `jax.value_and_grad` would return.
+      Call it under `jit`.
 
     Raises:
       TypeError, ValueError: for a `fun` that cannot be differentiated; when called, for a selection
-        of another tree, or one whose number of kept channels is not static, so that nothing could
-        be saved: `rate` must be a Python number, and `channel_choice` "exact" or "window", unless
-        `rate` is 0 or 1.
+        of another tree, or one whose number of kept channels is not static. Skipping needs a rate
+        that is a Python number and `channel_choice` "exact" or "window", unless the rate is 0 or 1.
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp
@@ -91,8 +89,8 @@ def grad(
 ) -> Callable[..., Any]:
     """`jax.grad` that computes only the part of the gradient that a selection keeps.
 
-    Like `value_and_grad`, but the function it returns gives the gradient alone, or with `has_aux`
-    a pair of the gradient and the auxiliary data.
+    Like `value_and_grad`, but the function it returns gives only the gradient, or a pair of the
+    gradient and the auxiliary data with `has_aux`.
 
     Examples:
       >>> import cdb_jax, jax.numpy as jnp
@@ -128,8 +126,8 @@ def check_function(fun: Any) -> None:
     bound = fun.keywords if isinstance(fun, functools.partial) else {}
     if "selection" in names and "selection" not in bound:
         raise TypeError(
-            f"fun {getattr(fun, '__name__', fun)!r} has an argument called selection, which is the "
-            "name of the Selection here; rename it, or wrap fun."
+            f"fun {getattr(fun, '__name__', fun)!r} has an argument called selection, which "
+            "value_and_grad takes itself; rename it, or wrap fun."
         )
 
 
@@ -137,7 +135,7 @@ def check_can_skip(selection: Any) -> Selection:
     """Returns the selection; raises an error for one with which no work can be saved."""
     if selection is None:
         raise TypeError(
-            "selection is missing: give it by name, such as selection=policy.select(params, step)."
+            "selection is missing; pass it by name: selection=policy.select(params, step)."
         )
     check_selection(selection)
     if all(group.part or Mode.PARTIAL not in group.modes for group in selection.groups):
@@ -146,15 +144,14 @@ def check_can_skip(selection: Any) -> Selection:
     if not isinstance(rate, float):
         kind = "a schedule" if callable(rate) else "an array"
         raise TypeError(
-            f"rate must be a Python number to skip what is dropped, got {kind}: the number of kept "
-            "channels decides the shapes of the program. Give a number and vary layer_rate "
-            "instead, or use jax.value_and_grad, which takes any rate."
+            f"rate must be a Python number to skip what is dropped, got {kind}: skipping needs "
+            "static shapes. Give a number and vary layer_rate instead, or use jax.value_and_grad."
         )
     raise ValueError(
         'channel_choice="bernoulli" keeps a different number of channels in every step, but '
         'skipping needs static shapes. Use channel_choice="window" (a contiguous block that wraps '
-        'around) or "exact" (a fixed number of channels, anywhere), for a preset with '
-        "dataclasses.replace(policy, channel_choice=...); or use jax.value_and_grad."
+        'around) or "exact" (a fixed number of channels, anywhere); change a preset with '
+        "dataclasses.replace(policy, channel_choice=...). Or use jax.value_and_grad."
     )
 
 
@@ -186,8 +183,8 @@ def _checked_argnums(argnums: Any, num_args: int) -> list[int]:
     for number in numbers:
         if not -num_args <= number < num_args:
             raise ValueError(
-                f"argnums={argnums!r} names argument {number}, and {num_args} were given by "
-                "position; give the parameters by position."
+                f"argnums={argnums!r} names argument {number}, but {num_args} were given by "
+                "position; pass the parameters by position."
             )
     numbers = [number % num_args for number in numbers]
     if len(set(numbers)) < len(numbers):
@@ -199,14 +196,14 @@ def _check_floats(params: Any, argnums: Any) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if not leaves:
         raise ValueError(
-            f"argnums={argnums!r} names an argument without arrays; name the parameters."
+            f"argnums={argnums!r} names an argument without arrays; name the parameters instead."
         )
     for path, x in leaves:
         dtype = getattr(x, "dtype", jnp.result_type(x) if isinstance(x, (int, float)) else None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
             where = jax.tree_util.keystr(path, simple=True, separator="/") or "the argument itself"
             raise TypeError(
-                f"argnums={argnums!r}: {where} has dtype {dtype}, and only floats have a "
-                "gradient; keep counters, keys and functions out of the parameters (of an Equinox "
-                "model with eqx.partition(model, eqx.is_inexact_array)), or name another argument."
+                f"argnums={argnums!r}: {where} has dtype {dtype}, but only floats have a gradient. "
+                "Keep counters, keys and functions out of the parameters (for an Equinox model: "
+                "eqx.partition(model, eqx.is_inexact_array)), or name another argument."
             )

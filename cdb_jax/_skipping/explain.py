@@ -9,59 +9,57 @@ from typing import Any
 import jax
 
 from cdb_jax import channels
-from cdb_jax._skipping import api, products, program
+from cdb_jax._skipping import api, follow, products, program
 from cdb_jax.selection import Mode, Selection
 
 
 def explain(
     fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, selection: Selection
 ) -> list[str]:
-    """For each leaf of `params`, what `value_and_grad(fun)(params, *args, **kwargs)` computes.
+    """What `value_and_grad(fun)(params, *args, **kwargs)` computes for each leaf of `params`.
 
-    The function is traced, not run; its arrays may be `jax.ShapeDtypeStruct`s.
+    The function is traced, not run; arrays may be `jax.ShapeDtypeStruct`s.
     """
     api.check_function(fun)
     api.check_can_skip(selection)
-    layout, found = _followed(fun, params, args, kwargs, selection)
-    return [_gradient(layout, found, i, x) for i, x in enumerate(jax.tree.leaves(params))]
-
-
-def _followed(
-    fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, selection: Selection
-) -> tuple[channels.Layout, program.Followed]:
     leaves, treedef = jax.tree.flatten((params, args, kwargs))
-    arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
-    found = []
+    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
+    explained: list[str] = []
 
-    def fill(arrays: dict[int, Any]) -> None:
-        filled = [arrays.get(i, x) for i, x in enumerate(leaves)]
-        params, args, kwargs = jax.tree.unflatten(treedef, filled)
+    def trace(arrays: list[Any]) -> None:
+        remaining = iter(arrays)
+        filled = [next(remaining) if is_array[i] else x for i, x in enumerate(leaves)]
+        traced_params, traced_args, traced_kwargs = jax.tree.unflatten(treedef, filled)
 
         def value(params: Any) -> Any:
-            result = fun(params, *args, **kwargs)
+            result = fun(params, *traced_args, **traced_kwargs)
             return result[0] if isinstance(result, tuple) else result
 
-        traced = program.trace(value, params, selection, has_aux=False)
-        found.append((traced.layout, program.followed(traced, selection.groups)))
+        traced = program.trace(value, traced_params, selection, has_aux=False)
+        found = program.followed(traced, selection.groups)
+        for i, x in enumerate(jax.tree.leaves(params)):
+            explained.append(
+                _gradient(traced.layout.leaves[i], found.targets[i], found.uses.get(i), x)
+            )
 
-    jax.eval_shape(fill, arrays)
-    return found[0]
+    jax.eval_shape(trace, [x for x, chosen in zip(leaves, is_array, strict=True) if chosen])
+    return explained
 
 
-def _gradient(layout: channels.Layout, found: program.Followed, i: int, x: Any) -> str:
-    leaf, target = layout.leaves[i], found.targets[i]
+def _gradient(
+    leaf: channels.Leaf, target: products.Target, uses: follow.Uses | None, x: Any
+) -> str:
     if target.modes == (Mode.FROZEN,):
         return "none: frozen"
     if target.modes == (Mode.FULL,):
         return "in full"
-    if leaf.layer != leaf.path:
+    if uses is None:
         return "masked only: a bias"
-    uses = found.uses[i]
     others = "; ".join(map(str, uses.others))
     if not uses.products:
         return f"masked only: {others or 'not used'}"
-    except_where = f", but not where {others}" if others else ""
-    return "skipped" + except_where + _all_gather(target, leaf, x)
+    exception = f", but not where {others}" if others else ""
+    return "skipped" + exception + _all_gather(target, leaf, x)
 
 
 def _all_gather(target: products.Target, leaf: channels.Leaf, x: Any) -> str:
@@ -71,7 +69,7 @@ def _all_gather(target: products.Target, leaf: channels.Leaf, x: Any) -> str:
         return ""
     spec = (*sharding.spec, *[None] * len(leaf.shape))
     names = [spec[axis] for axis in leaf.channel if spec[axis] is not None]
-    flat = [n for name in names for n in (name if isinstance(name, tuple) else (name,))]
+    flat = [x for name in names for x in (name if isinstance(name, tuple) else (name,))]
     shards = math.prod(sharding.mesh.shape[name] for name in flat)
     if target.part.blocks % shards == 0:
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,13 +34,16 @@ def run(
     else:  # Outside of `jit`.
         results, gradient = _evaluate_once(Keyed(traced.key(leaves), traced), *operands)
     value, aux = jax.tree.unflatten(traced.results, results)
-    is_static = lambda x: isinstance(x, _Static)
-    aux = jax.tree.map(lambda x: x.value if is_static(x) else x, aux, is_leaf=is_static)
+
+    def without_box(x: Any) -> Any:
+        return x.value if isinstance(x, _Static) else x
+
+    aux = jax.tree.map(without_box, aux, is_leaf=lambda x: isinstance(x, _Static))
     return value, aux, jax.tree.unflatten(treedef, gradient)
 
 
 class Traced(NamedTuple):
-    """A function of parameters as a program.
+    """A function of the parameters as a program.
 
     Attributes:
       jaxpr: the program, whose first inputs are the constants of the function.
@@ -58,29 +62,22 @@ class Traced(NamedTuple):
     explicit: frozenset[int]
 
     def key(self, leaves: Sequence[Any]) -> Hashable:
-        """Shared only by functions with the same results and the same gradients."""
+        """A key that only functions with the same results and the same gradients share."""
         gradient = jaxprs.differentiated(self.jaxpr, self.consts, leaves)
         programs = jaxprs.identity(self.jaxpr), jaxprs.identity(gradient)
         return programs, self.layout, self.freezes_others, self.explicit
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class _Static:
-    """A result that is no array, as a part of the structure of the results."""
+    """Auxiliary data that is not an array, as a part of the structure of the results."""
 
-    def __init__(self, value: Any):
-        self.value = value
-
-    def tree_flatten(self) -> tuple[tuple[()], Any]:
-        return (), self.value
-
-    @classmethod
-    def tree_unflatten(cls, value: Any, _: Any) -> _Static:
-        return cls(value)
+    value: Any
 
 
 def trace(call: Callable[[Any], Any], params: Any, selection: Selection, has_aux: bool) -> Traced:
-    """Traces a function of parameters."""
+    """Traces a function of the parameters."""
 
     def checked(params: Any) -> tuple[Any, Any]:
         result = call(params)
@@ -91,9 +88,7 @@ def trace(call: Callable[[Any], Any], params: Any, selection: Selection, has_aux
                 f"has_aux=True: fun must return a pair (value, aux), got {type(result).__name__}."
             )
         value, aux = result
-        # Anything may be auxiliary data; only arrays can be results of a program.
-        as_result = lambda x: x if isinstance(x, _ARRAYS) else _Static(x)
-        return _check_value(value), jax.tree.map(as_result, aux)
+        return _check_value(value), jax.tree.map(_as_result, aux)
 
     closed, shapes = jax.make_jaxpr(checked, return_shape=True)(params)
     jaxpr, consts = jaxprs.opened(closed)
@@ -111,6 +106,10 @@ def trace(call: Callable[[Any], Any], params: Any, selection: Selection, has_aux
     )
 
 
+def _as_result(x: Any) -> Any:
+    return x if isinstance(x, _ARRAYS) else _Static(x)
+
+
 def _check_value(value: Any) -> jax.Array:
     if isinstance(value, (float, *_ARRAYS)):
         x = jnp.asarray(value)
@@ -120,7 +119,7 @@ def _check_value(value: Any) -> jax.Array:
     else:
         got = f"a {type(value).__name__}"
     raise TypeError(
-        f"fun must return a float scalar, got {got}; take the mean of the losses, say, and set "
+        f"fun must return a float scalar, got {got}; take the mean of the losses, or set "
         "has_aux=True if fun returns a pair."
     )
 
