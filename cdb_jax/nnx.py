@@ -1,4 +1,4 @@
-"""For Flax NNX: `value_and_grad`, `grad`, `channel_report`, layers `Backdrop` and `DropPath`."""
+"""For Flax NNX: `value_and_grad`, `grad`, `channel_report`, and layers."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`nnx.value_and_grad` that computes only the part of the gradient that a selection keeps.
 
-    What `f` changes in its models, such as batch statistics and RNG state, stays changed, as with
-    `nnx.value_and_grad`. The variables that are differentiated are not changed.
+    Like `nnx.value_and_grad`, it propagates what `f` changes in its models, such as batch
+    statistics and RNG state.
 
     Args:
       f: a function of models and arrays that returns a float scalar, or a pair with auxiliary data.
-      argnums: the position of the model to differentiate, or of a tree of models, or an
-        `nnx.DiffState` with a filter of its variables in place of `nnx.Param`, or several.
+      argnums: the position of the model, or tree of models, to differentiate; an `nnx.DiffState`
+        for variables other than `nnx.Param`; or several of these.
       has_aux: whether `f` returns a pair.
 
     Returns:
-      A function of the arguments of `f` and of `selection`, by name: a `Selection` for the model,
-      such as `policy.select(model, step)`. It returns the value (with the auxiliary data) and the
-      gradient, an `nnx.State`, or a tree with one in place of each model.
+      A function of the arguments of `f` and of the keyword argument `selection`, a `Selection` for
+      the model, such as `policy.select(model, step)`. It returns the value, with the auxiliary data
+      if there is any, and the gradient: an `nnx.State` in place of each model.
 
     Raises:
-      TypeError, ValueError: as `cdb_jax.value_and_grad`, and if `f` gives a model new variables.
+      TypeError, ValueError: as `cdb_jax.value_and_grad`, and if `f` adds variables to a model.
 
     Examples:
       >>> import cdb_jax.nnx, jax.numpy as jnp
@@ -61,54 +61,33 @@ def value_and_grad(
              [0.25, 0.  , 0.  , 0.25]], dtype=float32)
     """
     api.check_function(f)
-    single = isinstance(argnums, (int, nnx.DiffState))
+    is_single = isinstance(argnums, (int, nnx.DiffState))
     several = [argnums] if isinstance(argnums, (int, nnx.DiffState)) else list(argnums)
     wanted = [nnx.DiffState(x, nnx.Param) if isinstance(x, int) else x for x in several]
 
     @api.wraps(f)
     def value_and_gradient(*args: Any, selection: Selection | None = None, **kwargs: Any) -> Any:
-        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_model)
-        models = {i: x for i, x in enumerate(leaves) if _is_model(x)}
-        numbered, _ = jax.tree.unflatten(treedef, range(len(leaves)))
-        for state in wanted:
-            _check_models(state.argnum, args)
-        filters = [_within(jax.tree.leaves(numbered[x.argnum]), x.filter) for x in wanted]
-        graph, *split, rest = nnx.split(models, *filters, ...)  # type: ignore[misc]
-        for state, found in zip(wanted, split, strict=True):
-            if not found:
-                raise ValueError(
-                    f"argnums={state.argnum}: the model has no variables of {state.filter}."
-                )
-        params = tuple(
-            jax.tree.map(lambda i, found=found: found.get(i, nnx.State({})), numbered[x.argnum])
-            for x, found in zip(wanted, split, strict=True)
-        )
+        call = _Call(args, kwargs, wanted)
+        graph, params, rest = call.split(call.models)
 
         def loss(params: Any) -> tuple[Any, Any]:
-            states = []
-            for x, given in zip(wanted, (params,) if single else params, strict=True):
-                found = jax.tree.leaves(given, is_leaf=lambda x: isinstance(x, nnx.State))
-                numbers = jax.tree.leaves(numbered[x.argnum])
-                both = zip(numbers, found, strict=True)
-                states.append(nnx.State({i: state for i, state in both if state}))
-            inner: Any = nnx.merge(graph, *states, rest, copy=True)  # type: ignore[arg-type]
-            given = [inner.get(i, x) for i, x in enumerate(leaves)]
-            inner_args, inner_kwargs = jax.tree.unflatten(treedef, given)
-            result = f(*inner_args, **inner_kwargs)
+            models = call.merge(graph, (params,) if is_single else params, rest)
+            new_args, new_kwargs = call.arguments(models)
+            result = f(*new_args, **new_kwargs)
             value, aux = result if has_aux else (result, None)
-            changed, *_, new_rest = nnx.split(inner, *filters, ...)  # type: ignore[misc]
-            if changed != graph:
+            new_graph, _, new_rest = call.split(models)
+            if new_graph != graph:
                 raise ValueError(
-                    "f gives a model new variables or other parts, which a gradient cannot return; "
-                    "call the model once before training, so that they are there."
+                    "f adds new variables or other parts to a model, which a gradient cannot return; "
+                    "call the model once before training, so that it has them."
                 )
             return value, (aux, new_rest)
 
         transformed = api.value_and_grad(loss, has_aux=True)
         (value, (aux, new_rest)), gradient = transformed(
-            params[0] if single else params, selection=selection
+            params[0] if is_single else params, selection=selection
         )
-        nnx.update(models, new_rest)
+        nnx.update(call.models, new_rest)
         return ((value, aux) if has_aux else value), gradient
 
     return value_and_gradient
@@ -117,7 +96,7 @@ def value_and_grad(
 def grad(
     f: Callable[..., Any], argnums: Argnum | Sequence[Argnum] = 0, has_aux: bool = False
 ) -> Callable[..., Any]:
-    """Like `value_and_grad`, but returns the gradient alone, or with `has_aux` it and the data."""
+    """Like `value_and_grad`, but returns only the gradient, or it and the data with `has_aux`."""
     return api.without_value(value_and_grad(f, argnums, has_aux), has_aux)
 
 
@@ -135,11 +114,11 @@ def channel_report(
       policy: the policy to explain.
       f: a loss function `f(model, *args, **kwargs)`, which may return a pair with auxiliary data.
         It is traced, not run.
-      *args: its other arguments; `jax.ShapeDtypeStruct` will do for arrays.
+      *args: its other arguments; arrays may be `jax.ShapeDtypeStruct`s.
       **kwargs: its other arguments by name.
 
     Returns:
-      A report with one row for each parameter; print it to see the table.
+      A report with one row for each parameter.
 
     Examples:
       >>> import cdb_jax.nnx, jax.numpy as jnp
@@ -154,9 +133,10 @@ def channel_report(
     graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     if f is None:
         return report.channel_report(params, policy)
-    fun = lambda params, *args, **kwargs: f(
-        nnx.merge(graph, params, rest, copy=True), *args, **kwargs
-    )
+
+    def fun(params: Any, *args: Any, **kwargs: Any) -> Any:
+        return f(nnx.merge(graph, params, rest, copy=True), *args, **kwargs)
+
     return report.channel_report(params, policy, fun, *args, **kwargs)
 
 
@@ -164,20 +144,65 @@ def _is_model(x: Any) -> bool:
     return isinstance(x, nnx.Pytree)
 
 
+class _Call:
+    """The arguments of a call, with the models among them numbered.
+
+    `wanted` names the arguments to differentiate. Each of them is a tree of models, of which
+    `params` has the same tree with an `nnx.State` in place of each model.
+    """
+
+    def __init__(self, args: Any, kwargs: Any, wanted: Sequence[nnx.DiffState]):
+        self._leaves, self._treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_model)
+        self._wanted = wanted
+        self.models = {i: x for i, x in enumerate(self._leaves) if _is_model(x)}
+        for x in wanted:
+            _check_models(x.argnum, args)
+        numbers, _ = jax.tree.unflatten(self._treedef, range(len(self._leaves)))
+        self._numbers = [numbers[x.argnum] for x in wanted]
+        self._filters = [
+            _of_models(jax.tree.leaves(tree), x.filter)
+            for x, tree in zip(wanted, self._numbers, strict=True)
+        ]
+
+    def split(self, models: dict[int, Any]) -> tuple[Any, Any, Any]:
+        """The graph of some models, the parameters that are differentiated, and other variables."""
+        graph, *states, rest = nnx.split(models, *self._filters, ...)  # type: ignore[misc]
+        params = []
+        for x, tree, state in zip(self._wanted, self._numbers, states, strict=True):
+            if not state:
+                raise ValueError(f"argnums={x.argnum}: the model has no variables of {x.filter}.")
+            params.append(jax.tree.map(lambda i, state=state: state.get(i, nnx.State({})), tree))
+        return graph, tuple(params), rest
+
+    def merge(self, graph: Any, params: Sequence[Any], rest: Any) -> dict[int, Any]:
+        """The inverse of `split`."""
+        states = []
+        for tree, given in zip(self._numbers, params, strict=True):
+            found = jax.tree.leaves(given, is_leaf=lambda x: isinstance(x, nnx.State))
+            pairs = zip(jax.tree.leaves(tree), found, strict=True)
+            states.append(nnx.State({i: state for i, state in pairs if state}))
+        return nnx.merge(graph, *states, rest, copy=True)
+
+    def arguments(self, models: dict[int, Any]) -> Any:
+        """The arguments with other models in the same places."""
+        leaves = [models.get(i, x) for i, x in enumerate(self._leaves)]
+        return jax.tree.unflatten(self._treedef, leaves)
+
+
 def _check_models(argnum: int, args: tuple[Any, ...]) -> None:
     found = args[argnum : argnum + 1] if argnum >= 0 else ()
     leaves = jax.tree.leaves(found, is_leaf=_is_model)
     if not leaves or not all(_is_model(x) for x in leaves):
         raise ValueError(
-            f"argnums={argnum} names no NNX model, nor a tree of nothing but models; give the "
-            "model by position, or use cdb_jax.value_and_grad for a tree of arrays."
+            f"argnums={argnum} names neither an NNX model nor a tree of models; pass the model by "
+            "position, or use cdb_jax.value_and_grad for a tree of arrays."
         )
 
 
-def _within(models: Sequence[int], of_model: Any) -> Callable[[Any, Any], bool]:
-    """A filter of the variables of some models, by their paths there."""
-    chosen = nnx.filterlib.to_predicate(of_model)
-    return lambda path, x: path[0] in models and chosen(path[1:], x)
+def _of_models(numbers: Sequence[int], variables: Any) -> Callable[[Any, Any], bool]:
+    """A filter for some variables of some models, by their numbers."""
+    is_wanted = nnx.filterlib.to_predicate(variables)
+    return lambda path, x: path[0] in numbers and is_wanted(path[1:], x)
 
 
 # Layers.

@@ -22,16 +22,17 @@ def released_code(
 
     Every layer is masked with probability `layer_rate` (`dropback_rate` there); in a masked layer
     each *input* channel is dropped with probability `rate` (`dropback_rate_channels`), and the
-    gradient is divided by the fraction of channels kept in this draw. Biases and normalisation are
-    left alone.
+    gradient is divided by the fraction of channels kept in this draw. Biases and normalisation
+    always learn.
 
-    Place it before the optimizer: there weight decay and Nesterov momentum come after the mask.
+    Place it before the optimizer: in the released code, weight decay and Nesterov momentum come
+    after the mask.
 
     Args:
-      key: as in `channel_drop_back`.
-      exempt: path patterns of the first layers. The released code skips the parameters with index
-        0 to `skip_init_layers` (3 by default), in order of definition. A JAX tree has no such
-        order, so they are named: `("stem", "blocks/0/conv1")`, say, for a ResNet, or `()` for none.
+      key: as in `Policy`.
+      exempt: path patterns of the first layers, or `()` for none. The released code skips the
+        parameters with index 0 to `skip_init_layers` (3 by default) in order of definition. A JAX
+        tree has no such order, so name them, such as `("stem", "blocks/0/conv1")` for a ResNet.
       rate: drop probability of a channel in a masked layer.
       layer_rate: probability that a layer is masked; `released_layer_rate` is its schedule.
 
@@ -67,8 +68,8 @@ def released_layer_rate(
 ) -> optax.Schedule:
     """The released code's schedule of the layer rate, in three phases.
 
-    `initial` for the first 30 % of the steps, `final / 2` until 60 %, then `final`. There the phase
-    changes between epochs, one or two epochs later.
+    `initial` for the first 30 % of the steps, `final / 2` until 60 %, then `final`. In the released
+    code, phases change between epochs, one or two epochs later.
 
     Args:
       total_steps: length of training in steps, at least 1.
@@ -103,33 +104,32 @@ def layer_drop_back(
     every: int = 2,
     stack: Mapping[str, int | tuple[int, ...]] | None = None,
 ) -> Policy:
-    r"""LayerDropBack: every tensor on its own stands still with probability `layer_rate`.
+    r"""LayerDropBack: each tensor is frozen independently with probability `layer_rate`.
 
-    On every `every`-th epoch each tensor, biases and normalisation included, gets no gradient with
-    probability `layer_rate`; on the other epochs all learn. The paper doubles the learning rate on
-    the epochs with dropping (`every_nth_epoch`), and never drops the last two tensors. There a
-    tensor has no gradient at all, and the optimizer passes over it: `freeze_dropped` does that,
-    while `channel_drop_back` gives it a gradient of zero. Under `cdb_jax.value_and_grad` the weight
-    gradients of tensors that stand still are not computed, which is where the paper's savings come
-    from.
+    This happens on every `every`-th epoch, and includes biases and normalisation; on the other
+    epochs all tensors learn. The paper doubles the learning rate on the epochs with dropping
+    (`every_nth_epoch`), and never drops the last two tensors. In the paper, the optimizer skips a
+    dropped tensor: `freeze_dropped` does that, while `channel_drop_back` gives it a gradient of
+    zero. `cdb_jax.value_and_grad` does not compute the weight gradients of frozen tensors, which is
+    where the paper's savings come from.
 
     Args:
-      key: as in `channel_drop_back`.
+      key: as in `Policy`.
       exempt: path patterns of tensors that always learn; in the paper the last two, such as
-        `("head",)` for a last layer with its bias. A JAX tree has no such order, so they are named.
+        `("head",)` for a last layer with its bias.
       steps_per_epoch: number of steps in an epoch, at least 1.
-      layer_rate: probability that a tensor stands still on an epoch with dropping.
+      layer_rate: probability that a tensor is frozen on an epoch with dropping.
       every: epochs `every - 1`, `2 * every - 1` and so on drop, counted from 0. The paper does not
-        say whether the first epoch drops: that it does not is the library's choice.
+        say whether the first epoch drops; here it does not.
       stack: the axes along which layers are stacked, by path: `{"blocks": 0}` for blocks under a
-        scan. Each index is then a tensor of its own. An error is raised for a path that the
-        parameters do not have.
+        scan. Each index is then frozen independently.
 
     Returns:
       A `Policy`.
 
     Raises:
-      ValueError: if `steps_per_epoch` or `every` is not a positive int.
+      ValueError: if `steps_per_epoch` or `every` is not a positive int; when the policy is used, for
+        a path in `stack` that the parameters do not have.
 
     Examples:
       >>> import cdb_jax, optax
@@ -165,8 +165,8 @@ def every_nth_epoch(
 ) -> optax.Schedule:
     """A schedule with one value on every `n`-th epoch, and another on the rest.
 
-    The alternation of LayerDropBack: of its layer rate, and of the learning rate, which is doubled
-    on the epochs with dropping.
+    LayerDropBack alternates its layer rate in this way, and the learning rate, which is doubled on
+    the epochs with dropping.
 
     Args:
       value: on epochs `n - 1`, `2 * n - 1` and so on, counted from 0: a number or a schedule.
@@ -195,31 +195,34 @@ def every_nth_epoch(
     check_positive("n", n)
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
-        on, off = (jnp.asarray(x(count) if callable(x) else x, jnp.float32) for x in both)
-        return jnp.where(jnp.asarray(count) // steps_per_epoch % n == n - 1, on, off)
+        is_nth = jnp.asarray(count) // steps_per_epoch % n == n - 1
+        return jnp.where(is_nth, _value_at(value, count), _value_at(otherwise, count))
 
-    both = (value, otherwise)
     return schedule
+
+
+def _value_at(value: Value, count: jax.typing.ArrayLike) -> jax.Array:
+    return jnp.asarray(value(count) if callable(value) else value, jnp.float32)
 
 
 def skip_update(rate: Rate = 0.5, *, key: Key, exempt: tuple[str, ...] = ()) -> Policy:
     r"""SkipUpdate: random channels skip the optimizer's update, and the others make up for it.
 
-    The mask goes on the *updates*, after the optimizer, whose moments stay dense: every gradient
-    enters them in full. What is kept is divided by the probability of being kept, so that the mean
-    of the update stays the same:
+    The mask applies to the *updates*, so place it after the optimizer, whose moments take in every
+    gradient. What is kept is divided by the probability of being kept, so that the mean of the
+    update stays the same:
 
     .. math:: \theta \leftarrow \theta + \frac{b}{\Pr(b = 1)}\, u, \qquad u = \mathrm{inner}(g).
 
-    Place it after the optimizer. Which entries of a parameter share one draw in the paper is not
-    confirmed; here they are output channels. For whole tensors use
+    We could not confirm which entries of a parameter share a draw in the paper; here it is output
+    channels. For whole tensors, use
     `Policy(1.0, layer_rate=rate, channel_axes=Axes(()), rescale="expected", key=key)`. The paper's
-    second method, Magma, which weights updates by their agreement with the momentum, is not part of
-    this library.
+    second method, Magma, which weights updates by their agreement with the momentum, is not
+    included.
 
     Args:
       rate: probability that a channel skips an update.
-      key: as in `channel_drop_back`.
+      key: as in `Policy`.
       exempt: path patterns of leaves that are always updated.
 
     Returns:
@@ -247,18 +250,17 @@ def algorithm_1(
 ) -> Policy:
     r"""Algorithm 1 of the paper: one layer in each step, and a random subset of its channels.
 
-    The paper's text says "channels or rows", which are output channels. It leaves open what happens
-    to the other layers; the released code updates them in full.
+    The paper says "channels or rows", which are output channels. It does not say what happens to
+    the other layers; the released code updates them in full.
 
     Args:
       rate: drop probability of a channel of the picked layer.
-      key: as in `channel_drop_back`.
-      layer_weights: how the layer is picked: "uniform" (the common choice), "size", or a dict from
-        path to weight.
-      other_layers: "full", they learn in full; or "frozen", the literal reading: nothing learns
-        but the kept channels of the picked layer and what is `exempt`.
-      channel_choice: as in `channel_drop_back`; the paper leaves it open. `value_and_grad` needs
-        "exact" or "window".
+      key: as in `Policy`.
+      layer_weights: how the layer is picked: "uniform", "size", or a dict from path to weight.
+      other_layers: "full": the other layers learn in full. "frozen", the literal reading: only the
+        kept channels of the picked layer and what is `exempt` learn.
+      channel_choice: as in `Policy`; the paper does not specify it. `value_and_grad` needs "exact"
+        or "window".
       exempt: path patterns of leaves that always learn in full and are never picked.
 
     Returns:

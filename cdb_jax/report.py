@@ -16,9 +16,11 @@ from cdb_jax.policy import Policy, check_policy
 class ChannelRow(NamedTuple):
     """One leaf of the tree.
 
-    `kept` is the number of channels that learn when the layer is masked: exact, or expected with a
-    tilde. `note` says why a leaf is left alone, or whose selection a bias follows. `gradient` says
-    how `value_and_grad` computes the leaf's gradient; it is empty without a loss function.
+    Attributes:
+      path, shape, channel_axes, stack_axes, channels: the leaf; `channels` is None if it has none.
+      kept: the number of channels that learn when the layer is masked; with a tilde, on average.
+      note: why a leaf has no channels, or which kernel a bias follows.
+      gradient: how `value_and_grad` computes its gradient; empty without a loss function.
     """
 
     path: str
@@ -32,14 +34,15 @@ class ChannelRow(NamedTuple):
 
 
 class ChannelReport(NamedTuple):
-    """The rows of a report; `str` lays them out as a table."""
+    """The rows of a report; print it to see a table."""
 
     rows: tuple[ChannelRow, ...]
     summary: str
 
     def __str__(self) -> str:
         header = ["path", "shape", "channel axis", "stack axis", "channels", "kept", "note"]
-        header += ["gradient"] * any(row.gradient for row in self.rows)
+        if any(row.gradient for row in self.rows):
+            header.append("gradient")
         cells = [
             [
                 row.path or "(the tree itself)",
@@ -69,28 +72,28 @@ def channel_report(
     *args: Any,
     **kwargs: Any,
 ) -> ChannelReport:
-    """Shows for every leaf which axis holds its channels, or why it is left alone.
+    """Shows which axis of each leaf holds its channels, or why it has none.
 
-    Given a loss function, also what `cdb_jax.value_and_grad` makes of each gradient: *skipped*, the
-    dropped part is not computed; *masked only*, it is computed and thrown away, and why.
+    With a loss function, it also shows how `cdb_jax.value_and_grad` computes each gradient:
+    "skipped" (the dropped part is not computed), or "masked only" (it is computed and set to zero)
+    with the reason.
 
     Args:
-      params: a tree of arrays or `jax.ShapeDtypeStruct`, as the transformation will see it. Of a
+      params: a tree of arrays or `jax.ShapeDtypeStruct`, as the optimizer gets it. Of a
         Flax NNX model, its `nnx.Param` variables are used; for its loss, use
         `cdb_jax.nnx.channel_report`.
       policy: the policy to explain.
-      fun: a loss function `fun(params, *args, **kwargs)` to be differentiated in its first
-        argument, which may return a pair with auxiliary data. It is traced, not run.
-      *args: its other arguments; `jax.ShapeDtypeStruct` will do for arrays.
+      fun: a loss function `fun(params, *args, **kwargs)`, which may return a pair with auxiliary
+        data. It is traced, not run.
+      *args: its other arguments; arrays may be `jax.ShapeDtypeStruct`s.
       **kwargs: its other arguments by name.
 
     Returns:
-      A report with one row for each leaf; print it to see the table.
+      A report with one row for each leaf.
 
     Raises:
-      TypeError: if `policy` is not a `Policy`.
-      ValueError: if the policy does not fit the tree, or with `fun` does not allow to skip
-        anything; training would raise the same error.
+      TypeError, ValueError: the errors that training would raise, for a policy that does not fit
+        the tree, or with `fun` one that cannot skip anything.
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp
@@ -115,7 +118,7 @@ def channel_report(
     _draw.check_layers(policy, layout)
     rows = [_row(leaf, policy) for leaf in layout.leaves]
     if fun is not None:
-        # Only what is static is read of the selection.
+        # Only static parts of the selection are read.
         selection = jax.eval_shape(lambda: policy.select(params, 0))
         gradients = explain(fun, params, args, kwargs, selection)
         rows = [row._replace(gradient=x) for row, x in zip(rows, gradients, strict=True)]
@@ -150,8 +153,9 @@ def _summary(layout: channels.Layout, policy: Policy) -> str:
         for x in (policy.rate, policy.layer_rate)
     )
     which = "one layer a step, " if policy.layer_choice == "one" else ""
+    noun = "layer" if layers == 1 else "layers"
     return (
-        f"{layers} layer{'s' * (layers != 1)}, {100 * droppable / max(total, 1):.1f} % of "
+        f"{layers} {noun}, {100 * droppable / max(total, 1):.1f} % of "
         f"{total:,} parameters can be dropped; {which}layer_rate {layer_rate}, rate {rate}, "
         f"{policy.channel_choice} channels."
     )
