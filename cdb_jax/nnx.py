@@ -78,7 +78,7 @@ def value_and_grad(
             new_graph, _, new_rest = call.split(models)
             if new_graph != graph:
                 raise ValueError(
-                    "f adds new variables or other parts to a model, which a gradient cannot return; "
+                    "f adds new variables or parts to a model, which a gradient cannot return; "
                     "call the model once before training, so that it has them."
                 )
             return value, (aux, new_rest)
@@ -166,7 +166,8 @@ class _Call:
 
     def split(self, models: dict[int, Any]) -> tuple[Any, Any, Any]:
         """The graph of some models, the parameters that are differentiated, and other variables."""
-        graph, *states, rest = nnx.split(models, *self._filters, ...)  # type: ignore[misc]
+        found: Any = nnx.split(models, *self._filters, ...)
+        graph, *states, rest = found
         params = []
         for x, tree, state in zip(self._wanted, self._numbers, states, strict=True):
             if not state:

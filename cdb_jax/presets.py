@@ -128,8 +128,8 @@ def layer_drop_back(
       A `Policy`.
 
     Raises:
-      ValueError: if `steps_per_epoch` or `every` is not a positive int; when the policy is used, for
-        a path in `stack` that the parameters do not have.
+      ValueError: if `steps_per_epoch` or `every` is not a positive int; when the policy is used,
+        for a path in `stack` that the parameters do not have.
 
     Examples:
       >>> import cdb_jax, optax
