@@ -1,6 +1,6 @@
 """What not computing dropped residual blocks saves: computed and masked, or not computed.
 
-Training steps of a ViT with stochastic depth, with linear survival rates down to one half: of all
+Training steps of a ViT with stochastic depth, with linear drop rates of up to one half: of all
 blocks, of blocks whose output is dropped (`mask`), and of blocks that are not computed when they
 are dropped (`skip`). All are timed in turns in one process, each step with other draws; ratios are
 to the full step of the same round, shown is their mean with a bootstrap 95 % interval over rounds.
@@ -72,10 +72,11 @@ def compiled_step(name: str, size: int, batch: int, dtype: str, branches: models
 
 def compare(name: str, size: int, batch: int, dtype: str, rounds: int) -> list[dict[str, Any]]:
     depth = models.depth(name)
-    survival = tuple(cdb_jax.survival_rates(depth, depth - (depth + 1) / 4, mode="linear").tolist())
+    budget = depth - (depth + 1) / 4  # Drops the last block at rate 0.5.
+    rates = tuple(cdb_jax.drop_path_rates(depth, budget, mode="linear").tolist())
     kinds = {
-        "mask": models.Branches(survival),
-        "skip": models.Branches(survival, skips=True),
+        "mask": models.Branches(rates),
+        "skip": models.Branches(rates, skips=True),
     }
     full = compiled_step(name, size, batch, dtype, models.Branches())
     steps = {kind: compiled_step(name, size, batch, dtype, x) for kind, x in kinds.items()}
@@ -97,7 +98,7 @@ def compare(name: str, size: int, batch: int, dtype: str, rounds: int) -> list[d
                 "ratio": ratio,
                 "low": low,
                 "high": high,
-                "expected_depth": float(np.mean(survival)),
+                "expected_depth": 1 - float(np.mean(rates)),
                 "full_ms": float(np.median(base) * 1e3),
                 "rounds": rounds,
             }

@@ -23,7 +23,7 @@ from cdb_jax.stochastic_depth import (
     branch_sensitivities as branch_sensitivities,
     drop_branch as drop_branch,
     drop_path as drop_path,
-    survival_rates as survival_rates,
+    drop_path_rates as drop_path_rates,
 )
 from cdb_jax.transform import (
     ChannelDropBackState as ChannelDropBackState,

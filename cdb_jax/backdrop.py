@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,32 +24,32 @@ def backdrop(
     sample_axes: int | Sequence[int] = (),
     mask: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    r"""Returns `x`, and multiplies the gradient that comes back by a random mask.
+    r"""Returns `x`, and multiplies its gradient by a random mask in the backward pass.
 
-    The mask m varies along `axes` and is the same along all others. Each of its n entries is
-    dropped with probability `rate`, and it is divided by its mean, so that the size of the gradient
-    stays the same:
+    The mask m varies along `axes` and is constant along all others. Each of its n entries is
+    dropped with probability `rate`, and the mask is divided by its mean, so that the gradient keeps
+    its size:
 
     .. math:: y = x, \qquad \bar x = \frac{m}{\frac1n \sum_i m_i} \odot \bar y.
 
-    If every entry would be dropped, one picked at random is kept. The mask is drawn in the backward
-    pass: between the passes only the key is stored. Inside a `shard_map` over one of the axes fold
+    If every entry would be dropped, one of them is kept at random. The mask is drawn in the
+    backward pass, so only the key is stored. Inside a `shard_map` over one of the axes, fold
     `jax.lax.axis_index` into the key, or every device draws the same mask for its part.
 
     Args:
       x: float array of any shape.
-      rate: probability that an entry of the mask is dropped, in [0, 1]; may be traced. With 0
-        nothing happens at all, and with 1 a single entry is kept.
+      rate: probability that an entry of the mask is dropped, in [0, 1]; may be traced. With 0, no
+        entry is dropped; with 1, a single one is kept.
       axes: the axis or axes along which the mask varies: the spatial axes of an image to regularise
         the scale that this layer sees; the batch axis of a loss that does not decompose over it.
       key: a JAX key, for this call alone. Not needed with `mask`.
-      sample_axes: axes along which masks are independent, each divided by a mean of its own; the
-        batch axis for a mask for each image.
+      sample_axes: axes along which masks are independent, each with its own mean; use the batch
+        axis to draw a mask for each image.
       mask: for diagnosis, a mask to use in place of a random one: numbers >= 0, not all zero, of a
         shape that broadcasts to `x`. It is divided by its mean along `axes`.
 
     Returns:
-      `x` itself in value, bit for bit.
+      `x`, bit for bit.
 
     Raises:
       TypeError, ValueError: for a bad rate, axes that `x` does not have or that repeat, a missing
@@ -84,22 +84,22 @@ def backdrop(
     return _scale_gradient(x, (key, rate), factors)
 
 
-def _scale_gradient(x: jax.Array, made_from: Any, factors: Any) -> jax.Array:
-    """`x`, with a gradient that is multiplied by `factors(made_from)`; 0 selects zero."""
+def _scale_gradient(x: jax.Array, source: Any, factors: Callable[[Any], jax.Array]) -> jax.Array:
+    """`x`, with a gradient that is multiplied by `factors(source)`; a factor of 0 gives zero."""
 
     @jax.custom_vjp
-    def identity(x: jax.Array, made_from: Any) -> jax.Array:
+    def identity(x: jax.Array, source: Any) -> jax.Array:
         return x
 
-    def forward(x: jax.Array, made_from: Any) -> tuple[jax.Array, Any]:
-        return x, made_from
+    def forward(x: jax.Array, source: Any) -> tuple[jax.Array, Any]:
+        return x, source
 
-    def backward(made_from: Any, dy: jax.Array) -> tuple[jax.Array, None]:
-        by = factors(made_from)
-        return jnp.where(by == 0, jnp.zeros((), dy.dtype), scale(dy, by)), None
+    def backward(source: Any, dy: jax.Array) -> tuple[jax.Array, None]:
+        mask = factors(source)
+        return jnp.where(mask == 0, jnp.zeros((), dy.dtype), scale(dy, mask)), None
 
     identity.defvjp(forward, backward)
-    return identity(x, made_from)
+    return identity(x, source)
 
 
 def _draw(
@@ -113,7 +113,7 @@ def _draw(
     entries, lead = [shape[axis] for axis in axes], [shape[axis] for axis in samples]
     uniform = jax.random.uniform(key, (math.prod(lead), math.prod(entries)), jnp.float32)
     keep = uniform >= jnp.asarray(rate, jnp.float32)
-    # Where all are dropped, every entry is as likely as any other to have the largest number.
+    # If all are dropped, each entry is equally likely to have the largest number.
     best = jnp.argmax(uniform, axis=1)[:, None] == jnp.arange(uniform.shape[1])[None]
     keep |= best & ~jnp.any(keep, axis=1, keepdims=True)
     order = np.argsort(samples + axes).tolist()
@@ -128,22 +128,18 @@ def _normalised(mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 def _checked_mask(mask: Any, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     shape, dtype = jnp.shape(mask), jnp.result_type(mask)
     fits = len(shape) == x.ndim and all(
-        size in (1, of_x) for size, of_x in zip(shape, x.shape, strict=True)
+        size in (1, whole) for size, whole in zip(shape, x.shape, strict=True)
     )
-    real = (
-        jnp.issubdtype(dtype, jnp.bool_)
-        or jnp.issubdtype(dtype, jnp.integer)
-        or jnp.issubdtype(dtype, jnp.floating)
-    )
-    if not fits or not real:
+    real_dtypes = (jnp.bool_, jnp.integer, jnp.floating)
+    if not fits or not any(jnp.issubdtype(dtype, real) for real in real_dtypes):
         raise ValueError(
-            f"mask has shape {shape} and dtype {dtype}, and x has shape {x.shape}; give real "
+            f"mask has shape {shape} and dtype {dtype}, but x has shape {x.shape}; use real "
             "numbers with as many axes as x, each of the same size or 1."
         )
     if not isinstance(mask, jax.core.Tracer):
         values = np.asarray(mask).astype(np.float32)
         if not np.all(values >= 0) or not np.all(np.isfinite(np.sum(values, axis=axes))):
-            raise ValueError("mask has entries that are negative or not finite; give numbers >= 0.")
+            raise ValueError("mask has entries that are negative or not finite; use numbers >= 0.")
         if not np.all(np.any(values > 0, axis=axes)):
             raise ValueError("mask is 0 all along axes; keep at least one entry.")
     return jnp.asarray(mask).astype(jnp.float32)
@@ -166,7 +162,9 @@ def check_axes(name: str, axes: Any, *, some: bool = True) -> tuple[int, ...]:
 def _positive(name: str, axes: tuple[int, ...], rank: int) -> tuple[int, ...]:
     for axis in axes:
         if not -rank <= axis < rank:
-            raise ValueError(f"{name}={axes!r}: x has {rank} axes, and {axis!r} is none of them.")
+            raise ValueError(
+                f"{name}={axes!r}: x has {rank} axes, but not {axis!r}."
+            )
     positive = tuple(sorted(axis % rank for axis in axes))
     if len(set(positive)) < len(positive):
         raise ValueError(f"{name}={axes!r} names an axis twice; name each once.")

@@ -10,7 +10,12 @@ from flax import linen as nn
 
 from cdb_jax._checks import check_rate
 from cdb_jax.backdrop import backdrop
-from cdb_jax.stochastic_depth import at_test, check_rescale, drop_path, is_certain
+from cdb_jax.stochastic_depth import (
+    check_scale_by_keep,
+    drop_path,
+    in_evaluation,
+    is_certain,
+)
 
 
 class Backdrop(nn.Module):
@@ -20,7 +25,7 @@ class Backdrop(nn.Module):
       rate: probability that an entry of the mask is dropped.
       axes: the axis or axes along which the mask varies.
       sample_axes: axes along which masks are independent.
-      deterministic: whether the layer is switched off; here or in the call.
+      deterministic: whether the layer is in evaluation mode; given here or in the call.
       rng_collection: name of the stream of keys: `model.apply(..., rngs={"backdrop": key})`.
 
     Examples:
@@ -47,7 +52,7 @@ class Backdrop(nn.Module):
         deterministic: bool | None = None,
         mask: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
-        """Returns `x`; with a `mask` for diagnosis, that one masks the gradient."""
+        """Returns `x`; a `mask` replaces the random one, for diagnosis."""
         settings: dict[str, Any] = dict(axes=self.axes, sample_axes=self.sample_axes)
         if mask is not None:
             return backdrop(x, self.rate, mask=mask, **settings)
@@ -59,15 +64,15 @@ class Backdrop(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch in training, for each sample or the whole batch.
+    """`cdb_jax.drop_path` as a layer: drops a residual branch in training.
 
     Attributes:
       rate: probability that the branch is dropped.
-      sample_axis: the axis of the samples, each of which draws for itself; None for one draw for
+      sample_axis: the axis of the samples, each of which draws independently; None for one draw for
         the whole batch.
-      rescale: "train" divides by the survival probability in training, the common practice; "test"
-        multiplies by it at test time, as the first paper does.
-      deterministic: whether the layer is switched off; here or in the call.
+      scale_by_keep: whether to divide by 1 - rate in training. If not, the layer multiplies by
+        1 - rate in evaluation, as in the first paper.
+      deterministic: whether the layer is in evaluation mode; given here or in the call.
       rng_collection: name of the stream of keys: `model.apply(..., rngs={"drop_path": key})`.
 
     Examples:
@@ -85,17 +90,18 @@ class DropPath(nn.Module):
 
     rate: float
     sample_axis: int | None = 0
-    rescale: str = "train"
+    scale_by_keep: bool = True
     deterministic: bool | None = None
     rng_collection: str = "drop_path"
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
-        """Returns `x`, the output of a branch, or zeros where it is dropped."""
+        """Returns `x`, the output of a branch, or zeros if it is dropped."""
         rate = check_rate("rate", self.rate, schedule=False)
-        check_rescale(self.rescale)
+        check_scale_by_keep(self.scale_by_keep)
         if nn.merge_param("deterministic", self.deterministic, deterministic):
-            return at_test(x, rate, self.rescale)
+            return in_evaluation(x, rate, self.scale_by_keep)
         key = None if is_certain(rate) else self.make_rng(self.rng_collection)
-        rescale = self.rescale == "train"
-        return drop_path(x, rate, key=key, sample_axis=self.sample_axis, rescale=rescale)
+        return drop_path(
+            x, rate, key=key, sample_axis=self.sample_axis, scale_by_keep=self.scale_by_keep
+        )

@@ -15,9 +15,9 @@ from cdb_jax.backdrop import backdrop, check_axes
 from cdb_jax.policy import Policy
 from cdb_jax.selection import Selection
 from cdb_jax.stochastic_depth import (
-    at_test,
-    check_rescale,
+    check_scale_by_keep,
     drop_path,
+    in_evaluation,
     is_certain,
     run_branch,
 )
@@ -212,9 +212,9 @@ Rngs = nnx.Rngs | nnx.RngStream
 
 
 class _RandomLayer(nnx.Module):
-    """What layers that act in training only have in common: a rate, a switch and a source of keys.
+    """What layers that act only in training share: a rate, a mode and a source of keys.
 
-    `model.train()` and `model.eval()` flip the switch, as they do for `nnx.Dropout`.
+    `model.train()` and `model.eval()` set the mode, as for `nnx.Dropout`.
     """
 
     def __init__(
@@ -226,20 +226,20 @@ class _RandomLayer(nnx.Module):
         if rngs is not None and not isinstance(rngs, (nnx.Rngs, nnx.RngStream)):
             raise TypeError(f"rngs must be nnx.Rngs, got {rngs!r}; use nnx.Rngs(0).")
         if isinstance(self.rate, float) and self.rate == 0.0:
-            rngs = None  # So that a rate of 0 does not change what other layers draw.
+            rngs = None  # A rate of 0 must not change what other layers draw.
         elif isinstance(rngs, nnx.Rngs):
             rngs = rngs[rng_collection]
         self.rngs = nnx.data(None) if rngs is None else rngs.fork()
 
-    def _is_off(self, deterministic: bool | None) -> bool:
+    def _is_evaluating(self, deterministic: bool | None) -> bool:
         return self.deterministic if deterministic is None else deterministic
 
     def _key(self, rngs: Rngs | jax.Array | None) -> jax.Array:
         source = self.rngs if rngs is None else rngs
         if source is None:
             raise ValueError(
-                f"{type(self).__name__} draws in training and has no rngs; give rngs=nnx.Rngs(...) "
-                "when it is made or called, or call model.eval() to switch it off."
+                f"rngs is missing: {type(self).__name__} draws in training. Give rngs=nnx.Rngs(0) "
+                "when you make it or call it, or call model.eval()."
             )
         if isinstance(source, nnx.Rngs):
             source = source[self.rng_collection]
@@ -249,7 +249,7 @@ class _RandomLayer(nnx.Module):
         """Used by `nnx.view`.
 
         Args:
-          deterministic: whether the layer is switched off.
+          deterministic: whether the layer is in evaluation mode.
         """
         if deterministic is not None:
             self.deterministic = deterministic
@@ -262,9 +262,9 @@ class Backdrop(_RandomLayer):
       rate: probability that an entry of the mask is dropped.
       axes: the axis or axes along which the mask varies.
       sample_axes: axes along which masks are independent.
-      deterministic: whether the layer is switched off, until `train()` or `eval()` is called.
+      deterministic: whether the layer is in evaluation mode; `train()` and `eval()` change it.
       rng_collection: name of the stream of keys in `rngs`.
-      rngs: where keys come from; they may be given in the call instead.
+      rngs: the source of keys; you can pass it in the call instead.
 
     Examples:
       >>> import cdb_jax.nnx, jax, jax.numpy as jnp
@@ -299,27 +299,29 @@ class Backdrop(_RandomLayer):
         rngs: Rngs | jax.Array | None = None,
         mask: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
-        """Returns `x`; with a `mask` for diagnosis, that one masks the gradient."""
+        """Returns `x`; a `mask` replaces the random one, for diagnosis."""
         settings: dict[str, Any] = dict(axes=self.axes, sample_axes=self.sample_axes)
         if mask is not None:
             return backdrop(x, self.rate, mask=mask, **settings)
-        if self._is_off(deterministic) or (isinstance(self.rate, float) and self.rate == 0.0):
+        if self._is_evaluating(deterministic) or (
+            isinstance(self.rate, float) and self.rate == 0.0
+        ):
             return x
         return backdrop(x, self.rate, key=self._key(rngs), **settings)
 
 
 class DropPath(_RandomLayer):
-    """Stochastic depth: drops a residual branch in training, for each sample or the whole batch.
+    """`cdb_jax.drop_path` as a layer: drops a residual branch in training.
 
     Args:
       rate: probability that the branch is dropped.
-      sample_axis: the axis of the samples, each of which draws for itself; None for one draw for
+      sample_axis: the axis of the samples, each of which draws independently; None for one draw for
         the whole batch.
-      rescale: "train" divides by the survival probability in training, the common practice; "test"
-        multiplies by it at test time, as the first paper does.
-      deterministic: whether the layer is switched off, until `train()` or `eval()` is called.
+      scale_by_keep: whether to divide by 1 - rate in training. If not, the layer multiplies by
+        1 - rate in evaluation, as in the first paper.
+      deterministic: whether the layer is in evaluation mode; `train()` and `eval()` change it.
       rng_collection: name of the stream of keys in `rngs`.
-      rngs: where keys come from; they may be given in the call instead.
+      rngs: the source of keys; you can pass it in the call instead.
 
     Examples:
       >>> import cdb_jax.nnx, jax.numpy as jnp
@@ -341,14 +343,14 @@ class DropPath(_RandomLayer):
         rate: float,
         *,
         sample_axis: int | None = 0,
-        rescale: str = "train",
+        scale_by_keep: bool = True,
         deterministic: bool = False,
         rng_collection: str = "drop_path",
         rngs: Rngs | None = None,
     ) -> None:
         super().__init__(rate, deterministic, rng_collection, rngs)
         self.sample_axis = sample_axis
-        self.rescale = check_rescale(rescale)
+        self.scale_by_keep = check_scale_by_keep(scale_by_keep)
 
     def __call__(
         self,
@@ -357,16 +359,16 @@ class DropPath(_RandomLayer):
         deterministic: bool | None = None,
         rngs: Rngs | jax.Array | None = None,
     ) -> jax.Array:
-        """Returns `x`, the output of a branch, or zeros where it is dropped."""
-        if self._is_off(deterministic):
-            return at_test(x, self.rate, self.rescale)
+        """Returns `x`, the output of a branch, or zeros if it is dropped."""
+        if self._is_evaluating(deterministic):
+            return in_evaluation(x, self.rate, self.scale_by_keep)
         key = None if is_certain(self.rate) else self._key(rngs)
         return drop_path(
             x,
             self.rate,
             key=key,
             sample_axis=self.sample_axis,
-            rescale=self.rescale == "train",
+            scale_by_keep=self.scale_by_keep,
         )
 
     def branch(
@@ -378,25 +380,24 @@ class DropPath(_RandomLayer):
     ) -> jax.Array:
         """`self(branch(*args))` that does not compute a branch that is dropped.
 
-        What a branch would change in its models (batch statistics, random counts) is not changed
-        either when it is dropped.
+        A dropped branch does not change its models, such as batch statistics and random counts.
 
         Args:
-          branch: a function that returns one array. Models that it calls must be among `args`.
+          branch: a function that returns one array. Pass the models that it calls in `args`.
           *args: models and arrays.
           deterministic: as in a call.
           rngs: as in a call.
 
         Raises:
-          ValueError: with a `sample_axis`: the branch of some samples is always needed.
+          ValueError: if the layer has a `sample_axis`, so that some samples need the branch.
         """
         if self.sample_axis is not None:
             raise ValueError(
-                f"sample_axis={self.sample_axis}: the branch is computed for all samples or for "
-                "none; make the layer with sample_axis=None, or call it on the branch's output."
+                f"sample_axis={self.sample_axis}: branch() computes the branch for all samples or "
+                "for none. Use sample_axis=None, or call the layer on the output of the branch."
             )
-        if self._is_off(deterministic):
-            return at_test(branch(*args), self.rate, self.rescale)
+        if self._is_evaluating(deterministic):
+            return in_evaluation(branch(*args), self.rate, self.scale_by_keep)
         key = None if is_certain(self.rate) else self._key(rngs)
-        rescale = self.rescale == "train"
-        return run_branch(branch, args, self.rate, key, rescale, nnx.cond, nnx.eval_shape)
+        settings = self.rate, key, self.scale_by_keep
+        return run_branch(branch, args, *settings, nnx.cond, nnx.eval_shape)

@@ -80,17 +80,17 @@ def backdrop() -> None:
 
 
 def stochastic_depth() -> None:
-    """Survival rates of twelve branches under two budgets."""
+    """Drop rates of twelve branches under two budgets."""
     sensitivities = 1.0 / np.arange(1, 13) + np.where(np.arange(12) == 8, 0.4, 0.0)
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 3), sharey=True, layout="constrained")
     for panel, budget in zip(panels, (4.0, 9.0), strict=True):
         for mode, marker in (("uniform", "s"), ("linear", "o"), ("sense", "^")):
             given = {"sensitivities": sensitivities} if mode == "sense" else {}
-            rates = cdb_jax.survival_rates(12, budget, mode=mode, minimum=0.05, **given)
+            rates = cdb_jax.drop_path_rates(12, budget, mode=mode, maximum=0.95, **given)
             panel.plot(range(1, 13), rates, marker + "-", label=mode, linewidth=1)
-        panel.set(xlabel="branch", title=f"expected depth {budget:g} of 12", ylim=(0, 1.05))
+        panel.set(xlabel="branch", title=f"{budget:g} of 12 branches kept", ylim=(-0.05, 1))
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("survival probability")
+    panels[0].set_ylabel("drop rate")
     panels[1].legend()
     save(figure, "stochastic_depth")
 

@@ -178,7 +178,7 @@ def model_settings(config: Config) -> dict[str, Any]:
                     "CPU; leave the flag out, or choose a ViT."
                 )
             depth = models.depth(config.model) or 1  # Unknown names are told later.
-            budget = depth - config.rate * (depth + 1) / 2  # The last survives with 1 - rate.
-            survival = cdb_jax.survival_rates(depth, budget, mode="linear")
-            return {"branches": models.Branches(tuple(survival.tolist()), config.skip_dropped)}
+            budget = depth - config.rate * (depth + 1) / 2  # Drops the last block at `rate`.
+            rates = cdb_jax.drop_path_rates(depth, budget, mode="linear")
+            return {"branches": models.Branches(tuple(rates.tolist()), config.skip_dropped)}
     return {}

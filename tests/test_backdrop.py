@@ -214,7 +214,7 @@ def test_nnx_layer():
     off = nnx.view(layer, deterministic=True)
     np.testing.assert_array_equal(off(X), X)
     by_call = cdb_jax.nnx.Backdrop(0.5, axes=1)
-    with pytest.raises(ValueError, match="Backdrop draws in training and has no rngs"):
+    with pytest.raises(ValueError, match="rngs is missing.*Backdrop"):
         by_call(X)
     np.testing.assert_array_equal(by_call(X, rngs=jax.random.key(0)), X)
 
@@ -241,7 +241,7 @@ def test_linen_layer():
     [
         (dict(rate=1.5), ValueError, "rate must be a drop probability.*1.5"),
         (dict(rate=lambda step: 0.5), TypeError, "rate must be a drop probability.*lambda"),
-        (dict(axes=4), ValueError, r"axes=\(4,\): x has 4 axes, and 4 is none of them"),
+        (dict(axes=4), ValueError, r"axes=\(4,\).*4 axes"),
         (dict(axes="x"), ValueError, "axes='x' must be an int or a tuple of ints"),
         (dict(axes=(1, True)), ValueError, "must be an int or a tuple of ints"),
         (dict(axes=(1, -3)), ValueError, r"axes=\(1, -3\) names an axis twice"),
@@ -251,7 +251,7 @@ def test_linen_layer():
         (dict(key=None), TypeError, "key is missing"),
         (dict(mask=jnp.ones((5, 6))), ValueError, r"mask has shape \(5, 6\)"),
         (dict(mask=jnp.ones((1, 5, 6, 2))), ValueError, r"mask has shape \(1, 5, 6, 2\)"),
-        (dict(mask=jnp.ones((1, 5, 6, 1), complex)), ValueError, "dtype complex64.*give real"),
+        (dict(mask=jnp.ones((1, 5, 6, 1), complex)), ValueError, "mask has .*complex64"),
         (dict(mask=jnp.zeros((1, 5, 6, 1))), ValueError, "mask is 0 all along axes"),
         (dict(mask=-jnp.ones((1, 5, 6, 1))), ValueError, "mask has entries that are negative"),
         (dict(mask=jnp.full((1, 5, 6, 1), jnp.nan)), ValueError, "negative or not finite"),

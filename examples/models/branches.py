@@ -36,25 +36,25 @@ class Branch(nnx.Module):
 class Branches(NamedTuple):
     """Stochastic depth for the blocks of a model.
 
-    `survival` has one probability for each block, or is empty for none; each is drawn for the whole
+    `rates` has one drop rate for each block, or is empty for none; each is drawn for the whole
     batch and makes up for it at test time, as in arXiv 1603.09382. With `skips`, what is dropped is
     not computed.
     """
 
-    survival: tuple[float, ...] = ()
+    rates: tuple[float, ...] = ()
     skips: bool = False
 
     def make(self, block: int, depth: int, rngs: nnx.Rngs) -> Branch:
-        if not self.survival:
+        if not self.rates:
             return Branch()
-        if len(self.survival) != depth:
+        if len(self.rates) != depth:
             raise ValueError(
-                f"survival has {len(self.survival)} probabilities, and the model {depth} blocks."
+                f"rates has {len(self.rates)} drop rates, but the model has {depth} blocks."
             )
-        rate = 1.0 - self.survival[block]
+        rate = self.rates[block]
         if rate == 0.0:
             return Branch()
-        drop_path = cdb_jax.nnx.DropPath(rate, sample_axis=None, rescale="test", rngs=rngs)
+        drop_path = cdb_jax.nnx.DropPath(rate, sample_axis=None, scale_by_keep=False, rngs=rngs)
         return Branch(drop_path, self.skips)
 
 
