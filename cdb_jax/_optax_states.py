@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +15,16 @@ import optax
 from cdb_jax import channels
 from cdb_jax._compiling import NO_ARRAY, by_structure
 
-SlotAxes = Callable[[str, tuple[int, ...] | None, tuple[int, ...]], tuple[int | None, ...] | None]
+Shape = tuple[int, ...]
+SlotAxes = Callable[[str, Shape | None, Shape], tuple[int | None, ...] | None]
 
 
 class Slot(NamedTuple):
     """An entry of an optimizer state that belongs to a parameter.
 
-    `parameter` is its position among the leaves of the updates. `axes` are for each axis of the
-    entry the axis of the parameter that it is, or None for an axis of its own.
+    Attributes:
+      parameter: its position among the leaves of the updates.
+      axes: for each axis of the entry, the parameter axis that it corresponds to, or None.
     """
 
     parameter: int
@@ -41,94 +44,146 @@ def checked_rules(slot_axes: Mapping[type, SlotAxes]) -> dict[type, SlotAxes]:
 def find(
     state: Any, layout: channels.Layout, root: str, rules: Mapping[type, SlotAxes]
 ) -> tuple[Slot | None, ...]:
-    """For each leaf of a state the parameter that it belongs to; None where it belongs to none.
+    """The parameter that each leaf of a state belongs to; None for leaves that belong to none.
 
-    Optimizers keep trees that are built like the parameters. Such a tree lies at a path under which
-    every parameter has an entry, or has none but with all that lies around it: `optax.masked` puts
-    a MaskedNode there, and a parameter without a gradient may be None. It may have more entries
-    than there are gradients.
+    Optimizers keep copies of the tree of parameters. A copy is a subtree with an entry for every
+    parameter, or with a `MaskedNode` or None in its place: `optax.masked` leaves out parameters in
+    this way, and a parameter may have no gradient. A copy may have entries for more parameters than
+    there are gradients.
 
     Args:
       state: of an optimizer, with None as a leaf.
       layout: of the updates.
       root: of the policy.
-      rules: for each class of states whose entries do not have the shapes of the parameters what
-        `slot_axes` of `freeze_dropped` describes.
+      rules: `slot_axes` of `freeze_dropped`.
 
     Raises:
-      ValueError: for an entry that nothing assigns, and for states of a step over several updates.
+      ValueError: for an entry that nothing assigns, and for optimizers that take several updates
+        for one step.
     """
     return _find(state, layout, root, tuple(rules.items()))
 
 
 @by_structure
 def _find(
-    state: Any,
-    layout: channels.Layout,
-    root: str,
-    rules: tuple[tuple[type, SlotAxes], ...],
+    state: Any, layout: channels.Layout, root: str, rules: tuple[tuple[type, SlotAxes], ...]
 ) -> tuple[Slot | None, ...]:
-    shorten = len(root) + 1 if root else 0
-    index = {leaf.path[shorten:]: i for i, leaf in enumerate(layout.leaves)}
-    by_class = dict(rules)
-    entries = list(_entries(state, by_class))
-    below: dict[str, set[int]] = {}
-    for entry in entries:
-        splits = (_covered if entry.array is None else _splits)(entry.path, index)
-        for top, parameter in splits:
-            below.setdefault(top, set()).add(parameter)
-    whole = {top for top, found in below.items() if len(found) == len(index)}
+    start = len(root) + 1 if root else 0
+    positions = {leaf.path[start:]: i for i, leaf in enumerate(layout.leaves)}
+    entries = list(_entries(state, dict(rules)))
+    copies = _copies(entries, positions)
     slots: list[Slot | None] = []
     for entry in entries:
         if entry.is_masked:
             continue
-        found = [i for top, i in _splits(entry.path, index) if top in whole]
-        if entry.array is None or (not found and _lies_below(entry.path, whole)):
-            slots.append(None)  # Of a parameter that has no update.
+        parameters = [i for top, i in _parameters_at(entry.path, positions) if top in copies]
+        is_in_copy = any(top and channels.is_below(entry.path, top) for top in copies)
+        if entry.array is None or (is_in_copy and not parameters):
+            slots.append(None)  # It belongs to a parameter that has no update.
         else:
-            slots.append(_slot(state, entry, found[0] if found else None, layout, by_class))
+            parameter = parameters[0] if parameters else None
+            slots.append(_slot(state, entry, parameter, layout, dict(rules)))
     return tuple(slots)
 
 
 class _Entry(NamedTuple):
+    """A leaf of a state.
+
+    Attributes:
+      keys: where it is.
+      path: the same as a canonical path.
+      array: None if there is none.
+      is_masked: whether it is a `MaskedNode`, which is not a leaf.
+      owner: the class that has a rule for it, if there is one.
+      field: the name of its field in `owner`.
+    """
+
     keys: tuple[Any, ...]
     path: str
-    array: Any  # None where nothing is.
-    is_masked: bool  # A MaskedNode, which is no leaf.
-    owner: type | None  # The class with a rule that it lies in,
-    field: str  # and its path in there.
+    array: Any
+    is_masked: bool
+    owner: type | None
+    field: str
+
+
+def _is_empty(x: Any) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
 
 
 def _entries(
     state: Any, rules: Mapping[type, SlotAxes], keys: tuple[Any, ...] = ()
 ) -> Iterator[_Entry]:
-    """What a state holds. With `keys`, where it lies, it is one with a rule."""
+    """The entries of a state, or of the one at `keys` inside a larger state, which has a rule."""
     owner, depth = (type(state), len(keys)) if keys or type(state) in rules else (None, 0)
-    empty = lambda x: x is None or isinstance(x, optax.MaskedNode)
-    ruled = lambda x: x is not state and type(x) in rules
-    stops = lambda x: empty(x) or ruled(x) or _refusal(x) is not None
-    for below, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=stops):
+
+    def has_rule(x: Any) -> bool:
+        return x is not state and type(x) in rules
+
+    def is_leaf(x: Any) -> bool:
+        return _is_empty(x) or has_rule(x) or _refusal(x) is not None
+
+    for inner_keys, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_leaf):
         if (refusal := _refusal(node)) is not None:
             raise ValueError(refusal)
-        path = (*keys, *below)
-        if ruled(node):
+        path = (*keys, *inner_keys)
+        if has_rule(node):
             yield from _entries(node, rules, path)
             continue
         field = jax.tree_util.keystr(path[depth : depth + 1], simple=True)
         is_masked = isinstance(node, optax.MaskedNode)
-        array = None if empty(node) or node is NO_ARRAY else node
+        array = None if _is_empty(node) or node is NO_ARRAY else node
         yield _Entry(path, channels.canonical_path(path), array, is_masked, owner, field)
+
+
+def _splits(path: str) -> Iterator[tuple[str, str]]:
+    """Every way to cut a path into the path of a subtree and the path inside it."""
+    parts = path.split("/")
+    for i in range(len(parts) + 1):
+        yield "/".join(parts[:i]), "/".join(parts[i:])
+
+
+def _parameters_at(path: str, positions: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Parameters that an entry may belong to, each with the path of the copy that it is in.
+
+    A parameter may have several entries, in a list or the like at its path.
+    """
+    return [
+        (top, positions[name])
+        for top, inner in _splits(path)
+        for name in dict.fromkeys((inner, inner.rpartition("/")[0] if inner else inner))
+        if name in positions
+    ]
+
+
+def _copies(entries: Sequence[_Entry], positions: Mapping[str, int]) -> set[str]:
+    """The paths of the subtrees that are copies of the tree of parameters."""
+    found: dict[str, set[int]] = collections.defaultdict(set)
+    for entry in entries:
+        if entry.array is not None:
+            for top, i in _parameters_at(entry.path, positions):
+                found[top].add(i)
+            continue
+        for top, inner in _splits(entry.path):
+            found[top] |= {i for name, i in positions.items() if channels.is_below(name, inner)}
+    return {top for top, parameters in found.items() if len(parameters) == len(positions)}
+
+
+# Optimizers that cannot be inside.
+
+MULTI_STEPS = "optax.MultiSteps(cdb_jax.freeze_dropped(inner, policy), every_k_schedule=k)"
+_SAM = "optax.contrib.sam(cdb_jax.freeze_dropped(inner, policy), adv_optimizer)"
+_LOOKAHEAD = "optax.lookahead(cdb_jax.freeze_dropped(inner, policy), sync_period, slow_step_size)"
 
 
 def several_updates(name: str, instead: str) -> str:
     return (
-        f"freeze_dropped: the optimizer inside takes one step in several updates ({name}), each "
-        f"with channels of its own; put that outside: {instead}."
+        f"freeze_dropped: inner takes several updates for one step ({name}), and each would have "
+        f"its own channels; put freeze_dropped inside: {instead}."
     )
 
 
 def _refusal(x: Any) -> str | None:
-    """Why a state may not be inside: what moves together is not the channels of one step."""
+    """Why a state cannot be inside: what it updates together is not the channels of one step."""
     if isinstance(x, (optax.MultiStepsState, optax.ApplyEvery)):
         return several_updates(type(x).__name__, MULTI_STEPS)
     if isinstance(x, optax.contrib.SAMState):
@@ -137,46 +192,14 @@ def _refusal(x: Any) -> str | None:
         return several_updates(type(x).__name__, _LOOKAHEAD)
     if isinstance(x, optax.contrib.GaLoreState):
         return (
-            "freeze_dropped: the optimizer inside keeps its moments in a projection of the "
-            "gradient (GaLoreState), which mixes channels, so none could stand still; mask alone: "
-            "optax.chain(cdb_jax.channel_drop_back(policy), optax.contrib.galore(...))."
+            "freeze_dropped: inner keeps its moments in a projection of the gradient "
+            "(GaLoreState), which mixes channels, so no channel can be frozen. Mask the gradients "
+            "instead: optax.chain(cdb_jax.channel_drop_back(policy), optax.contrib.galore(...))."
         )
     return None
 
 
-MULTI_STEPS = "optax.MultiSteps(cdb_jax.freeze_dropped(inner, policy), every_k_schedule=k)"
-_SAM = "optax.contrib.sam(cdb_jax.freeze_dropped(inner, policy), adv_optimizer)"
-_LOOKAHEAD = "optax.lookahead(cdb_jax.freeze_dropped(inner, policy), sync_period, slow_step_size)"
-
-
-def _splits(path: str, index: Mapping[str, int]) -> list[tuple[str, int]]:
-    """The ways to find the path of a parameter at the end of a path: what is above, and which.
-
-    A parameter may have several entries in a list or the like, one path below its own.
-    """
-    parts = path.split("/")
-    found = []
-    for start in range(len(parts) + 1):
-        for stop in (len(parts), len(parts) - 1):
-            end = "/".join(parts[start:stop])
-            if start <= stop and end in index:
-                found.append(("/".join(parts[:start]), index[end]))
-    return found
-
-
-def _covered(path: str, index: Mapping[str, int]) -> list[tuple[str, int]]:
-    """The parameters that have no entry because nothing lies at a path, as `_splits` has them."""
-    parts = path.split("/")
-    found = []
-    for start in range(len(parts) + 1):
-        end = "/".join(parts[start:])
-        top = "/".join(parts[:start])
-        found += [(top, i) for other, i in index.items() if channels.is_below(other, end)]
-    return found
-
-
-def _lies_below(path: str, tops: Collection[str]) -> bool:
-    return any(channels.is_below(path, top) for top in tops if top != "")
+# The axes of an entry.
 
 
 def _slot(
@@ -188,13 +211,12 @@ def _slot(
 ) -> Slot | None:
     shape, is_float = tuple(entry.array.shape), jnp.issubdtype(entry.array.dtype, jnp.inexact)
     leaf = None if parameter is None else layout.leaves[parameter]
-    given: Any = NotImplemented
     if entry.owner is not None and shape:
-        given = rules[entry.owner](entry.field, None if leaf is None else leaf.shape, shape)
-    if given is not NotImplemented:
-        if given is None or leaf is None or parameter is None:
-            return None
-        return Slot(parameter, _checked_axes(given, entry, leaf))
+        axes: Any = rules[entry.owner](entry.field, leaf and leaf.shape, shape)
+        if axes is not NotImplemented:
+            if axes is None or leaf is None or parameter is None:
+                return None
+            return Slot(parameter, _checked_axes(axes, entry, leaf))
     if leaf is not None and parameter is not None:
         if shape == leaf.shape:
             return Slot(parameter, tuple(range(len(shape))))
@@ -203,21 +225,21 @@ def _slot(
         if leaf.layer is None:
             return None
     if shape == () or not is_float:
-        return None  # Counts, keys, what a whole tree shares.
+        return None  # Counts, keys, and what a whole tree shares.
     belongs = f"belongs to {leaf.path!r} of shape {leaf.shape}" if leaf else "belongs to no leaf"
     owner, is_wrapper = holder(state, entry.keys)
     mend = f"give slot_axes={{{owner}: rule}}"
     if is_wrapper:
-        mend = f"put what has the state {owner} around freeze_dropped, not inside"
+        mend = f"put the wrapper with the state {owner} around freeze_dropped"
     raise ValueError(
-        f"freeze_dropped: the optimizer's state has an entry {entry.path!r} of shape {shape}, "
-        f"which {belongs}, and nothing says which of its axes are channels, so a dropped channel "
-        f"could not stand still; {mend}, or mask alone with channel_drop_back."
+        f"freeze_dropped: the state of inner has an entry {entry.path!r} of shape {shape}, which "
+        f"{belongs}, and which of its axes are channels is not known, so a dropped channel could "
+        f"not be frozen; {mend}, or mask the gradients only, with channel_drop_back."
     )
 
 
 def holder(state: Any, keys: Sequence[Any]) -> tuple[str, bool]:
-    """The innermost class of states around an entry, and whether it holds other states too."""
+    """The innermost class of states around an entry, and whether it contains other states."""
     node = found = state
     for key in keys:
         if hasattr(node, "_fields"):
@@ -231,8 +253,12 @@ def holder(state: Any, keys: Sequence[Any]) -> tuple[str, bool]:
                 node = node[key.key]
             case _:
                 break
-    is_state = lambda x: hasattr(x, "_fields") and x is not found
-    return type(found).__name__, any(map(is_state, jax.tree.leaves(found, is_leaf=is_state)))
+
+    def is_inner_state(x: Any) -> bool:
+        return hasattr(x, "_fields") and x is not found
+
+    leaves = jax.tree.leaves(found, is_leaf=is_inner_state)
+    return type(found).__name__, any(map(is_inner_state, leaves))
 
 
 def _checked_axes(axes: Any, entry: _Entry, leaf: channels.Leaf) -> tuple[int | None, ...]:
@@ -249,37 +275,36 @@ def _checked_axes(axes: Any, entry: _Entry, leaf: channels.Leaf) -> tuple[int | 
         fits = False
     if not fits:
         raise ValueError(
-            f"slot_axes of {getattr(entry.owner, '__name__', entry.owner)} returns {axes!r} for "
-            f"{entry.path!r} of shape {tuple(entry.array.shape)}, which belongs to {leaf.path!r} "
-            f"of shape {leaf.shape}; return for each of its axes another axis of the parameter of "
-            "that size, or None."
+            f"slot_axes: the rule of {getattr(entry.owner, '__name__', entry.owner)} returned "
+            f"{axes!r} for {entry.path!r} of shape {tuple(entry.array.shape)}, which belongs to "
+            f"{leaf.path!r} of shape {leaf.shape}; for each axis, return a parameter axis of the "
+            "same size, each at most once, or None."
         )
     return found
 
 
-def _factored_axes(
-    field: str, shape: tuple[int, ...] | None, entry: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """Adafactor's second moments: averages over one of the two largest axes of a parameter."""
+# Rules for states of optax whose entries do not have the shape of their parameter.
+
+
+def _factored_axes(field: str, shape: Shape | None, entry: Shape) -> Shape | None:
+    """Adafactor's second moments are averages over one of the two largest axes of a parameter."""
     assert shape is not None
     axes = tuple(range(len(shape)))
     if field != "v" and len(shape) >= 2:
         second, largest = np.argsort(shape)[-2:]
         averaged = {"v_row": largest, "v_col": second}[field]
         axes = tuple(axis for axis in axes if axis != averaged)
-    # Fields that are not used for a parameter have another shape.
+    # A field that is not used for a parameter has another shape.
     return axes if entry == tuple(shape[axis] for axis in axes) else None
 
 
-def _muon_axes(
-    field: str, shape: tuple[int, ...] | None, entry: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """Momentum like the parameters, and coefficients that all of them share."""
+def _muon_axes(field: str, shape: Shape | None, entry: Shape) -> Shape | None:
+    """The momentum has the shapes of the parameters; all of them share the coefficients."""
     return None if shape is None or field == "ns_coeffs" else tuple(range(len(shape)))
 
 
-def _mechanic_axes(field: str, shape: tuple[int, ...] | None, entry: tuple[int, ...]) -> Any:
-    """Its own statistics, one for each decay, are shared; what it wraps is found as elsewhere."""
+def _mechanic_axes(field: str, shape: Shape | None, entry: Shape) -> Any:
+    """All parameters share its statistics; there is one for each decay."""
     return None if field in ("r", "m", "v", "s") else NotImplemented
 
 

@@ -162,9 +162,7 @@ def check_axes(name: str, axes: Any, *, some: bool = True) -> tuple[int, ...]:
 def _positive(name: str, axes: tuple[int, ...], rank: int) -> tuple[int, ...]:
     for axis in axes:
         if not -rank <= axis < rank:
-            raise ValueError(
-                f"{name}={axes!r}: x has {rank} axes, but not {axis!r}."
-            )
+            raise ValueError(f"{name}={axes!r}: x has {rank} axes, but not {axis!r}.")
     positive = tuple(sorted(axis % rank for axis in axes))
     if len(set(positive)) < len(positive):
         raise ValueError(f"{name}={axes!r} names an axis twice; name each once.")

@@ -396,16 +396,17 @@ def as_specs(channel_axes: ChannelAxes) -> AxisSpec | Rule | SpecTree:
         return channel_axes
     pairs = jax.tree_util.tree_leaves_with_path(channel_axes, is_leaf=_is_spec)
     specs = {canonical_path(keys): spec for keys, spec in pairs if not _is_masked(spec)}
-    return SpecTree(tuple((path, _checked_spec(spec, path)) for path, spec in specs.items()))
+    for path, spec in specs.items():
+        _check_spec(spec, f"the tree of specs has {spec!r} at {path!r}")
+    return SpecTree(tuple(specs.items()))
 
 
-def _checked_spec(spec: Any, path: str) -> AxisSpec:
+def _check_spec(spec: Any, found: str) -> None:
     if not _is_spec(spec):
         raise ValueError(
-            f"channel_axes: got {spec!r} for {path!r}; expected an int, a tuple of ints, Axes, a "
-            "convention such as cdb_jax.output_channels, or None."
+            f"channel_axes: {found}; expected an int, a tuple of ints, Axes, a convention such as "
+            "cdb_jax.output_channels, or None."
         )
-    return spec
 
 
 def _check_specs(specs: Any, paths: Sequence[str], hidden: Sequence[str]) -> None:
@@ -425,7 +426,9 @@ def _check_specs(specs: Any, paths: Sequence[str], hidden: Sequence[str]) -> Non
 def _spec_of(path: str, x: Any, channel_axes: AxisSpec | Rule | SpecTree) -> tuple[AxisSpec, bool]:
     """The spec of a leaf, and whether it was given for this very leaf."""
     if callable(channel_axes):
-        return _checked_spec(channel_axes(path, x), path), True
+        spec = channel_axes(path, x)
+        _check_spec(spec, f"the rule for {path!r} returned {spec!r}")
+        return spec, True
     if not isinstance(channel_axes, SpecTree):
         return channel_axes, False
     specs, top = dict(channel_axes.specs), path

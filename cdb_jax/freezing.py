@@ -18,12 +18,12 @@ from cdb_jax.transform import check_state, groups_from, layout_and_source, touch
 
 
 class FreezeDroppedState(NamedTuple):
-    """State of `freeze_dropped`: that of the optimizer, and what `ChannelDropBackState` holds.
+    """State of `freeze_dropped`.
 
     Attributes:
-      count: the steps taken, and so the count of the next selection; an int32 scalar.
-      dropped_fraction: of the last step, by parameters, as in `dropped_fraction`; a float32 scalar.
-      inner_state: the state of the optimizer inside.
+      count: number of steps taken, and so the step of the next selection: int32, a scalar.
+      dropped_fraction: `Selection.dropped_fraction` of the last step: float32, a scalar.
+      inner_state: the state of the inner optimizer.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
@@ -37,12 +37,12 @@ def freeze_dropped(
     *,
     slot_axes: Mapping[type, slots.SlotAxes] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Wraps an optimizer so that only the channels that learn in a step change at all.
+    r"""Wraps an optimizer so that dropped channels do not change at all.
 
-    A zero gradient does not freeze a weight: momentum and weight decay still move it. Here a
-    channel that is dropped in a step keeps its weights *and* its entries of the optimizer state,
-    bit for bit: the literal reading of "applies weight updates only to them". With parameters
-    :math:`\theta`, optimizer state :math:`s` and kept channels K, one step is
+    A zero gradient does not freeze a weight: momentum and weight decay still move it. With this
+    wrapper, a channel that is dropped in a step keeps its weights and its entries of the optimizer
+    state, bit for bit. With parameters :math:`\theta`, optimizer state :math:`s` and kept channels
+    K, one step is
 
     .. math:: (u, s') = \mathrm{inner}(1_K\, g,\; s,\; \theta), \qquad
        \theta \leftarrow \theta + 1_K\, u, \qquad
@@ -50,12 +50,13 @@ def freeze_dropped(
 
     What belongs to no channel advances in every step: counts, schedules, keys, norms over the whole
     tree. An entry that several channels share, such as a row of Adafactor's second moments, is
-    frozen if all of them are dropped, and advances otherwise. Counts advance for every channel, so
-    Adam's bias correction runs ahead of a channel that is often dropped: for about 1 / (1 - b2)
-    steps, its updates are up to 1 / sqrt(1 - rate) times as long.
+    frozen only if all of them are dropped. Since counts advance for every channel, Adam's bias
+    correction is too small for a channel that is often dropped: for about 1 / (1 - b2) steps, its
+    updates are up to 1 / sqrt(1 - rate) times as long.
 
-    Gradients are not rescaled: if the policy says so, chain `channel_drop_back(policy)` before it.
-    Anything that moves parameters, such as weight decay, belongs into `inner`.
+    This wrapper does not rescale gradients. If the policy asks for it, chain
+    `channel_drop_back(policy)` before it. Put everything that moves parameters, such as weight
+    decay, into `inner`.
 
     Args:
       inner: the optimizer, chains included. `optax.MultiSteps` goes around `freeze_dropped`, not
@@ -64,20 +65,19 @@ def freeze_dropped(
       slot_axes: for states whose entries do not have the shape of their parameter: a dict from
         the class of the state (a NamedTuple) to a function of the field's name, the parameter's
         shape (None for an entry that belongs to no parameter) and the entry's shape. For each axis
-        of the entry, it returns the parameter axis it corresponds to, or None if there is none; it
-        returns None in place of the axes for an entry that belongs to no channel, and
-        NotImplemented to treat an entry as if there were no rule. Rules for Adafactor
-        (`optax.FactoredState`), Muon and Mechanic (`optax.contrib.MuonState`, `MechanicState`) are
-        built in.
+        of the entry, it returns the parameter axis it corresponds to, or None if there is none.
+        It returns None alone for an entry that belongs to no channel, and NotImplemented to treat
+        the entry as if there were no rule. Rules for Adafactor (`optax.FactoredState`), Muon and
+        Mechanic (`optax.contrib.MuonState`, `MechanicState`) are built in.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` with state `FreezeDroppedState`. Its `update`
-      takes a `selection` as that of `channel_drop_back` does, and passes it on to `inner`.
+      An `optax.GradientTransformationExtraArgs` with state `FreezeDroppedState`. Its `update` takes
+      a `selection` like that of `channel_drop_back`, and passes it on to `inner`.
 
     Raises:
-      TypeError, ValueError: for a bad argument here; when updates are first seen, for a tree that
-        does not fit the policy, and for a state with entries that nothing assigns to channels, such
-        as the memory of L-BFGS.
+      TypeError, ValueError: for a bad argument; when `update` is called, for a tree that does not
+        fit the policy, and for a state with entries that cannot be assigned to channels, such as
+        the memory of L-BFGS.
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp, optax
@@ -101,8 +101,8 @@ def freeze_dropped(
         raise TypeError(slots.several_updates("MultiSteps", slots.MULTI_STEPS))
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
-            f"inner must be an optimizer such as optax.adamw(1e-3), got {inner!r}; the policy is "
-            "the second argument."
+            f"inner must be an optimizer such as optax.adamw(1e-3), got {inner!r}; pass the policy "
+            "as the second argument."
         )
     policy = check_policy(policy)
     inner = optax.with_extra_args_support(inner)
@@ -137,15 +137,15 @@ def freeze_dropped(
         steps = jax.tree.leaves(proposed)
         new, state_treedef = _leaves(inner_state)
         old, _ = _leaves(state.inner_state)
-        # Only what may have to stand still goes through the program; anything may lie beside it.
-        held = [
+        # Only what may be frozen goes through the program; a state may hold anything else, too.
+        entries = [
             (x, before) if slot and x is not None and before is not None else None
             for slot, x, before in zip(owners, new, old, strict=True)
         ]
         touched = touched_leaves(policy, layout, steps)
-        steps, held = _hold((layout, owners), learns, touched, held)
+        steps, entries = _freeze((layout, owners), learns, touched, entries)
         proposed = jax.tree.unflatten(treedef, _filled(steps, jax.tree.leaves(proposed)))
-        inner_state = jax.tree.unflatten(state_treedef, _filled(held, new))
+        inner_state = jax.tree.unflatten(state_treedef, _filled(entries, new))
         return proposed, FreezeDroppedState(count, fraction, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -163,27 +163,27 @@ def _mask(
 
 
 @compiled
-def _hold(
+def _freeze(
     static: tuple[channels.Layout, tuple[slots.Slot | None, ...]],
     learns: dict[str, jax.Array],
     steps: list[Any],
-    states: list[Any],
+    entries: list[Any],
 ) -> tuple[list[Any], list[Any]]:
-    """What is proposed, with channels that do not learn standing still: updates, and states.
+    """The updates and entries of the state that `inner` proposes, with dropped channels frozen.
 
-    An entry of `states` is a pair of the new and the old value, or None.
+    Each of `entries` is a pair of the new and the old value, or None.
     """
     layout, owners = static
-    # Adding minus zero leaves every number as it is, minus zero included.
+    # Adding minus zero leaves every number as it is, including minus zero.
     steps = _where(learns, layout, steps, -0.0)
-    held = [
-        None if slot is None or pair is None else _hold_entry(layout, slot, learns, *pair)
-        for slot, pair in zip(owners, states, strict=True)
+    frozen = [
+        None if slot is None or pair is None else _freeze_entry(layout, slot, learns, *pair)
+        for slot, pair in zip(owners, entries, strict=True)
     ]
-    return steps, held
+    return steps, frozen
 
 
-def _hold_entry(
+def _freeze_entry(
     layout: channels.Layout, slot: slots.Slot, learns: dict[str, jax.Array], new: Any, old: Any
 ) -> jax.Array | None:
     leaf = layout.leaves[slot.parameter]
@@ -193,14 +193,14 @@ def _hold_entry(
     named = [axis for axis in slot.axes if axis is not None]
     where = jnp.any(where, axis=tuple(i for i in range(where.ndim) if i not in named))
     where = jnp.transpose(where, [sorted(named).index(axis) for axis in named])
-    own = [i for i, axis in enumerate(slot.axes) if axis is None]
-    return jnp.where(jnp.expand_dims(where, own), new, old)
+    unnamed = [i for i, axis in enumerate(slot.axes) if axis is None]
+    return jnp.where(jnp.expand_dims(where, unnamed), new, old)
 
 
 def _where(
     learns: dict[str, jax.Array], layout: channels.Layout, leaves: Sequence[Any], otherwise: float
 ) -> list[Any]:
-    """Leaves in which what does not learn is replaced by a number."""
+    """The leaves, with a number in place of what does not learn."""
 
     def replaced(x: Any, leaf: channels.Leaf) -> Any:
         if x is None or leaf.source not in learns:
@@ -216,29 +216,29 @@ def _number(x: float, dtype: Any) -> jax.Array:
 
 
 def _filled(some: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """A list with those of another where it has None."""
+    """The first list, with the values of the second in place of None."""
     return [y if x is None else x for x, y in zip(some, others, strict=True)]
 
 
 def _leaves(state: Any) -> tuple[list[Any], Any]:
-    """The leaves of a state, None where optax left one out with a gradient that is None."""
+    """The leaves of a state; None where a parameter has no gradient."""
     return jax.tree.flatten(state, is_leaf=lambda x: x is None)
 
 
 def _check_updates(proposed: Any, updates: Any, layout: channels.Layout) -> None:
-    """Raises a TypeError or ValueError if updates are not built as the gradient is."""
-    trees: list[Any] = [jax.tree.structure(tree) for tree in (proposed, updates)]
-    if trees[0] != trees[1]:
-        of = " for ".join(textwrap.shorten(str(tree), 120) for tree in trees)
+    """Raises a TypeError or ValueError if updates do not have the structure of the gradient."""
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (proposed, updates)]
+    if structures[0] != structures[1]:
+        returned, given = (textwrap.shorten(str(tree), 120) for tree in structures)
         raise TypeError(
-            f"inner returns updates of another tree than it was given: {of}. Put the wrapper that "
-            "changes the tree around freeze_dropped, such as "
+            f"inner returned updates of another structure than it was given: {returned} instead of "
+            f"{given}. Put the wrapper that changes the structure around freeze_dropped, such as "
             "optax.lookahead(cdb_jax.freeze_dropped(inner, policy), 5, 0.5)."
         )
     for x, leaf in zip(jax.tree.leaves(proposed), layout.leaves, strict=True):
         if hasattr(x, "shape") and tuple(x.shape) != leaf.shape:
             raise ValueError(
-                f"inner returns an update of shape {tuple(x.shape)} for {leaf.path!r} of shape "
+                f"inner returned an update of shape {tuple(x.shape)} for {leaf.path!r} of shape "
                 f"{leaf.shape}; put what changes shapes before freeze_dropped, such as optax.chain("
                 "optax.contrib.differentially_private_aggregate(...), "
                 "cdb_jax.freeze_dropped(inner, policy))."
@@ -246,28 +246,28 @@ def _check_updates(proposed: Any, updates: Any, layout: channels.Layout) -> None
 
 
 def _check_states(new: Any, old: Any) -> None:
-    """Raises a TypeError or ValueError if a state is not built as it was before the step."""
+    """Raises a TypeError or ValueError if a step changed the structure or types of a state."""
     now, before = (
         dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None))
         for tree in (new, old)
     )
     if _leaves(new)[1] != _leaves(old)[1]:
-        either = [(new, keys) for keys in now if keys not in before]
-        either += [(old, keys) for keys in before if keys not in now]
+        changed = [(new, keys) for keys in now if keys not in before]
+        changed += [(old, keys) for keys in before if keys not in now]
         where = ""
-        if either:
-            owner, _ = slots.holder(*either[0])
-            where = f", at {channels.canonical_path(either[0][1])!r} in {owner}"
+        if changed:
+            owner, _ = slots.holder(*changed[0])
+            where = f", at {channels.canonical_path(changed[0][1])!r} in {owner}"
         raise TypeError(
-            f"inner returns a state of another structure than it was given{where}, so nothing says "
-            "which entry belongs to which channel; put the transformation with that state outside: "
+            f"inner returned a state of another structure than it was given{where}, so its entries "
+            "cannot be assigned to channels; put the transformation with that state outside: "
             "optax.chain(cdb_jax.freeze_dropped(inner, policy), other)."
         )
     for keys, x in now.items():
         types = [(tuple(a.shape), str(a.dtype)) for a in (x, before[keys]) if hasattr(a, "dtype")]
         if len(types) == 2 and types[0] != types[1]:
             raise ValueError(
-                f"inner changes the entry {channels.canonical_path(keys)!r} of its state from "
-                f"shape and dtype {types[1]} to {types[0]}, and a channel that is dropped has to "
-                "keep its own; give the optimizer the dtype of its state, such as mu_dtype."
+                f"inner changed the entry {channels.canonical_path(keys)!r} of its state from "
+                f"shape and dtype {types[1]} to {types[0]}, but a dropped channel must keep its "
+                "entry; give the optimizer the dtype of its state, such as mu_dtype."
             )
