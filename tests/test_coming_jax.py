@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.experimental import hijax, pallas
 from jax.extend.core import primitives
-from test_skipping import check, normal, window
+from toy_models import check, normal, window
 
 from cdb_jax._skipping import follow as following
 from cdb_jax._skipping.reasons import Obstacle, Reason

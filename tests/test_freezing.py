@@ -199,7 +199,7 @@ def test_rules_for_other_states():
     )
     for axes in [(1,), (0, 1), (7,), (0, 0), "rows"]:
         wrong = {Rows: lambda field, shape, entry, axes=axes: axes}
-        with pytest.raises(ValueError, match=r"slot_axes of Rows returns .* for 'rows/kernel'"):
+        with pytest.raises(ValueError, match=r"slot_axes: .*Rows.*'rows/kernel'"):
             run(freeze_dropped(by_rows(), policy, slot_axes=wrong), 1, grads, params)
     none = {Rows: lambda field, shape, entry: None}
     run(freeze_dropped(by_rows(), policy, slot_axes=none), 1, grads, params)
@@ -359,14 +359,14 @@ EXAMPLES = {"kernel": jnp.ones((3, 6, 8))}
 AGGREGATE = optax.contrib.differentially_private_aggregate(1.0, 0.0, key=jax.random.key(0))
 MONITOR = optax.monitor({"norm": optax.tree.norm})
 ADAM = optax.adam(0.1)
-IN_SEVERAL = "takes one step in several updates"
+IN_SEVERAL = "several updates"
 
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("inner", "params", "grads", "error", "message"),
     [
-        (optax.contrib.sam(ADAM, ADAM), PARAMS, PARAMS, ValueError, f"{IN_SEVERAL} .SAMState"),
+        (optax.contrib.sam(ADAM, ADAM), PARAMS, PARAMS, ValueError, f"{IN_SEVERAL}.*SAMState"),
         (
             optax.chain(optax.clip(1.0), optax.contrib.sam(ADAM, ADAM)),
             *(PARAMS, PARAMS, ValueError),
@@ -380,14 +380,20 @@ IN_SEVERAL = "takes one step in several updates"
         (
             optax.chain(ADAM, MONITOR),
             *(PARAMS, PARAMS, TypeError),
-            "inner returns a state of another structure than it was given.*MonitorState.*outside",
+            "inner returned a state.*MonitorState.*outside",
         ),
         (
             optax.chain(AGGREGATE, ADAM),
             *({"kernel": KERNEL}, EXAMPLES, ValueError),
             r"'kernel'.*\(3, 6, 8\).*\(6, 8\).*differentially_private_aggregate",
         ),
-        (optax.contrib.galore(0.1, rank=2), PARAMS, PARAMS, ValueError, "GaLoreState.*mask alone"),
+        (
+            optax.contrib.galore(0.1, rank=2),
+            PARAMS,
+            PARAMS,
+            ValueError,
+            "GaLoreState.*channel_drop_back",
+        ),
         (grows(PARAMS), PARAMS, PARAMS, ValueError, "'a/bias' of its state.*float32.*bfloat16"),
     ],
     ids=["sam", "chain", "lookahead", "monitor", "per example", "galore", "dtype"],
@@ -402,10 +408,10 @@ def test_what_cannot_be_inside_is_named(inner, params, grads, error, message):
 @pytest.mark.bad_input
 def test_states_of_others_are_named():
     tx = freeze_dropped(ADAM, POLICY)
-    with pytest.raises(TypeError, match="state must be the FreezeDroppedState that init"):
+    with pytest.raises(TypeError, match="state must be a FreezeDroppedState"):
         tx.update(PARAMS, ADAM.init(PARAMS), PARAMS)
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), tx.init(PARAMS))
-    with pytest.raises(ValueError, match=r"count .* has shape \(2,\).*jax.vmap\(tx.update\)"):
+    with pytest.raises(ValueError, match=r"count has shape \(2,\).*jax.vmap\(tx.update\)"):
         tx.update(PARAMS, stacked, PARAMS)
 
 
@@ -551,7 +557,7 @@ def test_vmap_over_seeds_and_donation():
         (
             lambda: run(freeze_dropped(optax.scale_by_lbfgs(), POLICY), 1),
             ValueError,
-            "entry 'diff_params_memory/.* nothing says which of its axes are channels",
+            "entry 'diff_params_memory/.*slot_axes",
         ),
     ],
     ids=["rate", "accumulates", "class", "swapped", "rules", "lbfgs"],

@@ -94,6 +94,6 @@ def test_each_frozen_channel_stands_still_in_the_chain():
         was, now = (optax.tree.get(x, "mu")["dense"]["kernel"] for x in (state, new))
         np.testing.assert_array_equal(np.asarray(was == now).all(axis=0)[frozen], True)
         state = new
-    with pytest.raises(ValueError, match=r"different numbers of steps, \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"opt_state.*\[0, 1\]"):
         odd = optax.chain(drop(0.5, key=2), optax.MultiSteps(inner, 2).gradient_transformation())
         cdb_jax.selection_count(odd.update(params, odd.init(params), params)[1])

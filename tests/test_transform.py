@@ -428,14 +428,14 @@ def drop_policy(hold):
 @pytest.mark.usefixtures("standard_promotion")
 def test_states_and_updates_of_others_are_named():
     tx = channel_drop_back(0.5, key=0)
-    with pytest.raises(TypeError, match="state must be the ChannelDropBackState that init"):
+    with pytest.raises(TypeError, match="state must be a ChannelDropBackState"):
         tx.update(PARAMS, optax.EmptyState())
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), tx.init(PARAMS))
-    with pytest.raises(ValueError, match=r"count .* has shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"count has shape \(2,\)"):
         tx.update(PARAMS, stacked)
     pairs = optax.LookaheadParams.init_synced(PARAMS)
     after = optax.chain(optax.lookahead(optax.sgd(0.1), 1, 0.5), tx)
-    with pytest.raises(TypeError, match="LookaheadParams.*inside of the wrapper"):
+    with pytest.raises(TypeError, match="LookaheadParams.*inside the wrapper"):
         after.update(PARAMS, after.init(pairs), pairs)
     per_example = jax.tree.map(lambda x: jnp.stack([x, x]), PARAMS)
     specs = channel_drop_back(0.5, key=0, channel_axes=-1)
