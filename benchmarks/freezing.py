@@ -28,9 +28,12 @@ def measure(sharding: Any) -> list[dict[str, Any]]:
         "channel_drop_back, adam": optax.chain(cdb_jax.channel_drop_back(policy), adam),
         "freeze_dropped(adam)": cdb_jax.freeze_dropped(adam, policy),
     }
-    place = lambda tree: jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
+
+    def place(tree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
     kernel = {"kernel": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
     params = place({f"layer{i}": kernel for i in range(10)})
     size = sum(4 * x.size for x in jax.tree.leaves(params))

@@ -41,7 +41,10 @@ POLICIES = {
 def problem(device: jax.Device) -> tuple[Any, jax.Array]:
     """Dense layers and a convolution, and their input; the same numbers on every device."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jax.device_put(rng.normal(0, 0.1, shape).astype(np.float32), device)
+
+    def normal(*shape):
+        return jax.device_put(rng.normal(0, 0.1, shape).astype(np.float32), device)
+
     params = {f"dense{i}": {"kernel": normal(WIDTH, WIDTH)} for i in range(LAYERS)}
     params["conv"] = {"kernel": normal(3, 3, 1, 64)}
     return params, normal(BATCH, WIDTH)
@@ -119,9 +122,10 @@ def lean_update(
 
 def fewer_flops(policy: cdb_jax.Policy) -> dict[str, Any]:
     params, x = problem(jax.devices("cpu")[0])
-    skip = lambda params, x, step: cdb_jax.grad(loss)(
-        params, x, selection=policy.select(params, step)
-    )
+
+    def skip(params, x, step):
+        return cdb_jax.grad(loss)(params, x, selection=policy.select(params, step))
+
     flops = [count_flops(skip, params, x, jnp.int32(0)), count_flops(jax.grad(loss), params, x)]
     return check(flops[0] <= flops[1], f"{flops[0] / flops[1]:.3f} of the FLOPs")
 
@@ -147,9 +151,10 @@ def checks(devices: list[jax.Device]) -> dict[str, Callable[[], dict[str, Any]]]
                 tx, devices[0], limit
             )
         if name != "bernoulli":
-            skip = lambda params, x, policy=policy: cdb_jax.grad(loss)(
-                params, x, selection=policy.select(params, 3)
-            )
+
+            def skip(params, x, policy=policy):
+                return cdb_jax.grad(loss)(params, x, selection=policy.select(params, 3))
+
             found[f"skipped, {name}"] = lambda f=skip: same_result(f, devices)
         if name in ("exact", "window"):
             found[f"skipped, {name}: cost"] = lambda policy=policy: fewer_flops(policy)

@@ -32,7 +32,9 @@ COMPILES_UP_TO = 2000  # Leaves; beyond, only tracing and lowering are timed.
 
 
 def trees() -> dict[str, dict[str, tuple[int, ...]]]:
-    square = lambda count, width: {f"layer{i}": (width, width) for i in range(count)}
+    def square(count, width):
+        return {f"layer{i}": (width, width) for i in range(count)}
+
     return {
         "200 leaves": square(200, 64),
         "2,000 leaves": square(2000, 64),
@@ -98,10 +100,13 @@ def main() -> None:
         print(rows[-1], flush=True)
     lines = ["| tree | parameters | trace, s | compile, s | temporary bytes |", "| --- " * 5 + "|"]
     for row in rows:
-        pair = lambda key, row=row: " / ".join(
-            f"{row[f'{kind}_{key}']:.3g}" if f"{kind}_{key}" in row else "-"
-            for kind in ("plain", "mask")
-        )
+
+        def pair(key, row=row):
+            return " / ".join(
+                f"{row[f'{kind}_{key}']:.3g}" if f"{kind}_{key}" in row else "-"
+                for kind in ("plain", "mask")
+            )
+
         lines.append(
             f"| {row['tree']} | {row['parameters']:,} | {pair('trace_s')} | {pair('compile_s')} | "
             f"{pair('temporary_bytes')} |"

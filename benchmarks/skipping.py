@@ -148,7 +148,10 @@ class Task:
         """
         if not variant.changes:
             return step.flops / full.flops
-        loss = lambda params, *rest: self.loss(params, *rest)[0]
+
+        def loss(params, *rest):
+            return self.loss(params, *rest)[0]
+
         arguments = (self.params, *full.arguments[2:])
         nothing = cdb_jax.Policy(1.0, key=0)
 

@@ -37,7 +37,9 @@ def run() -> str:
 
 
 def figures(printed: str) -> list[dict[str, Any]]:
-    number = lambda x: float(x) if "." in x else int(x) if x.isdecimal() else x
+    def number(x):
+        return float(x) if "." in x else int(x) if x.isdecimal() else x
+
     return [
         {"figure": figure, **{name: number(x) for name, x in match.groupdict().items()}}
         for figure, pattern in FIGURES.items()

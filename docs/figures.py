@@ -107,7 +107,10 @@ def layer_drop_back() -> None:
     learns = [[float(x[name][0]) for x in selections] for name in names]
     learns.append([1.0] * len(steps))
     cosine = optax.cosine_decay_schedule(0.01, len(steps))
-    doubled = lambda count: 2 * cosine(count)
+
+    def doubled(count):
+        return 2 * cosine(count)
+
     rate = cdb_jax.presets.every_nth_epoch(doubled, cosine, steps_per_epoch=10)
     figure, (top, bottom) = pyplot.subplots(
         2, 1, figsize=(10, 4.2), sharex=True, layout="constrained", height_ratios=(3, 1)
@@ -151,8 +154,13 @@ def skipping() -> None:
     policy = cdb_jax.Policy(0.5, key=0, channel_choice="window")
     tree = {"kernel": jnp.zeros((inputs, outputs))}
     kept = np.asarray(policy.select(tree, 2).factors["kernel"]) > 0
-    full = lambda rows, columns: np.ones((rows, columns), bool)
-    part = lambda rows: np.broadcast_to(kept, (rows, outputs))
+
+    def full(rows, columns):
+        return np.ones((rows, columns), bool)
+
+    def part(rows):
+        return np.broadcast_to(kept, (rows, outputs))
+
     x, w, y = full(batch, inputs), full(inputs, outputs), full(batch, outputs)
     rows = {
         "forward: y = x w, in full": (("y", y), ("x", x), ("w", w)),

@@ -121,7 +121,10 @@ class Net(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         width = config.width
-        conv = lambda into, size: nnx.Conv(into, width, (size, size), strides=2, rngs=rngs)
+
+        def conv(into, size):
+            return nnx.Conv(into, width, (size, size), strides=2, rngs=rngs)
+
         # The side of the images decides how many halvings there are room for.
         halvings = config.size.bit_length() - 1
         before_fine, before_coarse = max(0, halvings - 6), max(1, min(3, halvings - 4))

@@ -142,13 +142,21 @@ def make_optimizer(
             0.0, config.learning_rate, max(1, total_steps // 20), total_steps
         )
     if config.method == "layer_drop_back":
-        doubled = lambda count: 2 * base(count)
+
+        def doubled(count):
+            return 2 * base(count)
+
         base, schedule = (
             schedule,
             cdb_jax.presets.every_nth_epoch(doubled, schedule, steps_per_epoch=epoch_steps),
         )
-    is_kernel = lambda path, _: "kernel" in jax.tree_util.keystr(path)
-    kernels = lambda params: jax.tree_util.tree_map_with_path(is_kernel, params)
+
+    def is_kernel(path, _):
+        return "kernel" in jax.tree_util.keystr(path)
+
+    def kernels(params):
+        return jax.tree_util.tree_map_with_path(is_kernel, params)
+
     if config.optimizer == "adamw":
         optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=kernels)
     else:

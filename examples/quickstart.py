@@ -26,7 +26,9 @@ optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
 @nnx.jit
 def step(model, optimizer, x, y):
-    loss = lambda m: optax.softmax_cross_entropy_with_integer_labels(m(x), y).mean()
+    def loss(m):
+        return optax.softmax_cross_entropy_with_integer_labels(m(x), y).mean()
+
     value, gradients = nnx.value_and_grad(loss)(model)
     optimizer.update(model, gradients)
     return value

@@ -182,7 +182,10 @@ def _leave_out_echoes() -> None:
     They end whenever Python collects them, up to the end of the program: hundreds of them.
     """
     hook = sys.unraisablehook
-    is_echo = lambda e: isinstance(e, RuntimeError) and "loop is closed" in str(e)
+
+    def is_echo(e):
+        return isinstance(e, RuntimeError) and "loop is closed" in str(e)
+
     sys.unraisablehook = lambda found: None if is_echo(found.exc_value) else hook(found)
 
 

@@ -46,7 +46,10 @@ MESHES = {
 def placed(name, tree=None):
     """Parameters and batch on a mesh; vectors lie whole on every device."""
     grid, of_params, of_batch = MESHES[name]
-    put = lambda x: jax.device_put(x, NamedSharding(grid, of_params if x.ndim > 1 else P()))
+
+    def put(x):
+        return jax.device_put(x, NamedSharding(grid, of_params if x.ndim > 1 else P()))
+
     tree = jax.tree.map(put, params() if tree is None else tree)
     return tree, jax.device_put(BATCH, NamedSharding(grid, of_batch))
 

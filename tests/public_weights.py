@@ -151,7 +151,10 @@ def batch_norm(x, w, name):
 
 def resnet_forward(arrays, images, bottleneck, depths):
     w = {name: x.astype(np.float64) for name, x in arrays.items()}
-    relu = lambda x: np.maximum(x, 0)
+
+    def relu(x):
+        return np.maximum(x, 0)
+
     x = np.moveaxis(images, -1, 1)
     x = relu(batch_norm(conv(x, w["conv1.weight"], 2), w, "bn1"))
     x = windows(x, 3, 2, -np.inf).max(axis=(-1, -2))

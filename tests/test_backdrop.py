@@ -84,16 +84,18 @@ def test_the_one_that_stays_is_any():
 
 
 def test_the_mean_over_draws_is_the_gradient():
-    f = lambda key: jax.grad(lambda x: jnp.sum(cdb_jax.backdrop(x, 0.5, axes=0, key=key)))(
-        jnp.ones(16)
-    )
+    def f(key):
+        return jax.grad(lambda x: jnp.sum(cdb_jax.backdrop(x, 0.5, axes=0, key=key)))(jnp.ones(16))
+
     draws = jax.vmap(f)(jax.random.split(jax.random.key(0), 4000))
     # The variance of m n / sum(m) is about (1 - p) / p.
     assert np.abs(np.mean(draws, axis=0) - 1).max() < 5 * np.sqrt(1.1 / 4000)
 
 
 def test_rate_zero_leaves_the_program_alone():
-    f = lambda x: cdb_jax.backdrop(x, 0.0, axes=0)
+    def f(x):
+        return cdb_jax.backdrop(x, 0.0, axes=0)
+
     assert not jax.make_jaxpr(f)(X).jaxpr.eqns
     traced = jax.jit(lambda x, rate: cdb_jax.backdrop(x, rate, axes=0, key=jax.random.key(0)))
     (dx,) = jax.vjp(lambda x: traced(x, 0.0), X)[1](G)
@@ -111,17 +113,26 @@ def test_bad_values_of_dropped_entries_do_not_pass():
 def test_a_mask_for_diagnosis():
     mask = jnp.zeros((1, 5, 6, 1)).at[0, 2, 3, 0].set(1)
     for given_mask in (mask, mask.astype(bool), 7 * mask):
-        f = lambda x, mask=given_mask: jnp.sum(cdb_jax.backdrop(x, 0.5, axes=(1, 2), mask=mask) * G)
+
+        def f(x, mask=given_mask):
+            return jnp.sum(cdb_jax.backdrop(x, 0.5, axes=(1, 2), mask=mask) * G)
+
         np.testing.assert_allclose(jax.grad(f)(X), G * mask * 30, rtol=1e-6)
     layer = cdb_jax.nnx.Backdrop(0.5, axes=(1, 2), rngs=nnx.Rngs(0))
     layer.eval()
-    f = lambda x: jnp.sum(layer(x, mask=mask) * G)
+
+    def f(x):
+        return jnp.sum(layer(x, mask=mask) * G)
+
     np.testing.assert_allclose(jax.grad(f)(X), G * mask * 30, rtol=1e-6)
 
 
 def test_masks_are_checked_under_jit_too_and_traced_ones_give_no_nan():
     zeros = np.zeros((1, 5, 6, 1), np.float32)
-    f = lambda x, mask: jnp.sum(cdb_jax.backdrop(x, 0.5, axes=(1, 2), mask=mask))
+
+    def f(x, mask):
+        return jnp.sum(cdb_jax.backdrop(x, 0.5, axes=(1, 2), mask=mask))
+
     with pytest.raises(ValueError, match="mask is 0"):
         jax.jit(lambda x: f(x, zeros))(X)
     assert not jax.jit(jax.grad(f))(X, zeros).any()
@@ -170,7 +181,9 @@ def test_transformations():
     np.testing.assert_allclose(remat, expected, rtol=1e-5)
 
     def scanned(x):
-        step = lambda x, key: (jnp.sin(cdb_jax.backdrop(x, 0.5, axes=0, key=key)), None)
+        def step(x, key):
+            return (jnp.sin(cdb_jax.backdrop(x, 0.5, axes=0, key=key)), None)
+
         return jnp.sum(jax.lax.scan(step, x, keys)[0])
 
     np.testing.assert_allclose(jax.grad(scanned)(x), expected, rtol=1e-5)

@@ -129,9 +129,10 @@ def test_scanned_stack():
     }
     assert axes_of(tree, spec) == expected
     assert axes_of(tree, {"blocks": Axes(-1, stack=0), "head": -1}) == expected
-    rule = lambda path, leaf: (
-        Axes(output_channels, stack=0) if path.startswith("blocks") else output_channels
-    )
+
+    def rule(path, leaf):
+        return Axes(output_channels, stack=0) if path.startswith("blocks") else output_channels
+
     assert axes_of(tree, rule) == expected
     shared = axes_of(tree, spec, share_with_bias=True)
     assert shared["blocks/fc/bias"] == ((1,), (0,))

@@ -131,7 +131,9 @@ def moved(*args):
 )
 def test_parameters_of_other_names(table, primitive, path, monkeypatch):
     monkeypatch.setitem(getattr(following, table), primitive, moved)
-    first = lambda x, w: jax.jit(jnp.matmul)(x, w)
+
+    def first(x, w):
+        return jax.jit(jnp.matmul)(x, w)
 
     def uses(params, x):
         last = params["last"]["kernel"].T @ normal(4, 6, 6)

@@ -125,7 +125,10 @@ def test_it_is_an_argument_and_a_result_of_jit():
 def test_vmap_and_scan_over_selections():
     steps = jnp.arange(4)
     several = jax.vmap(lambda step: policy().select(PARAMS, step))(steps)
-    gradient = lambda selection: cdb_jax.grad(loss)(PARAMS, X, selection=selection)
+
+    def gradient(selection):
+        return cdb_jax.grad(loss)(PARAMS, X, selection=selection)
+
     mapped = jax.vmap(gradient)(several)
     _, scanned = jax.lax.scan(lambda _, selection: (None, gradient(selection)), None, several)
     full = jax.grad(loss)(PARAMS, X)
@@ -229,7 +232,9 @@ def test_all_channels_and_none():
 
 
 def test_chosen_channels_save_work():
-    flops = lambda f, **kwargs: jax.jit(f).lower(PARAMS, X, **kwargs).cost_analysis()["flops"]
+    def flops(f, **kwargs):
+        return jax.jit(f).lower(PARAMS, X, **kwargs).cost_analysis()["flops"]
+
     selection = cdb_jax.Selection.of(PARAMS, {"first/kernel": [2]}, others="frozen")
     assert flops(cdb_jax.grad(loss), selection=selection) < 0.9 * flops(jax.grad(loss))
 

@@ -387,7 +387,10 @@ def test_when_a_curve_reaches_a_target():
 
 def test_what_counts_as_not_inferior():
     rng = np.random.default_rng(0)
-    p = lambda mean: time_to_accuracy.p_of_loss(mean + 1e-3 * rng.standard_normal(20), 0.003)
+
+    def p(mean):
+        return time_to_accuracy.p_of_loss(mean + 1e-3 * rng.standard_normal(20), 0.003)
+
     assert p(0.0) < 1e-3 and p(-0.002) < 0.01 and p(-0.004) > 0.99
     alarms = [p(-0.003) < 0.05 for _ in range(400)]
     assert abs(np.mean(alarms) - 0.05) < 4 * np.sqrt(0.05 * 0.95 / 400)
@@ -400,7 +403,10 @@ def test_time_and_work_to_accuracy(short, monkeypatch):
     names = ("none", "skip channels", "skip layers")
     cells = [Cell("finetune", name, short.model) for name in names]
     worse = {"none": 0.0, "skip channels": 0.001, "skip layers": 0.1}
-    accuracy = lambda job: 0.8 + 1e-3 * (job.settings.seed % 7) - worse[job.program.contender]
+
+    def accuracy(job):
+        return 0.8 + 1e-3 * (job.settings.seed % 7) - worse[job.program.contender]
+
     runs = {}
     for _ in range(4):
         jobs = [j for c in cells for j in grid.tuning_jobs(c, runs) + grid.final_jobs(c, runs)]

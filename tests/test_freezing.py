@@ -153,7 +153,10 @@ def test_the_factors_of_adafactor(shape, axes):
     )
     params = {"kernel": jax.random.normal(jax.random.key(0), shape)}
     tx = freeze_dropped(optax.adafactor(0.1), policy)
-    grads = lambda i: {"kernel": jax.random.normal(jax.random.key(i), shape)}
+
+    def grads(i):
+        return {"kernel": jax.random.normal(jax.random.key(i), shape)}
+
     history = run(tx, 3, grads, params)
     out = axes is cdb_jax.output_channels
     for count, ((_, old), (_, new)) in enumerate(zip(history, history[1:], strict=False)):
@@ -179,13 +182,18 @@ def by_rows():
         rows = jax.tree.map(lambda r, g: r + jnp.sum(g**2, axis=-1), state.rows, updates)
         return jax.tree.map(lambda g, r: -g / (1 + r[..., None]), updates, rows), Rows(rows)
 
-    init = lambda params: Rows(jax.tree.map(lambda p: jnp.zeros(p.shape[:-1]), params))
+    def init(params):
+        return Rows(jax.tree.map(lambda p: jnp.zeros(p.shape[:-1]), params))
+
     return optax.GradientTransformation(init, update)
 
 
 def test_rules_for_other_states():
     params, policy = {"kernel": KERNEL}, Policy(0.5, key=0, channel_choice="exact")
-    grads = lambda i: {"kernel": KERNEL + i}
+
+    def grads(i):
+        return {"kernel": KERNEL + i}
+
     rule = {Rows: lambda field, shape, entry: tuple(range(len(shape) - 1))}
     with pytest.raises(ValueError, match=r"'rows/kernel' of shape \(6,\).*'kernel' of shape"):
         run(freeze_dropped(by_rows(), policy), 1, grads, params)
@@ -246,11 +254,16 @@ def test_fields_called_like_parameters():
 
 def test_other_optimizers_through_rules():
     """Muon is supplied; SM3 and L-BFGS become possible with a rule each."""
-    whole = lambda shape: tuple(range(len(shape)))
-    by_axis = lambda field, shape, entry: (
-        whole(shape) if entry == shape else (shape.index(entry[0]),)
-    )
-    memory = lambda field, shape, entry: shape and (None,) * (entry != shape) + whole(shape)
+
+    def whole(shape):
+        return tuple(range(len(shape)))
+
+    def by_axis(field, shape, entry):
+        return whole(shape) if entry == shape else (shape.index(entry[0]),)
+
+    def memory(field, shape, entry):
+        return shape and (None,) * (entry != shape) + whole(shape)
+
     sm3 = type(optax.sm3(0.1).init(PARAMS)[0])
     lbfgs = type(optax.scale_by_lbfgs().init(PARAMS))
     rules = {sm3: by_axis}, {lbfgs: memory}
@@ -302,10 +315,13 @@ def test_a_partition_by_prefix_labels():
         zip(*(run(freeze_dropped(inner, POLICY), 3)[i:][:3] for i in (0, 1)), strict=True)
     ):
         selection = POLICY.select(PARAMS, count).factors
-        mu = lambda state: {
-            label: by_path(optax.tree.get(state.inner_state.inner_states[label], "mu"))
-            for label in ("one", "two")
-        }
+
+        def mu(state):
+            return {
+                label: by_path(optax.tree.get(state.inner_state.inner_states[label], "mu"))
+                for label in ("one", "two")
+            }
+
         for label, path in (("one", "a/kernel"), ("two", "b/kernel")):
             keep = np.asarray(selection[path]) > 0
             was, now = mu(old)[label][path], mu(new)[label][path]
@@ -350,7 +366,10 @@ def test_sharpness_and_slow_weights_go_around():
 
 def grows(params):
     """An optimizer whose state changes its dtype in the first step."""
-    update = lambda updates, state, params=None: (updates, jax.tree.map(jnp.bfloat16, updates))
+
+    def update(updates, state, params=None):
+        return (updates, jax.tree.map(jnp.bfloat16, updates))
+
     return optax.GradientTransformation(lambda params: params, update)
 
 
@@ -483,7 +502,9 @@ def test_skipping_and_freezing_see_the_same_selection(choice):
             params, state = step(params, state)
         return params, state
 
-    full = lambda params, x, step: jax.value_and_grad(loss)(params, x)
+    def full(params, x, step):
+        return jax.value_and_grad(loss)(params, x)
+
     skip = train(drawn.value_and_grad(loss, policy))
     chex.assert_trees_all_close(skip, train(full), rtol=1e-4, atol=1e-6)
     assert cdb_jax.selection_count(skip[1]) == 5
@@ -492,9 +513,13 @@ def test_skipping_and_freezing_see_the_same_selection(choice):
 def test_eight_devices_freeze_what_one_does():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tx = freeze_dropped(optax.adamw(0.1), POLICY)
-    place = lambda tree: jax.tree.map(
-        lambda x: jax.device_put(x, NamedSharding(mesh, P(*[None] * (x.ndim - 1), "data"))), tree
-    )
+
+    def place(tree):
+        return jax.tree.map(
+            lambda x: jax.device_put(x, NamedSharding(mesh, P(*[None] * (x.ndim - 1), "data"))),
+            tree,
+        )
+
     sharded = run(tx, 3, lambda i: place(gradients(i)), place(PARAMS))
     alone = run(tx, 3)
     # Programs for other shapes round in other ways; what stands still is the same to the bit.
@@ -527,7 +552,10 @@ def test_vmap_over_seeds_and_donation():
         return optax.apply_updates(params, updates), state
 
     tx = freeze_dropped(optax.adam(0.1), POLICY)
-    stack = lambda tree: jax.tree.map(lambda x: jnp.stack([x, x + 1]), tree)
+
+    def stack(tree):
+        return jax.tree.map(lambda x: jnp.stack([x, x + 1]), tree)
+
     states = jax.vmap(tx.init)(stack(PARAMS))
     together = jax.jit(jax.vmap(step), donate_argnums=(0, 1))(
         stack(PARAMS), states, stack(gradients(0))

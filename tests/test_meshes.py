@@ -61,7 +61,10 @@ def laid_out(tx, name):
     """Parameters, optimizer state and batch on a mesh; the state as its parameters."""
     grid, of_params, _ = MESHES[name]
     tree, batch = placed(name, params())
-    put = lambda x: jax.device_put(x, NamedSharding(grid, of_params if x.ndim > 1 else P()))
+
+    def put(x):
+        return jax.device_put(x, NamedSharding(grid, of_params if x.ndim > 1 else P()))
+
     return tree, jax.tree.map(put, tx.init(params())), batch
 
 
@@ -89,7 +92,10 @@ def test_a_step_on_a_mesh(name, tx):
             tree, state = step(tree, state, batch)
     alone, alone_state = two_steps_alone(tx)
     chex.assert_trees_all_close(tree, alone, rtol=1e-4, atol=1e-5)
-    find = lambda state: float(optax.tree.get(state, "dropped_fraction"))
+
+    def find(state):
+        return float(optax.tree.get(state, "dropped_fraction"))
+
     assert find(state) == find(alone_state)
 
 
@@ -121,7 +127,10 @@ def test_explicit_sharding(spec, tx):
     update = jax.jit(tx.update)
     expected, _ = update(params(), tx.init(params()), params())
     with jax.set_mesh(grid):
-        of = lambda x: spec if x.ndim > 1 else P(None)
+
+        def of(x):
+            return spec if x.ndim > 1 else P(None)
+
         tree = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(grid, of(x))), params())
         updates, state = update(tree, tx.init(tree), tree)
     for x in (*jax.tree.leaves(updates), *jax.tree.leaves(optax.tree.get(state, "mu"))):
@@ -149,7 +158,9 @@ def test_inside_shard_map(tx):
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_every_device_draws_what_one_draws(policy):
-    draw = lambda tree, count: policy.select(tree, count).factors
+    def draw(tree, count):
+        return policy.select(tree, count).factors
+
     alone = draw(params(), 5)
     for name in MESHES:
         for path, factors in jax.jit(draw)(placed(name, params())[0], jnp.int32(5)).items():

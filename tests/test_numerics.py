@@ -148,11 +148,17 @@ def test_dynamic_loss_scaling(dtype, skip):
         grad = jax.grad(scaled)
         if skip:
             count = optax.tree_utils.tree_get(state, "count")
-            grad = lambda params: drawn.grad(scaled, POLICY)(params, step=count)
+
+            def grad(params):
+                return drawn.grad(scaled, POLICY)(params, step=count)
+
         gradients = jax.tree.map(lambda x: x / scale.scale, grad(params))
         finite = jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gradients)]).all()
         updates, proposed = tx.update(gradients, state, params)
-        choose = lambda new, old: jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+
+        def choose(new, old):
+            return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+
         new_params = choose(optax.apply_updates(params, updates), params)
         return new_params, choose(proposed, state), finite
 

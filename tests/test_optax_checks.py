@@ -15,12 +15,16 @@ import cdb_jax
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # For optax's own optimizers.
 
-LAST_AXIS = lambda path, x: x.ndim - 1  # Of vectors too, and of a tree that is one array.
-POLICY = cdb_jax.Policy(0.5, key=0, channel_choice="window", channel_axes=LAST_AXIS)
+
+def last_axis(path, x):
+    return x.ndim - 1  # Of vectors too, and of a tree that is one array.
+
+
+POLICY = cdb_jax.Policy(0.5, key=0, channel_choice="window", channel_axes=last_axis)
 POLICIES = {
     "window": POLICY,
     "one": cdb_jax.Policy(
-        0.5, key=0, layer_choice="one", channel_choice="exact", channel_axes=LAST_AXIS
+        0.5, key=0, layer_choice="one", channel_choice="exact", channel_axes=last_axis
     ),
 }
 
@@ -68,7 +72,10 @@ def test_it_optimises(place, policy, target):
     params = zeros(target)
     state = optax.tree.map_params(tx, lambda x: x, tx.init(params))
     chex.assert_trees_all_equal(state, tx.init(params))
-    body = lambda carry, _: (step(tx, target, *carry), None)
+
+    def body(carry, _):
+        return (step(tx, target, *carry), None)
+
     (params, state), _ = jax.jit(lambda carry: lax.scan(body, carry, length=1500))((params, state))
     chex.assert_trees_all_close(params, target, rtol=3e-2, atol=3e-2)
     assert cdb_jax.selection_count(state) == 1500
@@ -111,7 +118,10 @@ def test_hyperparameters_can_be_injected(place, rate):
 @everywhere
 def test_a_schedule_is_the_numbers_that_it_returns(place):
     target = TARGETS["tuple"]
-    make = lambda rate: place(cdb_jax.Policy(rate, key=0, channel_axes=-1), optax.sgd(0.1))
+
+    def make(rate):
+        return place(cdb_jax.Policy(rate, key=0, channel_axes=-1), optax.sgd(0.1))
+
     results = []
     for tx in (make(0.5), make(optax.constant_schedule(0.5))):
         params, state = zeros(target), tx.init(zeros(target))
@@ -132,13 +142,18 @@ def test_dtypes_and_shapes_stay(place, dtype):
         tx = place(policy, optax.adamw(1e-2))
         params = zeros(TARGETS["tuple"], jnp.dtype(dtype))
         state = tx.init(params)
-        types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+        def types(tree):
+            return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
         gradient = jax.tree.map(jnp.ones_like, params)
         coin = jnp.array(True)
 
         @jax.jit
         def update(params, state):  # A conditional takes no states of two types.
-            go = lambda: tx.update(gradient, state, params)
+            def go():
+                return tx.update(gradient, state, params)
+
             return lax.cond(coin, go, lambda: (params, state))
 
         for _ in range(2):

@@ -254,7 +254,12 @@ def test_other_keys_differ_and_policies_can_be_changed():
 
 PARAMS = {"kernel": jnp.ones((2, 4))}
 POLICY = cdb_jax.Policy(0.5, key=0, channel_choice="window")
-LOSS = lambda params: jnp.sum(params["kernel"])
+
+
+def kernel_sum(params):
+    return jnp.sum(params["kernel"])
+
+
 STEPS = {
     1.5: (TypeError, "step.*1.5"),
     True: (TypeError, "step.*True"),
@@ -312,7 +317,10 @@ def test_the_rules_that_an_error_shows_name_channels(direction, name, shape, bia
         cdb_jax.channel_report(tree, cdb_jax.Policy(0.5, key=0, channel_axes=convention))
     found = []
     for rule in rules_in(caught.value):
-        choose = lambda path, leaf, rule=rule: rule if path == name else convention
+
+        def choose(path, leaf, rule=rule):
+            return rule if path == name else convention
+
         (leaf,) = [x for x in resolve(tree, choose).leaves if x.path == name]
         found.append(leaf.channel + leaf.stack)
     assert found == {"output": outputs, "input": inputs}[direction]
@@ -329,7 +337,10 @@ def test_the_rules_that_an_error_shows_settle_it(shape, axes):
     rules = rules_in(caught.value)
     assert len(rules) == (1 if len(shape) == 2 else 3)
     for made in rules:
-        choose = lambda path, leaf, made=made: made if path == "layers/w" else axes
+
+        def choose(path, leaf, made=made):
+            return made if path == "layers/w" else axes
+
         policy = cdb_jax.Policy(0.5, key=0, channel_axes=choose)
         count = 4 if made.stack == 0 else 2  # Three that are stacked, and the kernel beside them.
         assert f"{count} layers" in str(cdb_jax.channel_report(tree, policy))
@@ -388,7 +399,12 @@ def test_all_arrays_that_are_not_settled_are_told_at_once():
 
 def test_equal_policies_are_one_key():
     """A tree of specs too: a program is remembered by what decides it."""
-    specs = lambda: {"a": {"kernel": cdb_jax.Axes(-1), "bias": None}, "b": [0, (0, 1)]}
-    make = lambda **settings: cdb_jax.Policy(0.5, key=0, channel_axes=specs(), **settings)
+
+    def specs():
+        return {"a": {"kernel": cdb_jax.Axes(-1), "bias": None}, "b": [0, (0, 1)]}
+
+    def make(**settings):
+        return cdb_jax.Policy(0.5, key=0, channel_axes=specs(), **settings)
+
     assert make() == make() and hash(make()) == hash(make())
     assert make() != make(hold=2)

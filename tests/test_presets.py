@@ -89,7 +89,10 @@ def test_layer_drop_back_skips_whole_layers():
 
 def test_schedules_on_every_nth_epoch():
     cosine = optax.cosine_decay_schedule(0.1, 40)
-    doubled = lambda count: 2 * cosine(count)
+
+    def doubled(count):
+        return 2 * cosine(count)
+
     schedule = cdb_jax.presets.every_nth_epoch(doubled, cosine, steps_per_epoch=10)
     factors = [float(schedule(step) / cosine(step)) for step in range(39)]
     expected = [2.0 if step // 10 % 2 else 1.0 for step in range(39)]

@@ -54,9 +54,10 @@ def test_the_program_grows_linearly_in_leaves_and_not_with_stacks():
     assert large < 12 * small
     spec = {"blocks": cdb_jax.Axes(cdb_jax.output_channels, stack=0)}
     policy = cdb_jax.Policy(0.5, key=0, channel_choice="window", channel_axes=spec)
-    stacked = lambda depth: {
-        "blocks": {"kernel": jax.ShapeDtypeStruct((depth, 64, 64), jnp.float32)}
-    }
+
+    def stacked(depth):
+        return {"blocks": {"kernel": jax.ShapeDtypeStruct((depth, 64, 64), jnp.float32)}}
+
     assert operations(stacked(1000), policy) == operations(stacked(2), policy)
 
 

@@ -214,7 +214,10 @@ def test_nothing_but_key_count_and_layer(choice):
 def test_jit_x64_partitionable_and_default_implementation_change_nothing(choice):
     policy = policy_for(choice)
     expected = policy.select(MODEL, 5).factors
-    sample = lambda step: policy.select(MODEL, step).factors
+
+    def sample(step):
+        return policy.select(MODEL, step).factors
+
     same(jax.jit(sample)(5), expected)
     with jax.enable_x64(True):
         same(jax.jit(sample)(5), expected)
@@ -240,7 +243,10 @@ def test_every_number_of_devices_draws_the_same(devices):
 def test_traced_keys_and_rates():
     keys = jax.random.split(jax.random.key(0), 3)
     rates = jnp.array([0.2, 0.5, 0.8])
-    sample = lambda key, rate: Policy(rate, key=key).select(MODEL, 2).factors
+
+    def sample(key, rate):
+        return Policy(rate, key=key).select(MODEL, 2).factors
+
     batched = jax.jit(jax.vmap(sample))(keys, rates)
     for i in range(3):
         alone = sample(keys[i], float(rates[i]))
@@ -258,7 +264,9 @@ def test_schedules_follow_the_count():
 
 
 def test_scheduled_layer_rate():
-    two_steps = lambda count: jnp.where(count < 2, 1.0, 0.0)
+    def two_steps(count):
+        return jnp.where(count < 2, 1.0, 0.0)
+
     policy = Policy(0.5, key=0, layer_rate=two_steps, channel_choice="exact")
     dropped = [
         int((np.asarray(policy.select(dense(2, 8), count).factors["kernel"]) == 0).sum())

@@ -40,10 +40,18 @@ def test_higher_derivatives():
     """Derivatives of the masked gradient are the mask of the derivatives."""
     policy = window()
     params, x = {"kernel": normal(0, 3, 4)}, normal(1, 5, 3)
-    loss = lambda params: jnp.sum(jnp.sin(x @ params["kernel"]))
-    gradient = lambda params: drawn.grad(loss, policy)(params, step=2)
+
+    def loss(params):
+        return jnp.sum(jnp.sin(x @ params["kernel"]))
+
+    def gradient(params):
+        return drawn.grad(loss, policy)(params, step=2)
+
     mask = policy.select(params, 2).factors["kernel"]
-    masked = lambda params: jax.tree.map(lambda g: g * mask[None], jax.grad(loss)(params))
+
+    def masked(params):
+        return jax.tree.map(lambda g: g * mask[None], jax.grad(loss)(params))
+
     for derivative in (jax.jacfwd, jax.jacrev):
         chex.assert_trees_all_close(derivative(gradient)(params), derivative(masked)(params))
 

@@ -108,9 +108,10 @@ def test_explicitly_sharded_parameters_are_masked():
     policy = window()
     with jax.set_mesh(grid):
         tree = jax.tree.map(lambda x: jax.device_put(x, P("model", None)), params())
-        one = lambda p, x: jnp.mean(
-            jnp.matmul(x, p["dense0"]["kernel"], out_sharding=P(None, None)) ** 2
-        )
+
+        def one(p, x):
+            return jnp.mean(jnp.matmul(x, p["dense0"]["kernel"], out_sharding=P(None, None)) ** 2)
+
         batch = jax.device_put(BATCH, P(None, "model"))
         gradient = jax.jit(drawn.grad(one, policy))(tree, batch, step=0)
         report = cdb_jax.channel_report(tree, policy, one, batch)
@@ -156,7 +157,9 @@ def test_inside_shard_map_with_replicated_weights(name):
     grid, policy = mesh((8,), ("data",)), INSIDE[name]
 
     def mapped(f):
-        inside = lambda tree, x: jax.tree.map(lambda x: x / 8, f(tree, x))
+        def inside(tree, x):
+            return jax.tree.map(lambda x: x / 8, f(tree, x))
+
         return jax.shard_map(inside, mesh=grid, in_specs=(P(), P("data")), out_specs=P())
 
     skip = mapped(lambda tree, x: drawn.grad(loss, policy)(tree, x, step=1))

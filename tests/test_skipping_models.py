@@ -117,7 +117,10 @@ def linen_axes(path, leaf):
 def test_linen(standard_promotion):
     x = normal(0, 2, 9, 9, 3)
     params = LinenNet().init(jax.random.key(0), x)
-    loss = lambda params, x: jnp.mean(LinenNet().apply(params, x) ** 2)
+
+    def loss(params, x):
+        return jnp.mean(LinenNet().apply(params, x) ** 2)
+
     report = check(loss, params, window(channel_axes=linen_axes), x)
     assert {row.gradient for row in report.rows if row.channels} == {"skipped"}, str(report)
     assert sum(bool(row.channels) for row in report.rows) == 10
@@ -163,7 +166,10 @@ STACKED = {
 def test_scanned_and_rematerialised_layers(policy, remat, standard_promotion):
     x = normal(0, 5, 6)
     params = Stack(remat).init(jax.random.key(0), x)
-    loss = lambda params, x: jnp.mean(Stack(remat).apply(params, x) ** 2)
+
+    def loss(params, x):
+        return jnp.mean(Stack(remat).apply(params, x) ** 2)
+
     skips = {"blocks/dense1/kernel", "blocks/dense2/kernel", "head/kernel"}
     check(loss, params, policy, x, skips=skips, counts=5)
 
@@ -189,7 +195,10 @@ def test_nnx_scan_and_remat(standard_promotion):
             return step(x, self.layers)
 
     graph, params = nnx.split(Net(nnx.Rngs(0)), nnx.Param)
-    loss = lambda params, x: jnp.mean(nnx.merge(graph, params)(x) ** 2)
+
+    def loss(params, x):
+        return jnp.mean(nnx.merge(graph, params)(x) ** 2)
+
     policy = window(channel_axes={"layers": cdb_jax.Axes(cdb_jax.output_channels, stack=0)})
     check(loss, params, policy, normal(1, 4, 6), skips={"layers/dense/kernel"})
 
@@ -208,7 +217,10 @@ def test_equinox(standard_promotion):
 
     net = Net(jax.random.key(0))
     params, static = eqx.partition(net, eqx.is_inexact_array)
-    loss = lambda params, x: jnp.mean(jax.vmap(eqx.combine(params, static))(x) ** 2)
+
+    def loss(params, x):
+        return jnp.mean(jax.vmap(eqx.combine(params, static))(x) ** 2)
+
     for axes in (cdb_jax.output_channels, cdb_jax.input_channels):
         policy = window(channel_axes=axes)
         skips = {"conv/weight", "linear/weight"}
@@ -218,8 +230,13 @@ def test_equinox(standard_promotion):
 def test_vmap_over_models():
     policy = window(layer_rate=0.5)
     params, x = {"kernel": normal(0, 3, 4, 6)}, normal(1, 5, 4)
-    loss = lambda params, x: jnp.mean((x @ params["kernel"]) ** 2)
-    each = lambda params: drawn.grad(loss, policy)(params, x, step=0)["kernel"]
+
+    def loss(params, x):
+        return jnp.mean((x @ params["kernel"]) ** 2)
+
+    def each(params):
+        return drawn.grad(loss, policy)(params, x, step=0)["kernel"]
+
     together = jax.vmap(each)(params)
     for i in range(3):
         np.testing.assert_allclose(together[i], each({"kernel": params["kernel"][i]}), rtol=1e-5)

@@ -29,7 +29,10 @@ class Noisy(nnx.Module):
 def test_nnx_value_and_grad(standard_promotion):
     """Also what the loss changes in the model is what `nnx.value_and_grad` makes of it."""
     policy, x = window(layer_rate=0.5), normal(0, 4, 6, 6, 3)
-    loss = lambda model, x: (jnp.mean(model(x) ** 2), "aux")
+
+    def loss(model, x):
+        return (jnp.mean(model(x) ** 2), "aux")
+
     ours, theirs = Noisy(nnx.Rngs(0)), Noisy(nnx.Rngs(0))
 
     @nnx.jit
@@ -81,7 +84,10 @@ def test_nnx_models_in_trees_and_by_name(standard_promotion):
 @pytest.mark.bad_input
 def test_nnx_filters_and_mistakes(standard_promotion):
     model, x, policy = Noisy(nnx.Rngs(0)), normal(0, 4, 6, 6, 3), window()
-    loss = lambda scale, model, x: scale * jnp.mean(model(x) ** 2)
+
+    def loss(scale, model, x):
+        return scale * jnp.mean(model(x) ** 2)
+
     kernels = nnx.DiffState(1, nnx.All(nnx.Param, nnx.PathContains("kernel")))
     gradient = drawn.nnx_grad(loss, policy, argnums=kernels)(2.0, model, x, step=0)
     assert set(gradient) == {"conv", "head"} and set(gradient["conv"]) == {"kernel"}

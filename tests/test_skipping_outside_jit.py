@@ -23,7 +23,9 @@ def test_eager_calls_share_one_program(caplog):
     policy, kernel = window(), {"kernel": normal(0, 4, 6)}
 
     def step(scale, x, count):
-        loss = lambda params, x: jnp.mean(scaled(scale * jnp.sin(x @ params["kernel"])) ** 2)
+        def loss(params, x):
+            return jnp.mean(scaled(scale * jnp.sin(x @ params["kernel"])) ** 2)
+
         found = drawn.value_and_grad(loss, policy)(kernel, x, step=count)
         return found, jax.value_and_grad(loss)(kernel, x)
 
@@ -53,7 +55,10 @@ def test_eager_calls_of_other_functions_are_other_programs():
                 f = jax.custom_vjp(lambda x: 2.0 * x)
                 f.defvjp(lambda x: (2.0 * x, None), lambda _, d, rule=rule: (rule * d,))
                 array = jnp.full((6,), scale)[None]
-                loss = lambda p, x, f=f, a=array, n=power: jnp.sum(f(a * (x @ p["kernel"])) ** n)
+
+                def loss(p, x, f=f, a=array, n=power):
+                    return jnp.sum(f(a * (x @ p["kernel"])) ** n)
+
                 params, x = {"kernel": normal(0, 4, 6)}, normal(1, 5, 4)
                 _, gradient = drawn.value_and_grad(loss, window())(params, x, step=0)
                 keep = window().select(params, 0).factors["kernel"][None] > 0

@@ -34,9 +34,10 @@ def test_input_channels_store_the_kept_part_only():
         return jnp.mean(x**2)
 
     params, x = mlp_params(8), normal(9, 4096, 64)
-    memory = lambda f, **count: (
-        jax.jit(f).lower(params, x, **count).compile().memory_analysis().temp_size_in_bytes
-    )
+
+    def memory(f, **count):
+        return jax.jit(f).lower(params, x, **count).compile().memory_analysis().temp_size_in_bytes
+
     full = memory(jax.grad(loss))
     policy = window(0.75, channel_axes=cdb_jax.input_channels)
     assert memory(drawn.grad(loss, policy), step=0) < 0.8 * full

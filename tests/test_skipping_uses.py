@@ -44,7 +44,9 @@ def in_a_conditional(params, x):
 
 
 def in_a_loop(params, x):  # One weight in all iterations.
-    body = lambda x, _: (jnp.tanh(x @ params["kernel"])[:, :6], None)
+    def body(x, _):
+        return (jnp.tanh(x @ params["kernel"])[:, :6], None)
+
     return lax.scan(body, x, length=3)[0]
 
 
@@ -76,7 +78,10 @@ def in_a_batch(params, x):
 def test_ways_to_a_product(use, channel):
     x = normal(0, 6, 5) if use is on_the_left else normal(0, 5, 6)
     params = {"kernel": normal(1, 6, 8)}
-    loss = lambda params, x: jnp.mean(use(params, x) ** 2)
+
+    def loss(params, x):
+        return jnp.mean(use(params, x) ** 2)
+
     rtol = 0.02 if use is narrow else 1e-5
     skips = {"kernel"}
     for policy in (window(channel_axes=channel), window(channel_axes=channel, layer_rate=0.5)):
@@ -85,7 +90,10 @@ def test_ways_to_a_product(use, channel):
 
 def test_experts():
     params, x = {"kernel": normal(0, 3, 4, 8)}, normal(1, 3, 5, 4)
-    loss = lambda params, x: jnp.mean(experts(params, x) ** 2)
+
+    def loss(params, x):
+        return jnp.mean(experts(params, x) ** 2)
+
     for channel in (1, 2):
         axes = {"kernel": cdb_jax.Axes(channel, stack=0)}
         for choice in ("window", "exact"):
@@ -118,7 +126,9 @@ def in_a_custom_rule(params, x):
 
 
 def carried(params, x):
-    body = lambda k, x: (0.9 * k, x @ k)
+    def body(k, x):
+        return (0.9 * k, x @ k)
+
     return lax.scan(body, params["kernel"], x[None, :, :6])[1]
 
 
@@ -131,7 +141,9 @@ def out_of_a_checkpoint(params, x):
 
 
 def out_of_a_conditional(params, x):
-    flip = lambda kernel: kernel[::-1]
+    def flip(kernel):
+        return kernel[::-1]
+
     return x[:, :6] @ lax.cond(x[0, 0] > 0, flip, flip, params["kernel"])
 
 
@@ -214,7 +226,10 @@ def test_beside_a_pallas_call():
 
     kernel.defvjp(lambda x: (kernel(x), None), lambda _, d: (kernel(d),))
     params = {"dense1": {"kernel": normal(0, 4, 6)}, "dense2": {"kernel": normal(1, 6, 4)}}
-    loss = lambda p, x: jnp.mean((kernel(x @ p["dense1"]["kernel"]) @ p["dense2"]["kernel"]) ** 2)
+
+    def loss(p, x):
+        return jnp.mean((kernel(x @ p["dense1"]["kernel"]) @ p["dense2"]["kernel"]) ** 2)
+
     check(loss, params, window(), normal(2, 3, 4), skips={"dense1/kernel", "dense2/kernel"})
 
 
@@ -255,9 +270,10 @@ def convolutions(draw):
 )
 def test_random_convolutions(convolution, rate, which, exact):
     arguments, kernel, image, channel, groups = convolution
-    loss = lambda params, x: jnp.mean(
-        jnp.sin(lax.conv_general_dilated(x, params["kernel"], **arguments))
-    )
+
+    def loss(params, x):
+        return jnp.mean(jnp.sin(lax.conv_general_dilated(x, params["kernel"], **arguments)))
+
     settings = {"all": {}, "layers": {"layer_rate": 0.5}, "one": {"layer_choice": "one"}}[which]
     choice = {"channel_choice": "exact"} if exact else {"window_groups": groups}
     policy = cdb_jax.Policy(

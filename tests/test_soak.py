@@ -41,10 +41,13 @@ def test_twenty_kills(tmp_path, data_dir, compilation_cache, monkeypatch):
     assert alone.wait(timeout=900) == 0, (tmp_path / "alone.log").read_text()
     rng, while_saving = random.Random(0), 0
     checkpoints = tmp_path / "killed" / "checkpoints"
-    newest = lambda: max(
-        (int(x.name) for x in checkpoints.glob("*") if x.name.isdigit()), default=0
-    )
-    unfinished = lambda: list(checkpoints.glob("*tmp*"))
+
+    def newest():
+        return max((int(x.name) for x in checkpoints.glob("*") if x.name.isdigit()), default=0)
+
+    def unfinished():
+        return list(checkpoints.glob("*tmp*"))
+
     for kill in range(KILLS):
         goal = newest() + 20 * rng.randint(1, 3)
         process = start("killed")

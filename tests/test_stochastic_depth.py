@@ -155,7 +155,9 @@ def test_linen_layer():
         def __call__(self, x, train):
             return x + cdb_jax.linen.DropPath(0.5, scale_by_keep=False)(x, deterministic=not train)
 
-    apply = lambda train, seed: Net().apply({}, X, train, rngs={"drop_path": jax.random.key(seed)})
+    def apply(train, seed):
+        return Net().apply({}, X, train, rngs={"drop_path": jax.random.key(seed)})
+
     assert (apply(True, 0) != apply(True, 1)).any()
     np.testing.assert_allclose(apply(False, 0), 1.5 * X, rtol=1e-6)
 

@@ -54,7 +54,9 @@ def train(place=lambda x: x, steps=60):
 
     @nnx.jit
     def step(model, optimiser, count):
-        loss = lambda model: jnp.mean((model(x) - y) ** 2)
+        def loss(model):
+            return jnp.mean((model(x) - y) ** 2)
+
         value, grads = drawn.nnx_value_and_grad(loss, POLICY)(model, step=count)
         optimiser.update(model, grads)
         return value
@@ -73,7 +75,10 @@ def test_they_learn_together_and_again_the_same():
 
 def test_eight_devices_learn_what_one_does():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    place = lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))
+
+    def place(x):
+        return jax.device_put(x, NamedSharding(mesh, P("data")))
+
     losses, params = train(steps=10)
     sharded, others = train(place, steps=10)
     np.testing.assert_allclose(sharded, losses, rtol=1e-3)

@@ -113,7 +113,10 @@ def test_rate_zero_is_the_identity_to_the_bit():
         updates = jax.jit(
             functools.partial(mask_of, channel_drop_back(0.0, key=0, rescale=rescale))
         )
-        bits = lambda x: np.asarray(x["kernel"]).view(np.uint32)
+
+        def bits(x):
+            return np.asarray(x["kernel"]).view(np.uint32)
+
         np.testing.assert_array_equal(bits(updates(grads=tiny)), bits(tiny))
 
 
@@ -243,7 +246,10 @@ def test_apply_if_finite_and_cond():
 
 def test_scan_equals_a_loop():
     drop = channel_drop_back(0.5, key=0, channel_choice="window")
-    body = lambda state, _: drop.update(PARAMS, state)[::-1]
+
+    def body(state, _):
+        return drop.update(PARAMS, state)[::-1]
+
     state, updates = jax.lax.scan(body, drop.init(PARAMS), length=3)
     assert state.count == 3
     for count in range(3):
@@ -282,7 +288,9 @@ def test_nnx_optimizer():
 
     @nnx.jit
     def step(model, optimizer):
-        loss = lambda model: jnp.sum(model(jnp.ones((4, 3))) ** 2 + model.stem.kernel[...].sum())
+        def loss(model):
+            return jnp.sum(model(jnp.ones((4, 3))) ** 2 + model.stem.kernel[...].sum())
+
         optimizer.update(model, nnx.grad(loss)(model))
 
     step(model, optimizer)
@@ -387,7 +395,10 @@ def test_report():
 def test_memory_stays_flat_outside_of_jit():
     tx = optax.chain(channel_drop_back(0.5, key=0, channel_choice="exact"), optax.sgd(0.1))
     state = tx.init(PARAMS)
-    pages = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+
+    def pages():
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+
     for step in range(1050):
         if step == 50:
             before = pages()

@@ -146,7 +146,10 @@ def _ranked(tried: Sequence[Trial], seeds: Sequence[int], runs: Runs) -> list[Tr
 def mean_score(trial: Trial, seeds: Sequence[int], runs: Runs) -> Any:
     """The score of mean accuracy and mean likelihood on validation images."""
     found = [runs[_tuning(trial, seed)] for seed in seeds]
-    mean = lambda name: float(np.mean([run[f"validation_{name}"] for run in found]))
+
+    def mean(name):
+        return float(np.mean([run[f"validation_{name}"] for run in found]))
+
     return score({"accuracy": mean("accuracy"), "nll": mean("nll")})
 
 

@@ -281,7 +281,10 @@ def draw(rows: Sequence[Row], file: Path, title: str) -> None:
 
 def results(runs: Runs) -> dict[str, list[Row]]:
     """The rows of every table, by its title."""
-    chosen = lambda cells: {cell: finals(final_jobs(cell, runs), runs) for cell in cells}
+
+    def chosen(cells):
+        return {cell: finals(final_jobs(cell, runs), runs) for cell in cells}
+
     found = {grid: compare(against(BASELINE, chosen(cells))) for grid, cells in GRIDS.items()}
     for rival, others in RIVALS.items():
         cells = [cell for cell in GRIDS["core"] if cell.contender in (rival, *others)]

@@ -125,7 +125,10 @@ def against(own: Statistic, base: Statistic) -> Statistic:
 
 def compare(cells: Sequence[Cell], runs: Runs, rounds: int) -> list[Row]:
     """Rows for the contenders on one task with one model; none until all are there."""
-    about = lambda cell: cell._asdict() | {"is_baseline": cell.contender == BASELINE}
+
+    def about(cell):
+        return cell._asdict() | {"is_baseline": cell.contender == BASELINE}
+
     jobs = {cell.contender: final_jobs(cell, runs) for cell in cells}
     done = {name: finals(own, runs) for name, own in jobs.items()}
     if not all(done.values()):
@@ -138,7 +141,10 @@ def compare(cells: Sequence[Cell], runs: Runs, rounds: int) -> list[Row]:
     for cell in cells:
         own = done[cell.contender]
         ratios, curve = seconds[cell.contender] / seconds[BASELINE], curves(own)
-        time_cost = lambda picks, ratios=ratios: float(np.median(ratios[picks]))
+
+        def time_cost(picks, ratios=ratios):
+            return float(np.median(ratios[picks]))
+
         flops = own[0]["flops"] / base[0]["flops"]
         time_reach = reach(curve, target, time_cost)
         flops_reach = reach(curve, target, lambda _, flops=flops: flops)
@@ -191,7 +197,10 @@ def three(values: Interval) -> str:
 
 def finite(rows: Sequence[Row]) -> list[Row]:
     """Without infinities, which JSON does not know: null stands for never."""
-    number = lambda x: None if isinstance(x, float) and np.isinf(x) else x
+
+    def number(x):
+        return None if isinstance(x, float) and np.isinf(x) else x
+
     return [
         {name: [*map(number, x)] if isinstance(x, tuple) else x for name, x in row.items()}
         for row in rows

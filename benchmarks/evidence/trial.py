@@ -74,7 +74,10 @@ def run(program: Program, settings: Settings, *, test: bool) -> dict[str, Any]:
     """Trains once, and measures on the validation images; on the test images only if asked to."""
     split, curve = TASKS[program.task].split(settings.seed), []
     predict = compiled(program).predict
-    watch = lambda state: curve.append(measure(predict, state, split.test)["accuracy"])
+
+    def watch(state):
+        return curve.append(measure(predict, state, split.test)["accuracy"])
+
     state = fit(program, settings, split, watch if test else None)
     metrics = {"train_accuracy": measure(predict, state, split.train)["accuracy"]}
     for name in ("validation", "test") if test else ("validation",):
@@ -204,7 +207,10 @@ def compiled(program: Program) -> Compiled:
 
 def mean_flops(program: Program) -> float:
     """Of a training step, where the compiler counts the dearer side of a conditional."""
-    flops = lambda program: compiled(program).step.cost_analysis()["flops"]
+
+    def flops(program):
+        return compiled(program).step.cost_analysis()["flops"]
+
     share = contender_of(program).settings.get("layer_rate", 0.0)  # Of the layers, left out.
     if not share:
         return flops(program)
