@@ -379,21 +379,23 @@ def _reversed(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Mo
 
 def _broadcast(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
     new_axes = eqn.params["broadcast_dimensions"]
-    before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    if any(before[axis] != after[new_axes[axis]] for axis in (*weight.channel, *weight.stack)):
+    old_shape, new_shape = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    if any(
+        old_shape[axis] != new_shape[new_axes[axis]] for axis in (*weight.channel, *weight.stack)
+    ):
         return None
     channel = tuple(new_axes[axis] for axis in weight.channel)
     stack = tuple(new_axes[axis] for axis in weight.stack)
-    shape = target.shape(after, channel)
+    shape = target.shape(new_shape, channel)
     moved = Weight(weight.leaf, channel, stack)
     return moved, lambda z: lax.broadcast_in_dim(z, shape, new_axes)
 
 
 def _reshaped(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    if 0 in before or eqn.params.get("dimensions") and eqn.primitive is primitives.reshape_p:
+    old_shape, new_shape = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    if 0 in old_shape or eqn.params.get("dimensions") and eqn.primitive is primitives.reshape_p:
         return None
-    by_first = {old[0]: (old, new) for old, new in _matched_axes(before, after)}
+    by_first = {old[0]: (old, new) for old, new in _matched_axes(old_shape, new_shape)}
     stack = []
     for axis in weight.stack:
         old, new = by_first.get(axis, ([], []))
@@ -408,28 +410,30 @@ def _reshaped(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Mo
             return None
         channel += new
         left = left[len(old) :]
-    shape = target.shape(after, tuple(channel))
+    shape = target.shape(new_shape, tuple(channel))
     return Weight(weight.leaf, tuple(channel), tuple(stack)), lambda z: z.reshape(shape)
 
 
-def _matched_axes(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def _matched_axes(
+    old_shape: Sequence[int], new_shape: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
     """Splits a reshape into the smallest groups of axes whose sizes have the same product.
 
     Axes of size 1 belong to no group.
     """
-    olds = [axis for axis, size in enumerate(before) if size != 1]
-    news = [axis for axis, size in enumerate(after) if size != 1]
+    olds = [axis for axis, size in enumerate(old_shape) if size != 1]
+    news = [axis for axis, size in enumerate(new_shape) if size != 1]
     matched = []
     while olds and news:
         old, new = [olds.pop(0)], [news.pop(0)]
-        old_size, new_size = before[old[0]], after[new[0]]
+        old_size, new_size = old_shape[old[0]], new_shape[new[0]]
         while old_size != new_size:
             if old_size < new_size:
                 old.append(olds.pop(0))
-                old_size *= before[old[-1]]
+                old_size *= old_shape[old[-1]]
             else:
                 new.append(news.pop(0))
-                new_size *= after[new[-1]]
+                new_size *= new_shape[new[-1]]
         matched.append((old, new))
     return matched
 
@@ -555,7 +559,7 @@ def _run_scan(scan: _Scan, operands: Sequence[Value], flags: Flags) -> list[Valu
     ]
 
     def body(carry: Any, slices: Any) -> tuple[Any, Any]:
-        (arrays, below), (xs, changes) = carry, slices
+        (arrays, needed_below), (xs, changes) = carry, slices
         learning: dict[int | Loop, jax.Array] = {
             weight.leaf: jnp.any(change.mode != Mode.FROZEN)
             for weight, change in zip(scan.sliced, changes, strict=True)
@@ -563,19 +567,19 @@ def _run_scan(scan: _Scan, operands: Sequence[Value], flags: Flags) -> list[Valu
         }
         inner = flags
         if scan.loop:
-            inner = flags._replace(inner={**flags.inner, **learning, scan.loop: below})
-            below = functools.reduce(jnp.logical_or, learning.values(), below)
+            inner = flags._replace(inner={**flags.inner, **learning, scan.loop: needed_below})
+            needed_below = functools.reduce(jnp.logical_or, learning.values(), needed_below)
         inputs = [*consts, *map(Value, arrays), *map(Value, xs, changes)]
         results = [x.array for x in evaluate(scan.body, inputs, inner)]
-        return (results[: len(arrays)], below), results[len(arrays) :]
+        return (results[: len(arrays)], needed_below), results[len(arrays) :]
 
     # What carries and constants depend on, and slices that have no flags of their own.
     outside = [*scan.facts[:first]]
     outside += [
         fact for fact, change in zip(scan.facts[first:], changes, strict=True) if change is None
     ]
-    below = jnp.asarray(flags.any(_union(outside)) if scan.loop else False)
-    carry, xs = ([x.array for x in carried], below), ([x.array for x in scanned], changes)
+    needed_below = jnp.asarray(flags.any(_union(outside)) if scan.loop else False)
+    carry, xs = ([x.array for x in carried], needed_below), ([x.array for x in scanned], changes)
     (arrays, _), ys = lax.scan(body, carry, xs, **scan.settings)
     return [Value(x) for x in (*arrays, *ys)]
 

@@ -81,8 +81,8 @@ def differentiated(program: core.Jaxpr, consts: Sequence[Any], args: Sequence[An
         first, *others = function(*consts, *args)
         return first, others
 
-    both = jax.value_and_grad(value, has_aux=True)
-    return opened(jax.make_jaxpr(both)(list(args), list(consts)))[0]
+    with_gradient = jax.value_and_grad(value, has_aux=True)
+    return opened(jax.make_jaxpr(with_gradient)(list(args), list(consts)))[0]
 
 
 def identity(x: Any) -> Hashable:
