@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -76,14 +76,33 @@ def _find(
     for entry in entries:
         if entry.is_masked:
             continue
-        parameters = [i for top, i in _parameters_at(entry.path, positions) if top in copies]
-        is_in_copy = any(top and channels.is_below(entry.path, top) for top in copies)
-        if entry.array is None or (is_in_copy and not parameters):
+        owners = _owners(entry, copies, positions, layout)
+        if entry.array is None or None in owners[:1]:
             slots.append(None)  # It belongs to a parameter that has no update.
         else:
-            parameter = parameters[0] if parameters else None
+            parameter = owners[0] if owners else None
             slots.append(_slot(state, entry, parameter, layout, dict(rules)))
     return tuple(slots)
+
+
+def _owners(
+    entry: _Entry, copies: Collection[str], positions: Mapping[str, int], layout: channels.Layout
+) -> list[int | None]:
+    """The parameters that an entry may belong to, the likeliest first; None for one without update.
+
+    There are several if parameters are named like the fields of a state, or like its lists.
+    """
+    found = dict(_parameters_at(entry.path, positions))
+    owners = [
+        found.get(top) for top, _ in _splits(entry.path) if top in copies and (top in found or top)
+    ]
+    shape = getattr(entry.array, "shape", None)
+
+    def likelihood(owner: int | None) -> int:
+        has_shape = owner is not None and layout.leaves[owner].shape == shape
+        return 2 if has_shape else 1 if owner is None else 0
+
+    return sorted(owners, key=likelihood, reverse=True)
 
 
 class _Entry(NamedTuple):
