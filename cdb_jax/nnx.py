@@ -114,7 +114,7 @@ def channel_report(
       policy: the policy to explain.
       f: a loss function `f(model, *args, **kwargs)`, which may return a pair with auxiliary data.
         It is traced, not run.
-      *args: its other arguments; arrays may be `jax.ShapeDtypeStruct`s.
+      *args: its other arguments; arrays may be of type `jax.ShapeDtypeStruct`.
       **kwargs: its other arguments by name.
 
     Returns:

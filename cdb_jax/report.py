@@ -85,7 +85,7 @@ def channel_report(
       policy: the policy to explain.
       fun: a loss function `fun(params, *args, **kwargs)`, which may return a pair with auxiliary
         data. It is traced, not run.
-      *args: its other arguments; arrays may be `jax.ShapeDtypeStruct`s.
+      *args: its other arguments; arrays may be of type `jax.ShapeDtypeStruct`.
       **kwargs: its other arguments by name.
 
     Returns:

@@ -71,10 +71,8 @@ def channel_drop_back(
     enters its moments.
 
     Args:
-      rate: the drop rate, followed by the other settings of `Policy`, which describes them all; or
-        a `Policy` and no other argument.
-      key, channel_axes, layer_rate, layer_choice, layer_weights, other_layers, channel_choice,
-        window_groups, rescale, exempt, only, share_with_bias, hold, root: see `Policy`.
+      rate: a drop rate, as in `Policy`; or a `Policy` and no other argument.
+      key: this and all following arguments are settings of `Policy`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `ChannelDropBackState`. Its `update`

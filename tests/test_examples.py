@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 import auc
 import gaussian_process
 import gp_textures
+import new_classes
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -97,3 +98,14 @@ def test_the_ranking_example(monkeypatch, capsys):
     ):
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             run(auc, monkeypatch, *arguments)
+
+
+def test_new_classes_change_nothing_else(capsys):
+    """Two columns of the kernel and two entries of the bias, at most."""
+    new_classes.main()
+    _, first, second, changed, flops = capsys.readouterr().out.strip().splitlines()
+    old_before, new_before = map(float, first.split()[-2:])
+    old_after, new_after = map(float, second.split()[-2:])
+    assert old_before > 95 and new_before == 0 and old_after > 90 and new_after > 70
+    assert 0 < int(changed.split()[0].replace(",", "")) <= 2 * 256 + 2
+    assert float(flops.split()[3]) < 50
