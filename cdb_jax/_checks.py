@@ -38,13 +38,34 @@ def check_rate(name: str, rate: Any, *, schedule: bool = True) -> Any:
     return float(rate)
 
 
+def check_call_rate(rate: Any) -> float | jax.Array:
+    """Returns the rate of a function that draws once, a float or a float32 scalar."""
+    rate = check_rate("rate", rate, schedule=False)
+    return rate if isinstance(rate, float) else jnp.asarray(rate, jnp.float32)
+
+
+def is_exactly(rate: float | jax.Array, *values: float) -> bool:
+    """Whether a rate is known when the program is traced, and is one of `values`."""
+    return isinstance(rate, float) and rate in values
+
+
+def check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+    return value
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def check_positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+    if not is_int(value) or value < 1:
         raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
     return int(value)
 

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from flax import linen as nn
 
-from cdb_jax._checks import check_rate
+from cdb_jax._checks import check_bool, check_call_rate, is_exactly
 from cdb_jax.backdrop import backdrop
-from cdb_jax.stochastic_depth import (
-    check_scale_by_keep,
-    drop_path,
-    in_evaluation,
-    is_certain,
-)
+from cdb_jax.stochastic_depth import drop_path, in_evaluation
 
 
 class Backdrop(nn.Module):
@@ -25,18 +19,16 @@ class Backdrop(nn.Module):
       rate: probability that an entry of the mask is dropped.
       axes: the axis or axes along which the mask varies.
       sample_axes: axes along which masks are independent.
-      deterministic: whether the layer is in evaluation mode; given here or in the call.
+      deterministic: whether the layer is in evaluation mode; you can pass it in the call instead.
       rng_collection: name of the stream of keys: `model.apply(..., rngs={"backdrop": key})`.
 
     Examples:
       >>> import cdb_jax.linen, jax, jax.numpy as jnp
       >>> layer = cdb_jax.linen.Backdrop(0.5, axes=1, deterministic=False)
-      >>> loss = lambda x: jnp.sum(layer.apply({}, x, rngs={"backdrop": jax.random.key(0)}))
+      >>> def loss(x):
+      ...     return jnp.sum(layer.apply({}, x, rngs={"backdrop": jax.random.key(0)}))
       >>> jax.grad(loss)(jnp.ones((1, 4)))
       Array([[2., 0., 0., 2.]], dtype=float32)
-
-    References:
-      `arXiv 1806.01337 <https://arxiv.org/abs/1806.01337>`_.
     """
 
     rate: float
@@ -53,14 +45,13 @@ class Backdrop(nn.Module):
         mask: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Returns `x`; a `mask` replaces the random one, for diagnosis."""
-        settings: dict[str, Any] = dict(axes=self.axes, sample_axes=self.sample_axes)
-        if mask is not None:
-            return backdrop(x, self.rate, mask=mask, **settings)
-        rate = check_rate("rate", self.rate, schedule=False)
-        off = nn.merge_param("deterministic", self.deterministic, deterministic)
-        if off or (isinstance(rate, float) and rate == 0.0):
+        if mask is None and nn.merge_param("deterministic", self.deterministic, deterministic):
             return x
-        return backdrop(x, rate, key=self.make_rng(self.rng_collection), **settings)
+        rate = check_call_rate(self.rate)
+        needs_key = mask is None and not is_exactly(rate, 0.0)
+        key = self.make_rng(self.rng_collection) if needs_key else None
+        settings = dict(axes=self.axes, sample_axes=self.sample_axes)
+        return backdrop(x, rate, key=key, mask=mask, **settings)
 
 
 class DropPath(nn.Module):
@@ -68,11 +59,10 @@ class DropPath(nn.Module):
 
     Attributes:
       rate: probability that the branch is dropped.
-      sample_axis: the axis of the samples, each of which draws independently; None for one draw for
-        the whole batch.
-      scale_by_keep: whether to divide by 1 - rate in training. If not, the layer multiplies by
-        1 - rate in evaluation, as in the first paper.
-      deterministic: whether the layer is in evaluation mode; given here or in the call.
+      sample_axis: the axis of the samples, or None to drop the whole batch at once.
+      scale_by_keep: whether to divide by `1 - rate` in training. If not, the layer multiplies by
+        `1 - rate` in evaluation, as the first paper does (and timm does not).
+      deterministic: whether the layer is in evaluation mode; you can pass it in the call instead.
       rng_collection: name of the stream of keys: `model.apply(..., rngs={"drop_path": key})`.
 
     Examples:
@@ -83,9 +73,6 @@ class DropPath(nn.Module):
              [0.],
              [0.],
              [2.]], dtype=float32)
-
-    References:
-      `arXiv 1603.09382 <https://arxiv.org/abs/1603.09382>`_.
     """
 
     rate: float
@@ -97,11 +84,9 @@ class DropPath(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """Returns `x`, the output of a branch, or zeros if it is dropped."""
-        rate = check_rate("rate", self.rate, schedule=False)
-        check_scale_by_keep(self.scale_by_keep)
+        rate = check_call_rate(self.rate)
+        scaling = check_bool("scale_by_keep", self.scale_by_keep)
         if nn.merge_param("deterministic", self.deterministic, deterministic):
-            return in_evaluation(x, rate, self.scale_by_keep)
-        key = None if is_certain(rate) else self.make_rng(self.rng_collection)
-        return drop_path(
-            x, rate, key=key, sample_axis=self.sample_axis, scale_by_keep=self.scale_by_keep
-        )
+            return in_evaluation(x, rate, scaling)
+        key = None if is_exactly(rate, 0.0) else self.make_rng(self.rng_collection)
+        return drop_path(x, rate, key=key, sample_axis=self.sample_axis, scale_by_keep=scaling)

@@ -9,18 +9,12 @@ import jax
 from flax import nnx
 
 from cdb_jax import report
-from cdb_jax._checks import check_rate
+from cdb_jax._checks import check_bool, check_call_rate, is_exactly
 from cdb_jax._skipping import api
 from cdb_jax.backdrop import backdrop, check_axes
 from cdb_jax.policy import Policy
 from cdb_jax.selection import Selection
-from cdb_jax.stochastic_depth import (
-    check_scale_by_keep,
-    drop_path,
-    in_evaluation,
-    is_certain,
-    run_branch,
-)
+from cdb_jax.stochastic_depth import drop_path, in_evaluation, run_branch
 
 Argnum = int | nnx.DiffState
 
@@ -218,14 +212,14 @@ class _RandomLayer(nnx.Module):
     """
 
     def __init__(
-        self, rate: Any, deterministic: bool, rng_collection: str, rngs: Rngs | None
+        self, rate: float, deterministic: bool, rng_collection: str, rngs: Rngs | None
     ) -> None:
-        self.rate = check_rate("rate", rate, schedule=False)
+        self.rate = check_call_rate(rate)
         self.deterministic = deterministic
         self.rng_collection = rng_collection
         if rngs is not None and not isinstance(rngs, (nnx.Rngs, nnx.RngStream)):
             raise TypeError(f"rngs must be nnx.Rngs, got {rngs!r}; use nnx.Rngs(0).")
-        if isinstance(self.rate, float) and self.rate == 0.0:
+        if is_exactly(self.rate, 0.0):
             rngs = None  # A rate of 0 must not change what other layers draw.
         elif isinstance(rngs, nnx.Rngs):
             rngs = rngs[rng_collection]
@@ -234,11 +228,13 @@ class _RandomLayer(nnx.Module):
     def _is_evaluating(self, deterministic: bool | None) -> bool:
         return self.deterministic if deterministic is None else deterministic
 
-    def _key(self, rngs: Rngs | jax.Array | None) -> jax.Array:
+    def _key(self, rngs: Rngs | jax.Array | None) -> jax.Array | None:
+        if is_exactly(self.rate, 0.0):
+            return None
         source = self.rngs if rngs is None else rngs
         if source is None:
             raise ValueError(
-                f"rngs is missing: {type(self).__name__} draws in training. Give rngs=nnx.Rngs(0) "
+                f"rngs is missing: {type(self).__name__} draws in training. Pass rngs=nnx.Rngs(0) "
                 "when you make it or call it, or call model.eval()."
             )
         if isinstance(source, nnx.Rngs):
@@ -267,14 +263,11 @@ class Backdrop(_RandomLayer):
       rngs: the source of keys; you can pass it in the call instead.
 
     Examples:
-      >>> import cdb_jax.nnx, jax, jax.numpy as jnp
+      >>> import cdb_jax.nnx, jax.numpy as jnp
       >>> from flax import nnx
       >>> layer = cdb_jax.nnx.Backdrop(0.5, axes=1, rngs=nnx.Rngs(0))
       >>> nnx.grad(lambda layer, x: jnp.sum(layer(x)), argnums=1)(layer, jnp.ones((1, 4)))
       Array([[0., 2., 0., 2.]], dtype=float32)
-
-    References:
-      `arXiv 1806.01337 <https://arxiv.org/abs/1806.01337>`_.
     """
 
     def __init__(
@@ -289,7 +282,7 @@ class Backdrop(_RandomLayer):
     ) -> None:
         super().__init__(rate, deterministic, rng_collection, rngs)
         self.axes = check_axes("axes", axes)
-        self.sample_axes = check_axes("sample_axes", sample_axes, some=False)
+        self.sample_axes = check_axes("sample_axes", sample_axes, allow_empty=True)
 
     def __call__(
         self,
@@ -300,14 +293,11 @@ class Backdrop(_RandomLayer):
         mask: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Returns `x`; a `mask` replaces the random one, for diagnosis."""
-        settings: dict[str, Any] = dict(axes=self.axes, sample_axes=self.sample_axes)
-        if mask is not None:
-            return backdrop(x, self.rate, mask=mask, **settings)
-        if self._is_evaluating(deterministic) or (
-            isinstance(self.rate, float) and self.rate == 0.0
-        ):
+        if mask is None and self._is_evaluating(deterministic):
             return x
-        return backdrop(x, self.rate, key=self._key(rngs), **settings)
+        key = self._key(rngs) if mask is None else None
+        settings = dict(axes=self.axes, sample_axes=self.sample_axes)
+        return backdrop(x, self.rate, key=key, mask=mask, **settings)
 
 
 class DropPath(_RandomLayer):
@@ -315,10 +305,9 @@ class DropPath(_RandomLayer):
 
     Args:
       rate: probability that the branch is dropped.
-      sample_axis: the axis of the samples, each of which draws independently; None for one draw for
-        the whole batch.
-      scale_by_keep: whether to divide by 1 - rate in training. If not, the layer multiplies by
-        1 - rate in evaluation, as in the first paper.
+      sample_axis: the axis of the samples, or None to drop the whole batch at once.
+      scale_by_keep: whether to divide by `1 - rate` in training. If not, the layer multiplies by
+        `1 - rate` in evaluation, as the first paper does (and timm does not).
       deterministic: whether the layer is in evaluation mode; `train()` and `eval()` change it.
       rng_collection: name of the stream of keys in `rngs`.
       rngs: the source of keys; you can pass it in the call instead.
@@ -333,9 +322,6 @@ class DropPath(_RandomLayer):
              [3.],
              [1.],
              [3.]], dtype=float32)
-
-    References:
-      `arXiv 1603.09382 <https://arxiv.org/abs/1603.09382>`_.
     """
 
     def __init__(
@@ -350,7 +336,7 @@ class DropPath(_RandomLayer):
     ) -> None:
         super().__init__(rate, deterministic, rng_collection, rngs)
         self.sample_axis = sample_axis
-        self.scale_by_keep = check_scale_by_keep(scale_by_keep)
+        self.scale_by_keep = check_bool("scale_by_keep", scale_by_keep)
 
     def __call__(
         self,
@@ -362,14 +348,8 @@ class DropPath(_RandomLayer):
         """Returns `x`, the output of a branch, or zeros if it is dropped."""
         if self._is_evaluating(deterministic):
             return in_evaluation(x, self.rate, self.scale_by_keep)
-        key = None if is_certain(self.rate) else self._key(rngs)
-        return drop_path(
-            x,
-            self.rate,
-            key=key,
-            sample_axis=self.sample_axis,
-            scale_by_keep=self.scale_by_keep,
-        )
+        key, axis, scaling = self._key(rngs), self.sample_axis, self.scale_by_keep
+        return drop_path(x, self.rate, key=key, sample_axis=axis, scale_by_keep=scaling)
 
     def branch(
         self,
@@ -398,6 +378,5 @@ class DropPath(_RandomLayer):
             )
         if self._is_evaluating(deterministic):
             return in_evaluation(branch(*args), self.rate, self.scale_by_keep)
-        key = None if is_certain(self.rate) else self._key(rngs)
-        settings = self.rate, key, self.scale_by_keep
-        return run_branch(branch, args, *settings, nnx.cond, nnx.eval_shape)
+        settings = self.rate, self._key(rngs), self.scale_by_keep
+        return run_branch(branch, args, *settings, cond=nnx.cond, eval_shape=nnx.eval_shape)

@@ -1,34 +1,38 @@
-"""Stochastic depth: residual branches that are dropped as a whole in training."""
+"""Stochastic depth: training drops whole residual branches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cdb_jax._checks import check_call_key, check_choice, check_rate
+from cdb_jax._checks import (
+    check_bool,
+    check_call_key,
+    check_call_rate,
+    check_choice,
+    check_positive,
+    check_rate,
+    is_exactly,
+    is_int,
+)
 from cdb_jax._scaling import scale
 
-Mode = Literal["uniform", "linear", "sense"]
+RateMode = Literal["uniform", "linear", "sense"]
 
 
 def drop_path(
     x: jax.Array,
-    rate: float | jax.typing.ArrayLike,
+    rate: jax.typing.ArrayLike,
     *,
     key: jax.Array | None = None,
     sample_axis: int | None = 0,
     scale_by_keep: bool = True,
 ) -> jax.Array:
-    r"""Drops a residual branch, independently for each sample or for the whole batch.
-
-    With the probability :math:`p = 1 - \mathrm{rate}` of keeping it and :math:`b \sim
-    \mathrm{Bernoulli}(p)`, drawn for each index of `sample_axis`,
-
-    .. math:: y = \frac{b}{p}\, x, \qquad \text{or } y = b\, x \text{ without scaling.}
+    """Drops a residual branch at random, independently for each sample or for the whole batch.
 
     Apply it to the branch before you add it: `x + drop_path(branch(x), rate, key=key)`. Inside a
     `shard_map` over the batch, fold `jax.lax.axis_index` into the key, or every device draws the
@@ -37,14 +41,14 @@ def drop_path(
     Args:
       x: float array, the output of a branch.
       rate: probability that the branch is dropped, in [0, 1]; may be traced.
-      key: a JAX key, for this call alone. Not needed for rate 0 or 1.
-      sample_axis: the axis of the samples, each of which draws independently; None for one draw for
-        the whole batch, as in the first paper.
-      scale_by_keep: whether to divide what is kept by p, so that the mean is x and evaluation needs
-        no change. Without it, multiply the branch by p in evaluation.
+      key: a JAX key for this call. Rates of exactly 0 and 1 need none.
+      sample_axis: the axis of the samples, which are dropped independently; None to drop the whole
+        batch at once, as the first paper does.
+      scale_by_keep: whether to divide what is kept by `1 - rate`, so that its mean is `x`. Without
+        it, multiply the branch by `1 - rate` in evaluation.
 
     Returns:
-      An array of the shape and dtype of `x`.
+      An array with the shape and dtype of `x`.
 
     Raises:
       TypeError, ValueError: for a bad rate, an axis that `x` does not have, or a missing key.
@@ -60,47 +64,49 @@ def drop_path(
     References:
       Stochastic depth, `arXiv 1603.09382 <https://arxiv.org/abs/1603.09382>`_.
     """
-    rate = check_rate("rate", rate, schedule=False)
-    check_scale_by_keep(scale_by_keep)
+    rate = check_call_rate(rate)
+    check_bool("scale_by_keep", scale_by_keep)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(f"x must be an array of floats, got dtype {x.dtype}.")
-    is_int = isinstance(sample_axis, (int, np.integer)) and not isinstance(sample_axis, bool)
-    if sample_axis is not None and not (is_int and -x.ndim <= sample_axis < x.ndim):
-        raise ValueError(
-            f"sample_axis={sample_axis!r} is not an axis of x, whose shape is {x.shape}; give the "
-            "axis of the batch, or None for one draw for all."
-        )
-    if is_certain(rate):
-        return x if rate == 0.0 else jnp.zeros_like(x)
     shape = [1] * x.ndim
     if sample_axis is not None:
+        if not (is_int(sample_axis) and -x.ndim <= sample_axis < x.ndim):
+            raise ValueError(
+                f"sample_axis={sample_axis!r} is not an axis of x, which has shape {x.shape}; pass "
+                "the axis of the samples, or None to drop all of x at once."
+            )
         shape[sample_axis] = x.shape[sample_axis]
-    keep = _draw_keep(rate, key, shape)
-    return jnp.where(keep, _scaled(x, rate, scale_by_keep), jnp.zeros((), x.dtype))
+    if is_exactly(rate, 0.0, 1.0):
+        return x if rate == 0.0 else jnp.zeros_like(x)
+    return jnp.where(
+        _is_kept(rate, key, shape), _scaled(x, rate, scale_by_keep), jnp.zeros((), x.dtype)
+    )
 
 
 def drop_branch(
     branch: Callable[..., jax.Array],
     *args: Any,
-    rate: float | jax.typing.ArrayLike,
+    rate: jax.typing.ArrayLike,
     key: jax.Array | None = None,
     scale_by_keep: bool = True,
 ) -> jax.Array:
-    """`drop_path(branch(*args), rate, sample_axis=None)` that does not compute what it drops.
+    """`drop_path(branch(*args), rate, sample_axis=None)` that does not compute a dropped branch.
 
-    A conditional leaves out the branch, forward and backward, when it is dropped for the whole
-    batch. On CPU, XLA runs convolutions inside a conditional far slower, so use `drop_path` for
-    those. A dropped branch does not update its random counts or batch statistics.
+    A conditional skips the forward and backward pass of the branch. On CPU, XLA runs convolutions
+    inside a conditional far slower, so use `drop_path` for those.
 
     Args:
       branch: a function of arrays that returns a float array.
       *args: its arguments, arrays or trees of arrays.
       rate: probability that the branch is dropped, in [0, 1]; may be traced.
-      key: a JAX key, for this call alone. Not needed for rate 0 or 1.
+      key: a JAX key for this call. Rates of exactly 0 and 1 need none.
       scale_by_keep: as in `drop_path`.
 
     Returns:
-      An array of the shape and dtype of what `branch` returns.
+      An array with the shape and dtype of what `branch` returns.
+
+    Raises:
+      TypeError, ValueError: for a bad rate or a missing key.
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp
@@ -108,21 +114,21 @@ def drop_branch(
       >>> x + cdb_jax.drop_branch(jnp.exp, x, rate=0.5, key=jax.random.key(1))
       Array([1., 1., 1.], dtype=float32)
     """
-    rate = check_rate("rate", rate, schedule=False)
-    check_scale_by_keep(scale_by_keep)
-    return run_branch(branch, args, rate, key, scale_by_keep, jax.lax.cond, jax.eval_shape)
+    check_bool("scale_by_keep", scale_by_keep)
+    return run_branch(branch, args, check_call_rate(rate), key, scale_by_keep)
 
 
 def run_branch(
     branch: Callable[..., jax.Array],
     args: Sequence[Any],
-    rate: Any,
+    rate: float | jax.Array,
     key: jax.Array | None,
     scale_by_keep: bool,
-    cond: Callable[..., jax.Array],
-    eval_shape: Callable[..., Any],
+    *,
+    cond: Callable[..., jax.Array] = jax.lax.cond,
+    eval_shape: Callable[..., jax.ShapeDtypeStruct] = jax.eval_shape,
 ) -> jax.Array:
-    """`drop_branch`, with the conditional and the tracing of JAX or those of NNX."""
+    """`drop_branch` with the conditional and the tracing of JAX or of NNX."""
 
     def kept(*args: Any) -> jax.Array:
         return _scaled(branch(*args), rate, scale_by_keep)
@@ -130,84 +136,68 @@ def run_branch(
     def dropped(*args: Any) -> jax.Array:
         return jnp.zeros_like(eval_shape(branch, *args))
 
-    if is_certain(rate):
+    if is_exactly(rate, 0.0, 1.0):
         return kept(*args) if rate == 0.0 else dropped(*args)
-    return cond(_draw_keep(rate, key, ()), kept, dropped, *args)
+    return cond(_is_kept(rate, key, ()), kept, dropped, *args)
 
 
-def is_certain(rate: Any) -> bool:
-    """Whether a rate leaves nothing to draw."""
-    return isinstance(rate, float) and rate in (0.0, 1.0)
-
-
-def check_scale_by_keep(scale_by_keep: Any) -> bool:
-    if not isinstance(scale_by_keep, bool):
-        raise TypeError(f"scale_by_keep must be True or False, got {scale_by_keep!r}.")
-    return scale_by_keep
-
-
-def _draw_keep(rate: Any, key: jax.Array | None, shape: Sequence[int]) -> jax.Array:
-    """Whether a branch is kept, for each entry of a shape: bool."""
+def _is_kept(rate: float | jax.Array, key: jax.Array | None, shape: Sequence[int]) -> jax.Array:
     key = check_call_key(key, "rngs.drop_path()")
-    return jax.random.uniform(key, shape, jnp.float32) >= jnp.asarray(rate, jnp.float32)
+    return jax.random.uniform(key, shape, jnp.float32) >= rate
 
 
-def _scaled(x: jax.Array, rate: Any, scale_by_keep: bool) -> jax.Array:
-    """A branch that is kept, divided by the probability of that."""
+def _scaled(x: jax.Array, rate: float | jax.Array, scale_by_keep: bool) -> jax.Array:
+    """The output of a branch that is kept in training."""
     if not scale_by_keep:
         return x
-    if isinstance(rate, float):
-        return scale(x, 1.0 / (1.0 - rate))
-    keep = 1.0 - jnp.asarray(rate, jnp.float32)
-    # With rate 1 nothing is kept, and nothing may become a NaN.
-    return scale(x, 1.0 / jnp.where(keep > 0, keep, 1.0))
+    # A traced rate may be 1. Nothing is kept then, but a division by zero would give NaN gradients.
+    keep = 1.0 - rate if isinstance(rate, float) else jnp.where(rate < 1.0, 1.0 - rate, 1.0)
+    return scale(x, 1.0 / keep)
 
 
-def in_evaluation(x: jax.Array, rate: Any, scale_by_keep: bool) -> jax.Array:
-    """What a layer makes of a branch in evaluation."""
-    if scale_by_keep or (isinstance(rate, float) and rate == 0.0):
-        return x
-    return scale(x, 1.0 - rate if isinstance(rate, float) else 1.0 - jnp.asarray(rate, jnp.float32))
+def in_evaluation(x: jax.Array, rate: float | jax.Array, scale_by_keep: bool) -> jax.Array:
+    """The output of a branch in evaluation."""
+    return x if scale_by_keep or is_exactly(rate, 0.0) else scale(x, 1.0 - rate)
 
 
 def drop_path_rates(
     depth: int,
     budget: float,
     *,
-    mode: Mode = "linear",
-    sensitivities: Sequence[float] | np.ndarray | None = None,
+    mode: RateMode = "linear",
+    sensitivities: Sequence[float] | np.ndarray | jax.Array | None = None,
     maximum: float = 1.0,
 ) -> np.ndarray:
-    r"""Drop rates of residual branches that keep `budget` of them in an average step.
+    """Drop rates of residual branches that keep `budget` of them in an average step.
 
-    With L branches, numbered l = 1 to L from the input, and a constant c that makes
-    :math:`\sum_l (1 - r_l)` exactly the budget,
+    For example, to keep 2.75 of 4 branches on average, linear rates are 0.125, 0.25, 0.375 and 0.5:
+    the branches are kept with probabilities 0.875, 0.75, 0.625 and 0.5, whose sum is 2.75.
 
-    .. math:: r_l = 1 - \text{budget} / L \;\text{(uniform)}, \qquad
-       r_l = c\, l \;\text{(linear)}, \qquad
-       r_l = 1 - c\, s_l \;\text{(sense)},
-
-    each clipped to between 0 and `maximum`. To drop the last branch with rate r and the others
-    linearly less, use the budget :math:`L - r (L + 1) / 2`. "sense" keeps the branches with high
-    sensitivity :math:`s_l`, as `branch_sensitivities` measures it.
+    If you think of the rate r of the last branch instead, use `np.linspace(r / depth, r, depth)`,
+    the rule of the first paper, or `np.linspace(0, r, depth)`, that of timm's
+    `calculate_drop_path_rates`.
 
     Args:
-      depth: number of branches L.
-      budget: the average number of branches that a step keeps, from `(1 - maximum) * depth` to
-        `depth`.
-      mode: "uniform", "linear" or "sense".
-      sensitivities: for "sense", L numbers >= 0, not all of them 0.
+      depth: number of branches.
+      budget: how many branches a step keeps on average, the sum of `1 - rates`; between
+        `(1 - maximum) * depth` and `depth`.
+      mode: "uniform" gives every branch the same rate; in "linear", the rate of the l-th branch is
+        proportional to l; in "sense", the probability of keeping a branch is proportional to its
+        sensitivity. The rates are clipped to [0, maximum], and the sum is still met.
+      sensitivities: for "sense", `depth` numbers >= 0, not all of them 0, such as those of
+        `branch_sensitivities`. The paper's formula for them is not confirmed; this one, and the
+        proportionality and clipping, are this library's choice.
       maximum: the highest drop rate.
 
     Returns:
       A float64 NumPy array of shape `(depth,)`: the rate of each branch, for `drop_path`.
 
     Raises:
-      ValueError: for a depth, budget, mode, maximum or sensitivities that do not fit.
+      TypeError, ValueError: for a bad argument, or for a budget that cannot be met.
 
     Examples:
       >>> import cdb_jax
-      >>> cdb_jax.drop_path_rates(4, 2.75, mode="linear")  # A step keeps 2.75 of 4 on average.
+      >>> cdb_jax.drop_path_rates(4, 2.75)
       array([0.125, 0.25 , 0.375, 0.5  ])
       >>> cdb_jax.drop_path_rates(3, 2.0, mode="sense", sensitivities=[3.0, 1.0, 1.0])
       array([0. , 0.5, 0.5])
@@ -216,88 +206,69 @@ def drop_path_rates(
       `arXiv 1603.09382 <https://arxiv.org/abs/1603.09382>`_ (linear);
       `arXiv 2106.03091 <https://arxiv.org/abs/2106.03091>`_ (budget, uniform, sense).
     """
-    _check_budget(depth, budget, maximum)
-    check_choice("mode", mode, ("uniform", "linear", "sense"))
+    check_positive("depth", depth)
+    check_choice("mode", mode, get_args(RateMode))
+    maximum = check_rate("maximum", maximum, schedule=False)
+    weights = _weights(depth, mode, sensitivities)
+    num_zeros = int(np.sum(weights == 0))
+    lowest, highest = depth * (1.0 - maximum), depth - num_zeros * maximum
+    slack = 1e-9 * depth  # A budget may be a sum of rounded numbers.
+    if not lowest - slack <= budget <= highest + slack:
+        reason = f" and {num_zeros} sensitivities of 0" if num_zeros else ""
+        raise ValueError(
+            f"budget={budget!r} must be between {lowest:g} and {highest:g}, the number of branches "
+            f"that a step keeps on average with depth={depth}, maximum={maximum}{reason}."
+        )
+    if mode == "sense":
+        return 1.0 - _proportional(weights, budget, 1.0 - maximum, 1.0)
+    return _proportional(weights, depth - budget, 0.0, maximum)
+
+
+def _weights(depth: int, mode: RateMode, sensitivities: Any) -> np.ndarray:
+    """What the rates, or in "sense" the probabilities of keeping a branch, are proportional to."""
     if (sensitivities is not None) != (mode == "sense"):
         raise ValueError(
-            f"mode={mode!r} and sensitivities={sensitivities!r}: sensitivities are for "
-            'mode="sense" only, which needs them; branch_sensitivities measures them.'
+            f"sensitivities={sensitivities!r} with mode={mode!r}: pass sensitivities with "
+            'mode="sense", and only then; branch_sensitivities measures them.'
         )
-    dropped = min(max(depth - budget, 0.0), maximum * depth)
-    if mode == "uniform":
-        return np.full(depth, dropped / depth)
-    if mode == "linear":
-        places = np.arange(1.0, depth + 1)
-        return _meet(lambda c: np.clip(c * places, 0.0, maximum), 0.0, 1.0, dropped)
-    weights = _checked_sensitivities(sensitivities, depth, budget, maximum)
-    # Sensitivities may differ by hundreds of orders of magnitude, so the search is for the
-    # logarithm of the constant. That of a sensitivity of 0 is below all others.
-    logs = np.log2(weights, out=np.full(depth, -np.inf), where=weights > 0)
-
-    def rates(log_c: float) -> np.ndarray:
-        return np.clip(1.0 - np.exp2(np.minimum(logs - log_c, 0.0)), 0.0, maximum)
-
-    return _meet(rates, -1100.0, 1100.0, dropped)
-
-
-def _check_budget(depth: Any, budget: float, maximum: float) -> None:
-    if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)) or depth < 1:
-        raise ValueError(f"depth must be an int >= 1, got {depth!r}.")
-    if not 0.0 <= maximum <= 1.0:
-        raise ValueError(f"maximum must be a drop rate between 0 and 1, got {maximum!r}.")
-    lowest, slack = (1.0 - maximum) * depth, 1e-9 * depth  # For sums of rounded numbers.
-    if not lowest - slack <= budget <= depth + slack:
-        raise ValueError(
-            f"budget={budget!r} must be the number of {depth} branches that a step keeps on "
-            f"average; with maximum={maximum} it is between {lowest:g} and {depth}."
-        )
-
-
-def _checked_sensitivities(
-    sensitivities: Any, depth: int, budget: float, maximum: float
-) -> np.ndarray:
+    if mode != "sense":
+        return np.arange(1.0, depth + 1) if mode == "linear" else np.ones(depth)
     weights = np.asarray(sensitivities, np.float64)
-    if weights.shape != (depth,) or not np.all(np.isfinite(weights)) or np.any(weights < 0):
+    if weights.shape != (depth,) or not np.all((weights >= 0) & (weights < np.inf)):
         raise ValueError(
             f"sensitivities must be {depth} finite numbers >= 0, got {sensitivities!r}."
-        )
-    reachable = np.where(weights > 0, 1.0, 1.0 - maximum).sum()
-    if budget > reachable + 1e-9 * depth:
-        raise ValueError(
-            f"budget={budget!r} cannot be met: {np.sum(weights == 0)} of the sensitivities are 0, "
-            f"and their branches are dropped at rate maximum={maximum}; the budget can be at most "
-            f"{reachable:g}."
         )
     return weights
 
 
-def _meet(
-    rates: Callable[[float], np.ndarray], low: float, high: float, total: float
-) -> np.ndarray:
-    """The rates with a given sum, which is below it at `low`, above at `high`, and monotone."""
-    middle = (low + high) / 2
-    while middle not in (low, high):
-        low, high = (middle, high) if rates(middle).sum() < total else (low, middle)
-        middle = (low + high) / 2
-    found = rates(high)
-    # What rounding leaves over goes to the branches that are not clipped.
-    is_free = (found > 0.0) & (found < found.max())
-    if not is_free.any():
-        is_free = (found > 0.0) & (found < 1.0)
-    if is_free.any():
-        found[is_free] += (total - found.sum()) / is_free.sum()
-    return np.clip(found, 0.0, 1.0)
+def _proportional(weights: np.ndarray, total: float, lowest: float, highest: float) -> np.ndarray:
+    """Returns `clip(c * weights, lowest, highest)` with the c for which the sum is `total`."""
+    with np.errstate(divide="ignore"):
+        logs = np.log2(weights)  # Weights may differ by hundreds of orders of magnitude.
+
+    def values(log_c: float) -> np.ndarray:
+        return np.clip(np.exp2(np.minimum(log_c + logs, 0.0)), lowest, highest)
+
+    low, high = -2200.0, 2200.0
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if values(middle).sum() < total else (low, middle)
+    found = values(high)
+    is_free = (lowest < found) & (found < highest)
+    if is_free.any():  # Which entries are clipped is known now, so the others follow exactly.
+        shares = weights[is_free] / weights[is_free].max()
+        found[is_free] = shares * ((total - found[~is_free].sum()) / shares.sum())
+    return np.clip(found, lowest, highest)
 
 
 def branch_sensitivities(
     loss: Callable[..., jax.Array], depth: int, *args: Any, **kwargs: Any
 ) -> jax.Array:
-    r"""How much a loss depends on each residual branch, to first order.
+    """How much a loss depends on each residual branch, to first order.
 
-    With a gate :math:`g_l` that multiplies branch l, the sensitivity is
-    :math:`s_l = |\partial \mathcal L / \partial g_l|` at :math:`g = 1`. Average it over some
-    batches, and measure it again later in training. An NNX model that the loss calls must be in
-    evaluation mode (`model.eval()`), so that it has no state to change.
+    The sensitivity of a branch is the absolute derivative of the loss with respect to a gate of 1
+    that multiplies the branch. Average it over some batches, and measure it again later in
+    training. If the loss calls an NNX model, call `model.eval()` first: in training, the model
+    would change its state.
 
     Args:
       loss: a function `loss(gates, *args, **kwargs)` that returns a scalar; `gates` has shape
@@ -310,10 +281,11 @@ def branch_sensitivities(
       A float32 array of shape `(depth,)`, for `drop_path_rates(..., mode="sense")`.
 
     Examples:
-      >>> import cdb_jax, jax.numpy as jnp
-      >>> loss = lambda gates, x: (x + gates[0] * 2.0 * x + gates[1] * jnp.sin(x)) ** 2
-      >>> cdb_jax.branch_sensitivities(loss, 2, 0.0)
-      Array([0., 0.], dtype=float32)
+      >>> import cdb_jax
+      >>> def loss(gates, x):
+      ...     return x + gates[0] * 3.0 * x - gates[1] * x
+      >>> cdb_jax.branch_sensitivities(loss, 2, 1.0)
+      Array([3., 1.], dtype=float32)
     """
     gates = jnp.ones(depth, jnp.float32)
     return jnp.abs(jax.grad(loss)(gates, *args, **kwargs))
