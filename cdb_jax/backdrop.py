@@ -33,7 +33,7 @@ def backdrop(
 
     If every entry would be dropped, one of them is kept at random. The mask is drawn in the
     backward pass, so only the key is stored. Inside a `shard_map` over one of the axes, fold
-    `jax.lax.axis_index` into the key, or every device draws the same mask for its part.
+    `jax.lax.axis_index` into the key.
 
     Args:
       x: float array of any shape.
@@ -135,9 +135,8 @@ def check_axes(
 
 
 def _positive(name: str, axes: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    for axis in axes:
-        if not -rank <= axis < rank:
-            raise ValueError(f"{name}={axes!r}: x has {rank} axes, so {axis} is out of range.")
+    if not all(-rank <= axis < rank for axis in axes):
+        raise ValueError(f"{name}={axes!r} must name axes of x, which has {rank} axes.")
     return tuple(axis % rank for axis in axes)
 
 

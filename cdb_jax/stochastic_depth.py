@@ -35,17 +35,16 @@ def drop_path(
     """Drops a residual branch at random, independently for each sample or for the whole batch.
 
     Apply it to the branch before you add it: `x + drop_path(branch(x), rate, key=key)`. Inside a
-    `shard_map` over the batch, fold `jax.lax.axis_index` into the key, or every device draws the
-    same for its samples.
+    `shard_map` over the batch, fold `jax.lax.axis_index` into the key.
 
     Args:
       x: float array, the output of a branch.
       rate: probability that the branch is dropped, in [0, 1]; may be traced.
       key: a JAX key for this call. Rates of exactly 0 and 1 need none.
-      sample_axis: the axis of the samples, which are dropped independently; None to drop the whole
-        batch at once, as the first paper does.
-      scale_by_keep: whether to divide what is kept by `1 - rate`, so that its mean is `x`. Without
-        it, multiply the branch by `1 - rate` in evaluation.
+      sample_axis: the axis of the samples; None to drop the whole batch at once, as the first
+        paper does.
+      scale_by_keep: whether to divide what is kept by `1 - rate`, so that the mean is `x`. If not,
+        multiply the branch by `1 - rate` in evaluation.
 
     Returns:
       An array with the shape and dtype of `x`.
@@ -78,9 +77,8 @@ def drop_path(
         shape[sample_axis] = x.shape[sample_axis]
     if is_exactly(rate, 0.0, 1.0):
         return x if rate == 0.0 else jnp.zeros_like(x)
-    return jnp.where(
-        _is_kept(rate, key, shape), _scaled(x, rate, scale_by_keep), jnp.zeros((), x.dtype)
-    )
+    is_kept = _draw(rate, key, shape)
+    return jnp.where(is_kept, _scaled(x, rate, scale_by_keep), jnp.zeros((), x.dtype))
 
 
 def drop_branch(
@@ -92,8 +90,8 @@ def drop_branch(
 ) -> jax.Array:
     """`drop_path(branch(*args), rate, sample_axis=None)` that does not compute a dropped branch.
 
-    A conditional skips the forward and backward pass of the branch. On CPU, XLA runs convolutions
-    inside a conditional far slower, so use `drop_path` for those.
+    It puts the branch into a conditional. On CPU, XLA runs convolutions inside of one far slower,
+    so use `drop_path` for those.
 
     Args:
       branch: a function of arrays that returns a float array.
@@ -138,10 +136,11 @@ def run_branch(
 
     if is_exactly(rate, 0.0, 1.0):
         return kept(*args) if rate == 0.0 else dropped(*args)
-    return cond(_is_kept(rate, key, ()), kept, dropped, *args)
+    return cond(_draw(rate, key, ()), kept, dropped, *args)
 
 
-def _is_kept(rate: float | jax.Array, key: jax.Array | None, shape: Sequence[int]) -> jax.Array:
+def _draw(rate: float | jax.Array, key: jax.Array | None, shape: Sequence[int]) -> jax.Array:
+    """Draws whether a branch is kept, for each entry of a shape."""
     key = check_call_key(key, "rngs.drop_path()")
     return jax.random.uniform(key, shape, jnp.float32) >= rate
 
@@ -170,23 +169,20 @@ def drop_path_rates(
 ) -> np.ndarray:
     """Drop rates of residual branches that keep `budget` of them in an average step.
 
-    For example, to keep 2.75 of 4 branches on average, linear rates are 0.125, 0.25, 0.375 and 0.5:
-    the branches are kept with probabilities 0.875, 0.75, 0.625 and 0.5, whose sum is 2.75.
-
-    If you think of the rate r of the last branch instead, use `np.linspace(r / depth, r, depth)`,
-    the rule of the first paper, or `np.linspace(0, r, depth)`, that of timm's
-    `calculate_drop_path_rates`.
+    For example, linear rates of 4 branches with a budget of 2.75 are 0.125, 0.25, 0.375 and 0.5,
+    because 0.875 + 0.75 + 0.625 + 0.5 = 2.75. If you know the rate r of the last branch instead,
+    use the rule of the first paper, `np.linspace(r / depth, r, depth)`, or the rule of timm's
+    `calculate_drop_path_rates`, `np.linspace(0, r, depth)`.
 
     Args:
       depth: number of branches.
-      budget: how many branches a step keeps on average, the sum of `1 - rates`; between
-        `(1 - maximum) * depth` and `depth`.
-      mode: "uniform" gives every branch the same rate; in "linear", the rate of the l-th branch is
-        proportional to l; in "sense", the probability of keeping a branch is proportional to its
-        sensitivity. The rates are clipped to [0, maximum], and the sum is still met.
-      sensitivities: for "sense", `depth` numbers >= 0, not all of them 0, such as those of
-        `branch_sensitivities`. The paper's formula for them is not confirmed; this one, and the
-        proportionality and clipping, are this library's choice.
+      budget: how many branches a step keeps on average: the sum of `1 - rates`.
+      mode: "uniform": all rates are equal. "linear": the rate of the l-th branch is proportional to
+        l. "sense": the probability of keeping a branch is proportional to its sensitivity. In all
+        modes, rates are clipped to [0, maximum] and meet the budget.
+      sensitivities: for "sense", `depth` numbers >= 0, as `branch_sensitivities` returns. The
+        paper's formula is not confirmed; that of `branch_sensitivities`, the proportionality and
+        the clipping are this library's choice.
       maximum: the highest drop rate.
 
     Returns:
@@ -265,14 +261,13 @@ def branch_sensitivities(
 ) -> jax.Array:
     """How much a loss depends on each residual branch, to first order.
 
-    The sensitivity of a branch is the absolute derivative of the loss with respect to a gate of 1
-    that multiplies the branch. Average it over some batches, and measure it again later in
-    training. If the loss calls an NNX model, call `model.eval()` first: in training, the model
-    would change its state.
+    This is the absolute derivative of the loss with respect to a gate of 1 that multiplies the
+    branch. Average it over some batches, and measure it again later in training. Call
+    `model.eval()` if the loss uses an NNX model, because its state must not change.
 
     Args:
-      loss: a function `loss(gates, *args, **kwargs)` that returns a scalar; `gates` has shape
-        `(depth,)` and multiplies the branches.
+      loss: a function `loss(gates, *args, **kwargs)` that multiplies the branches by `gates`, of
+        shape `(depth,)`, and returns a scalar.
       depth: number of branches.
       *args: other arguments of the loss.
       **kwargs: other arguments of the loss, by name.

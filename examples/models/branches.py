@@ -36,8 +36,8 @@ class Branch(nnx.Module):
 class Branches(NamedTuple):
     """Stochastic depth for the blocks of a model.
 
-    `rates` has one drop rate for each block, or is empty for none; each is drawn for the whole
-    batch and makes up for it at test time, as in arXiv 1603.09382. With `skips`, what is dropped is
+    `rates` has the drop rate of each block, or is empty to drop none. A block is dropped for the
+    whole batch and scaled in evaluation, as in arXiv 1603.09382. With `skips`, a dropped block is
     not computed.
     """
 
