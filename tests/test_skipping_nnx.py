@@ -107,9 +107,9 @@ def test_nnx_filters_and_mistakes(standard_promotion):
 
     with pytest.raises(ValueError, match="new variables"):
         drawn.nnx_grad(adds, policy)(model, x, step=0)
-    with pytest.raises(ValueError, match="argnums=0 names neither"):
+    with pytest.raises(ValueError, match="argnums=0 .*model"):
         cdb_jax.nnx.grad(loss)(2.0, model, x, selection=policy.select(model, 0))
-    with pytest.raises(ValueError, match="nothing but models"):
+    with pytest.raises(ValueError, match="argnums=0"):
         cdb_jax.nnx.grad(loss)((model, 2.0), model, x, selection=policy.select(model, 0))
     with pytest.raises(TypeError, match="argument called selection"):
         drawn.nnx_grad(lambda model, selection: 0.0, policy)
