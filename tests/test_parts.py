@@ -218,3 +218,16 @@ def test_without_channel_axes_take_and_put_return_their_operand():
     assert part_shape(part, (2, 3), ()) == (2, 3)
     np.testing.assert_array_equal(take(x, (), (), part, jnp.int32(1)), x)
     np.testing.assert_array_equal(put(x, (2, 3), (), (), part, jnp.int32(1)), x)
+
+
+@pytest.mark.parametrize("size", [600, 1600])  # On both sides of the bound for one comparison.
+def test_scattered_channels_of_wide_layers(size):
+    rng = np.random.default_rng(0)
+    place = np.sort(rng.permutation(size)[: size // 2]).astype(np.int32)
+    x = rng.normal(size=(2, size // 2)).astype(np.float32)
+    part = Kept(1, size, size // 2, contiguous=False)
+    expected = np.zeros((2, size), np.float32)
+    expected[:, place] = x
+    full = put(jnp.asarray(x), (2, size), (1,), (), part, jnp.asarray(place))
+    np.testing.assert_array_equal(full, expected)
+    np.testing.assert_array_equal(take(full, (1,), (), part, jnp.asarray(place)), x)

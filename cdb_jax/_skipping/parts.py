@@ -105,10 +105,12 @@ def _put_window(x: jax.Array, axis: int, size: int, start: jax.Array) -> jax.Arr
 
 def _put_channels(x: jax.Array, axis: int, size: int, place: jax.Array) -> jax.Array:
     """The inverse of `jnp.take`, by a gather, which fuses into the optimizer as no scatter does."""
-    channels = jnp.arange(size, dtype=jnp.int32)
-    # Unrolled: a loop for each layer would be many launches, and break the graph of a GPU.
-    nearest = jnp.searchsorted(place, channels, method="scan_unrolled").astype(jnp.int32)
-    nearest = jnp.minimum(nearest, x.shape[axis] - 1)
+    kept, channels = x.shape[axis], jnp.arange(size, dtype=jnp.int32)
+    # One comparison compiles faster than a search, and is cheap unless the layer is wide. The
+    # search is unrolled, since a loop for each layer would be many launches on a GPU.
+    method = "compare_all" if kept * size <= 2**20 else "scan_unrolled"
+    nearest = jnp.searchsorted(place, channels, method=method).astype(jnp.int32)
+    nearest = jnp.minimum(nearest, kept - 1)
     is_kept = _along(axis, x.ndim, place[nearest] == channels)
     x = jnp.take(x, nearest, axis=axis, indices_are_sorted=True, mode="clip")
     return jnp.where(is_kept, x, jnp.zeros((), x.dtype))
