@@ -106,39 +106,32 @@ def dot_product(
 ) -> Product | Obstacle:
     """Describes a `dot_general` with a weight, or says why it is not skipped."""
     contract, batch = dict(op.params)["dimension_numbers"]
-    lhs_free, rhs_free = (
-        [i for i in range(ranks[s]) if i not in contract[s] and i not in batch[s]] for s in (0, 1)
-    )
+    free = [
+        [axis for axis in range(ranks[s]) if axis not in (*contract[s], *batch[s])] for s in (0, 1)
+    ]
     # The axes of a result are those of the batch, then the free ones of both operands in turn.
-    first_free = len(batch[0]) + (len(lhs_free) if side == 1 else 0)
-    free = lhs_free if side == 0 else rhs_free
-    summed, batched = tuple(contract[side]), tuple(batch[side])
-    x_summed, x_batched = contract[1 - side], batch[1 - side]
-
-    if any(axis not in batched for axis in stack):
+    first_free = len(batch[0]) + (len(free[0]) if side == 1 else 0)
+    if any(axis not in batch[side] for axis in stack):
         return Obstacle(Reason.STACK_IN_ONE_PRODUCT)
     if stack and target.modes != (Mode.PARTIAL,):
         return Obstacle(Reason.STACK_IN_ONE_BATCH)
-    product = Product(
-        op,
-        op,
-        side,
-        target,
-        w_channel=channel,
-        w_stack=stack,
-        x_stack=tuple(x_batched[batched.index(axis)] for axis in stack),
-        y_stack=tuple(batched.index(axis) for axis in stack),
-        x_part=target.part,
-    )
-    if all(axis in free for axis in channel):
-        return product._replace(y_channel=tuple(first_free + free.index(axis) for axis in channel))
-    if all(axis in summed for axis in channel):
-        return product._replace(x_channel=tuple(x_summed[summed.index(axis)] for axis in channel))
-    if all(axis in batched for axis in channel):
-        return product._replace(
-            x_channel=tuple(x_batched[batched.index(axis)] for axis in channel),
-            y_channel=tuple(batched.index(axis) for axis in channel),
-        )
+
+    def place(axes: tuple[int, ...], among: Sequence[int]) -> tuple[int, ...]:
+        return tuple(tuple(among).index(axis) for axis in axes)
+
+    product = Product(op, op, side, target, w_channel=channel, w_stack=stack, x_part=target.part)
+    y_stack = place(stack, batch[side])
+    product = product._replace(y_stack=y_stack, x_stack=tuple(batch[1 - side][i] for i in y_stack))
+    if set(channel) <= set(free[side]):
+        y_channel = tuple(first_free + i for i in place(channel, free[side]))
+        return product._replace(y_channel=y_channel)
+    if set(channel) <= set(contract[side]):
+        x_channel = tuple(contract[1 - side][i] for i in place(channel, contract[side]))
+        return product._replace(x_channel=x_channel)
+    if set(channel) <= set(batch[side]):
+        y_channel = place(channel, batch[side])
+        x_channel = tuple(batch[1 - side][i] for i in y_channel)
+        return product._replace(x_channel=x_channel, y_channel=y_channel)
     return Obstacle(Reason.MIXED_CHANNELS)
 
 
