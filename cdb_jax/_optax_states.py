@@ -1,10 +1,9 @@
-"""Which entry of an optimizer state belongs to which parameter, and along which axes."""
+"""Finds which parameter each entry of an optimizer state belongs to, and along which axes."""
 
 from __future__ import annotations
 
-import collections
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,322 +12,240 @@ import numpy as np
 import optax
 
 from cdb_jax import channels
-from cdb_jax._compiling import NO_ARRAY, by_structure
+from cdb_jax._compiling import by_structure
 
 Shape = tuple[int, ...]
 SlotAxes = Callable[[str, Shape | None, Shape], tuple[int | None, ...] | None]
+Rules = tuple[tuple[type, SlotAxes], ...]
 
 
 class Slot(NamedTuple):
-    """An entry of an optimizer state that belongs to a parameter.
+    """The parameter that an entry of an optimizer state belongs to.
 
     Attributes:
       parameter: its position among the leaves of the updates.
-      axes: for each axis of the entry, the parameter axis that it corresponds to, or None.
+      axes: for each axis of the entry, the parameter axis it corresponds to, or None.
     """
 
     parameter: int
     axes: tuple[int | None, ...]
 
 
-def checked_rules(slot_axes: Mapping[type, SlotAxes]) -> dict[type, SlotAxes]:
+def checked_rules(slot_axes: Mapping[type, SlotAxes]) -> Rules:
+    """Returns the given rules and the built-in ones of other classes."""
     for owner, rule in slot_axes.items():
         if not isinstance(owner, type) or not callable(rule):
             raise TypeError(
                 f"slot_axes must map classes of optimizer states to functions, got {owner!r}: "
                 f"{rule!r}; write slot_axes={{StateClass: lambda field, shape, entry_shape: axes}}."
             )
-    return dict(slot_axes)
-
-
-def find(
-    state: Any, layout: channels.Layout, root: str, rules: Mapping[type, SlotAxes]
-) -> tuple[Slot | None, ...]:
-    """The parameter that each leaf of a state belongs to; None for leaves that belong to none.
-
-    Optimizers keep copies of the tree of parameters. A copy is a subtree with an entry for every
-    parameter, or with a `MaskedNode` or None in its place: `optax.masked` leaves out parameters in
-    this way, and a parameter may have no gradient. A copy may have entries for more parameters than
-    there are gradients.
-
-    Args:
-      state: of an optimizer, with None as a leaf.
-      layout: of the updates.
-      root: of the policy.
-      rules: `slot_axes` of `freeze_dropped`.
-
-    Raises:
-      ValueError: for an entry that nothing assigns, and for optimizers that take several updates
-        for one step.
-    """
-    return _find(state, layout, root, tuple(rules.items()))
+    return tuple((RULES | dict(slot_axes)).items())
 
 
 @by_structure
-def _find(
-    state: Any, layout: channels.Layout, root: str, rules: tuple[tuple[type, SlotAxes], ...]
+def find(
+    state_and_updates: tuple[Any, Any], layout: channels.Layout, rules: Rules
 ) -> tuple[Slot | None, ...]:
-    start = len(root) + 1 if root else 0
-    positions = {leaf.path[start:]: i for i, leaf in enumerate(layout.leaves)}
-    entries = list(_entries(state, dict(rules)))
-    copies = _copies(entries, positions)
-    slots: list[Slot | None] = []
-    for entry in entries:
-        if entry.is_masked:
-            continue
-        owners = _owners(entry, copies, positions, layout)
-        if entry.array is None or None in owners[:1]:
-            slots.append(None)  # It belongs to a parameter that has no update.
-        else:
-            parameter = owners[0] if owners else None
-            slots.append(_slot(state, entry, parameter, layout, dict(rules)))
-    return tuple(slots)
+    """Finds the slot of each leaf of a state, with None as a leaf; None if it has no channels.
 
-
-def _owners(
-    entry: _Entry, copies: Collection[str], positions: Mapping[str, int], layout: channels.Layout
-) -> list[int | None]:
-    """The parameters that an entry may belong to, the likeliest first; None for one without update.
-
-    There are several if parameters are named like the fields of a state, or like its lists.
+    The state contains trees that JAX maps together with the updates, so they have the same nodes.
+    (`optax.tree.map_params` finds such trees, but does not look inside `optax.masked`.) Raises a
+    ValueError for an entry whose channels are unknown, and for an optimizer that is not supported.
     """
-    found = dict(_parameters_at(entry.path, positions))
-    owners = [
-        found.get(top) for top, _ in _splits(entry.path) if top in copies and (top in found or top)
-    ]
-    shape = getattr(entry.array, "shape", None)
-
-    def likelihood(owner: int | None) -> int:
-        has_shape = owner is not None and layout.leaves[owner].shape == shape
-        return 2 if has_shape else 1 if owner is None else 0
-
-    return sorted(owners, key=likelihood, reverse=True)
+    state, updates = state_and_updates
+    positions = jax.tree.unflatten(jax.tree.structure(updates), range(len(layout.leaves)))
+    return tuple(_slot(entry, layout, dict(rules)) for entry in entries(state, positions))
 
 
-class _Entry(NamedTuple):
-    """A leaf of a state.
+_OUTSIDE = object()
+
+
+class Entry(NamedTuple):
+    """A leaf of an optimizer state, or None in its place.
 
     Attributes:
-      keys: where it is.
-      path: the same as a canonical path.
-      array: None if there is none.
-      is_masked: whether it is a `MaskedNode`, which is not a leaf.
-      owner: the class that has a rule for it, if there is one.
-      field: the name of its field in `owner`.
+      nodes: the nodes on the way to it, from the whole state to the entry itself.
+      keys: the keys on the way: `keys[i]` leads from `nodes[i]` to `nodes[i + 1]`.
+      parameter: the position of its parameter; None or a MaskedNode if the parameter has no update,
+        and `_OUTSIDE` if there is no parameter.
     """
 
+    nodes: tuple[Any, ...]
     keys: tuple[Any, ...]
-    path: str
-    array: Any
-    is_masked: bool
-    owner: type | None
-    field: str
+    parameter: Any
+
+    @property
+    def path(self) -> str:
+        return channels.canonical_path(self.keys)
+
+    @property
+    def holder(self) -> Any:
+        """The innermost NamedTuple around the entry, or the whole state if there is none."""
+        return next((x for x in self.nodes[-2::-1] if hasattr(x, "_fields")), self.nodes[0])
 
 
-def _is_empty(x: Any) -> bool:
-    return x is None or isinstance(x, optax.MaskedNode)
+def entries(
+    node: Any,
+    positions: Any = _OUTSIDE,
+    nodes: tuple[Any, ...] = (),
+    keys: tuple[Any, ...] = (),
+    place: Any = _OUTSIDE,
+) -> Iterator[Entry]:
+    """Walks through a state; `positions` has the structure of the updates.
 
-
-def _entries(
-    state: Any, rules: Mapping[type, SlotAxes], keys: tuple[Any, ...] = ()
-) -> Iterator[_Entry]:
-    """The entries of a state, or of the one at `keys` inside a larger state, which has a rule."""
-    owner, depth = (type(state), len(keys)) if keys or type(state) in rules else (None, 0)
-
-    def has_rule(x: Any) -> bool:
-        return x is not state and type(x) in rules
-
-    def is_leaf(x: Any) -> bool:
-        return _is_empty(x) or has_rule(x) or _refusal(x) is not None
-
-    for inner_keys, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_leaf):
-        if (refusal := _refusal(node)) is not None:
-            raise ValueError(refusal)
-        path = (*keys, *inner_keys)
-        if has_rule(node):
-            yield from _entries(node, rules, path)
-            continue
-        field = jax.tree_util.keystr(path[depth : depth + 1], simple=True)
-        is_masked = isinstance(node, optax.MaskedNode)
-        array = None if _is_empty(node) or node is NO_ARRAY else node
-        yield _Entry(path, channels.canonical_path(path), array, is_masked, owner, field)
-
-
-def _splits(path: str) -> Iterator[tuple[str, str]]:
-    """Every way to cut a path into the path of a subtree and the path inside it."""
-    parts = path.split("/")
-    for i in range(len(parts) + 1):
-        yield "/".join(parts[:i]), "/".join(parts[i:])
-
-
-def _parameters_at(path: str, positions: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Parameters that an entry may belong to, each with the path of the copy that it is in.
-
-    A parameter may have several entries, in a list or the like at its path.
+    The other arguments say where a node of the state lies, and what `positions` has in its place.
     """
-    return [
-        (top, positions[name])
-        for top, inner in _splits(path)
-        for name in dict.fromkeys((inner, inner.rpartition("/")[0] if inner else inner))
-        if name in positions
-    ]
+    _check_supported(node)
+    nodes = (*nodes, node)
+    if place is _OUTSIDE and _matches(node, positions):
+        place = positions
+    if node is None or jax.tree_util.all_leaves((node,)):
+        yield Entry(nodes, keys, place)
+    inside = _children(place)
+    for key, child in _children(node).items():
+        inner = place if place is _OUTSIDE or isinstance(place, int) else inside.get(key)
+        yield from entries(child, positions, nodes, (*keys, key), inner)
 
 
-def _copies(entries: Sequence[_Entry], positions: Mapping[str, int]) -> set[str]:
-    """The paths of the subtrees that are copies of the tree of parameters."""
-    found: dict[str, set[int]] = collections.defaultdict(set)
-    for entry in entries:
-        if entry.array is not None:
-            for top, i in _parameters_at(entry.path, positions):
-                found[top].add(i)
-            continue
-        for top, inner in _splits(entry.path):
-            found[top] |= {i for name, i in positions.items() if channels.is_below(name, inner)}
-    return {top for top, parameters in found.items() if len(parameters) == len(positions)}
+def _matches(node: Any, positions: Any) -> bool:
+    """Whether a tree has an entry, a None or a MaskedNode in the place of every parameter."""
+    if any(x is None or isinstance(x, optax.MaskedNode) for x in (node, positions)):
+        return True
+    children, expected = _children(node), _children(positions)
+    if isinstance(positions, int):
+        # A parameter may have a container of entries. An empty tuple is `optax.EmptyState`.
+        is_empty = isinstance(node, tuple) and not node
+        return not is_empty and not any(map(_children, children.values()))
+    if isinstance(node, Mapping):  # It may have entries of parameters that are not updated.
+        children = {key: child for key, child in children.items() if key in expected}
+    is_same = type(node) is type(positions) and children.keys() == expected.keys()
+    return is_same and all(_matches(children[key], x) for key, x in expected.items())
 
 
-# Optimizers that cannot be inside.
-
-MULTI_STEPS = "optax.MultiSteps(cdb_jax.freeze_dropped(inner, policy), every_k_schedule=k)"
-_SAM = "optax.contrib.sam(cdb_jax.freeze_dropped(inner, policy), adv_optimizer)"
-_LOOKAHEAD = "optax.lookahead(cdb_jax.freeze_dropped(inner, policy), sync_period, slow_step_size)"
+def _children(node: Any) -> dict[Any, Any]:
+    found = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda x: x is not node)
+    return {keys[0]: child for keys, child in found if keys}
 
 
-def several_updates(name: str, instead: str) -> str:
-    return (
-        f"freeze_dropped: inner takes several updates for one step ({name}), and each would have "
-        f"its own channels; put freeze_dropped inside: {instead}."
-    )
+def _slot(entry: Entry, layout: channels.Layout, rules: Mapping[type, SlotAxes]) -> Slot | None:
+    is_updated = isinstance(entry.parameter, int)
+    is_array = hasattr(entry.nodes[-1], "dtype")
+    if not is_array or not (is_updated or entry.parameter is _OUTSIDE):
+        return None
+    leaf = layout.leaves[entry.parameter] if is_updated else None
+    axes = _axes(entry, leaf, len(layout.leaves) == 1, rules)
+    return None if axes is None else Slot(entry.parameter, axes)
 
 
-def _refusal(x: Any) -> str | None:
-    """Why a state cannot be inside: what it updates together is not the channels of one step."""
-    if isinstance(x, (optax.MultiStepsState, optax.ApplyEvery)):
-        return several_updates(type(x).__name__, MULTI_STEPS)
-    if isinstance(x, optax.contrib.SAMState):
-        return None if x.cache is None else several_updates("SAMState", _SAM)
-    if hasattr(x, "steps_since_sync"):
-        return several_updates(type(x).__name__, _LOOKAHEAD)
-    if isinstance(x, optax.contrib.GaLoreState):
-        return (
-            "freeze_dropped: inner keeps its moments in a projection of the gradient "
-            "(GaLoreState), which mixes channels, so no channel can be frozen. Mask the gradients "
-            "instead: optax.chain(cdb_jax.channel_drop_back(policy), optax.contrib.galore(...))."
-        )
-    return None
-
-
-# The axes of an entry.
-
-
-def _slot(
-    state: Any,
-    entry: _Entry,
-    parameter: int | None,
-    layout: channels.Layout,
-    rules: Mapping[type, SlotAxes],
-) -> Slot | None:
-    shape, is_float = tuple(entry.array.shape), jnp.issubdtype(entry.array.dtype, jnp.inexact)
-    leaf = None if parameter is None else layout.leaves[parameter]
-    if entry.owner is not None and shape:
-        axes: Any = rules[entry.owner](entry.field, leaf and leaf.shape, shape)
-        if axes is not NotImplemented:
-            if axes is None or leaf is None or parameter is None:
-                return None
-            return Slot(parameter, _checked_axes(axes, entry, leaf))
-    if leaf is not None and parameter is not None:
-        if shape == leaf.shape:
-            return Slot(parameter, tuple(range(len(shape))))
-        if shape == () and is_float and len(layout.leaves) > 1:
-            return Slot(parameter, ())  # A number for each parameter.
-        if leaf.layer is None:
-            return None
-    if shape == () or not is_float:
-        return None  # Counts, keys, and what a whole tree shares.
-    belongs = f"belongs to {leaf.path!r} of shape {leaf.shape}" if leaf else "belongs to no leaf"
-    owner, is_wrapper = holder(state, entry.keys)
-    mend = f"give slot_axes={{{owner}: rule}}"
-    if is_wrapper:
-        mend = f"put the wrapper with the state {owner} around freeze_dropped"
+def _axes(
+    entry: Entry, leaf: channels.Leaf | None, is_single: bool, rules: Mapping[type, SlotAxes]
+) -> tuple[int | None, ...] | None:
+    """`Slot.axes`, or None for an entry without channels."""
+    shape = tuple(entry.nodes[-1].shape)
+    is_float = jnp.issubdtype(entry.nodes[-1].dtype, jnp.inexact)
+    axes = _ruled_axes(entry, leaf, shape, rules) if shape else NotImplemented
+    if axes is not NotImplemented:
+        return axes
+    if leaf is not None:
+        if shape == leaf.shape and (shape or is_float):
+            return tuple(range(len(shape)))
+        # A single parameter may happen to be called like a number for the whole tree.
+        if is_float and not (shape and leaf.axes) and not is_single:
+            return (None,) * len(shape)  # Frozen if all of the parameter is.
+    if not shape or not is_float or (leaf is not None and leaf.layer is None):
+        return None  # A count, a key, a number for the whole tree.
+    name = type(entry.holder).__name__
+    mend = f"give slot_axes={{{name}: rule}}"
+    if any(hasattr(node, "_fields") for x in entries(entry.holder) for node in x.nodes[1:]):
+        mend = f"put the wrapper with the state {name} around freeze_dropped, not inside"
+    owner = "no parameter" if leaf is None else f"{leaf.path!r} of shape {leaf.shape}"
     raise ValueError(
-        f"freeze_dropped: the state of inner has an entry {entry.path!r} of shape {shape}, which "
-        f"{belongs}, and which of its axes are channels is not known, so a dropped channel could "
-        f"not be frozen; {mend}, or mask the gradients only, with channel_drop_back."
+        f"inner: its state has an entry {entry.path!r} of shape {shape}, which belongs to {owner}, "
+        f"so its axes do not say which channels to freeze; {mend}. To mask gradients only, use "
+        "channel_drop_back(policy)."
     )
 
 
-def holder(state: Any, keys: Sequence[Any]) -> tuple[str, bool]:
-    """The innermost class of states around an entry, and whether it contains other states."""
-    node = found = state
-    for key in keys:
-        if hasattr(node, "_fields"):
-            found = node
-        match key:
-            case jax.tree_util.GetAttrKey():
-                node = getattr(node, key.name)
-            case jax.tree_util.SequenceKey():
-                node = node[key.idx]
-            case jax.tree_util.DictKey():
-                node = node[key.key]
-            case _:
-                break
-
-    def is_inner_state(x: Any) -> bool:
-        return hasattr(x, "_fields") and x is not found
-
-    leaves = jax.tree.leaves(found, is_leaf=is_inner_state)
-    return type(found).__name__, any(map(is_inner_state, leaves))
-
-
-def _checked_axes(axes: Any, entry: _Entry, leaf: channels.Leaf) -> tuple[int | None, ...]:
-    rank = len(leaf.shape)
+def _ruled_axes(
+    entry: Entry, leaf: channels.Leaf | None, shape: Shape, rules: Mapping[type, SlotAxes]
+) -> Any:
+    """What the innermost rule returns; NotImplemented if there is none."""
+    ruled = [i for i, node in enumerate(entry.nodes[:-1]) if type(node) in rules]
+    if not ruled:
+        return NotImplemented
+    owner, key = type(entry.nodes[ruled[-1]]), entry.keys[ruled[-1]]
+    field = jax.tree_util.keystr((key,), simple=True)
+    axes = rules[owner](field, None if leaf is None else leaf.shape, shape)
+    if axes is NotImplemented or axes is None or leaf is None:
+        return NotImplemented if axes is NotImplemented else None
+    valid = range(len(leaf.shape))
     try:
-        found = tuple(None if axis is None else range(rank)[operator.index(axis)] for axis in axes)
-        named = [axis for axis in found if axis is not None]
-        sizes = [
-            size if axis is None else leaf.shape[axis]
-            for size, axis in zip(entry.array.shape, found, strict=True)
-        ]
-        fits = len(set(named)) == len(named) and tuple(sizes) == tuple(entry.array.shape)
+        found = tuple(None if axis is None else valid[operator.index(axis)] for axis in axes)
+        sizes = {axis: size for size, axis in zip(shape, found, strict=True) if axis is not None}
+        fits = len(sizes) + found.count(None) == len(found)  # No axis occurs twice.
+        fits = fits and all(size == leaf.shape[axis] for axis, size in sizes.items())
     except (TypeError, ValueError, IndexError):
         fits = False
     if not fits:
         raise ValueError(
-            f"slot_axes: the rule of {getattr(entry.owner, '__name__', entry.owner)} returned "
-            f"{axes!r} for {entry.path!r} of shape {tuple(entry.array.shape)}, which belongs to "
-            f"{leaf.path!r} of shape {leaf.shape}; for each axis, return a parameter axis of the "
-            "same size, each at most once, or None."
+            f"slot_axes: the rule for {owner.__name__} returned {axes!r} for {entry.path!r} of "
+            f"shape {shape}, which belongs to {leaf.path!r} of shape {leaf.shape}; for each axis "
+            "of the entry, return a different parameter axis of the same size, or None."
         )
     return found
 
 
-# Rules for states of optax whose entries do not have the shape of their parameter.
+# Optimizers that cannot be inside.
+
+_AROUND: dict[type, str] = {
+    optax.MultiStepsState: "optax.MultiSteps({}, every_k_schedule=k)",
+    optax.ApplyEvery: "optax.MultiSteps({}, every_k_schedule=k)",
+    optax.LookaheadState: "optax.lookahead({}, sync_period, slow_step_size)",
+    optax.contrib.SAMState: "optax.contrib.sam({}, adv_optimizer)",
+}
 
 
-def _factored_axes(field: str, shape: Shape | None, entry: Shape) -> Shape | None:
-    """Adafactor's second moments are averages over one of the two largest axes of a parameter."""
-    assert shape is not None
-    axes = tuple(range(len(shape)))
-    if field != "v" and len(shape) >= 2:
-        second, largest = np.argsort(shape)[-2:]
-        averaged = {"v_row": largest, "v_col": second}[field]
-        axes = tuple(axis for axis in axes if axis != averaged)
+def several_updates(state_class: type) -> str:
+    wrapped = _AROUND[state_class].format("cdb_jax.freeze_dropped(inner, policy)")
+    return (
+        f"inner: {state_class.__name__.removesuffix('State')} takes one step in several updates, "
+        f"and each update drops other channels; put it around freeze_dropped: {wrapped}."
+    )
+
+
+def _check_supported(node: Any) -> None:
+    if isinstance(node, optax.contrib.GaLoreState):
+        raise ValueError(
+            "inner: GaLore keeps moments of a projected gradient, which mixes the channels, so no "
+            "channel can be frozen; mask gradients only: optax.chain("
+            "cdb_jax.channel_drop_back(policy), optax.contrib.galore(...))."
+        )
+    is_transparent = isinstance(node, optax.contrib.SAMState) and node.cache is None
+    if type(node) in _AROUND and not is_transparent:
+        raise ValueError(several_updates(type(node)))
+
+
+# Rules for states of optax.
+
+
+def _factored_axes(field: str, shape: Shape | None, entry_shape: Shape) -> Shape | None:
+    """Adafactor: `v_row` and `v_col` are averages over one of the two largest axes."""
+    if shape is None:
+        return NotImplemented
+    order = np.argsort(shape)
+    averaged = {"v_row": order[-1:], "v_col": order[-2:-1], "v": order[:0]}[field]
+    axes = tuple(axis for axis in range(len(shape)) if axis not in averaged)
     # A field that is not used for a parameter has another shape.
-    return axes if entry == tuple(shape[axis] for axis in axes) else None
+    return axes if entry_shape == tuple(shape[axis] for axis in axes) else None
 
 
-def _muon_axes(field: str, shape: Shape | None, entry: Shape) -> Shape | None:
-    """The momentum has the shapes of the parameters; all of them share the coefficients."""
-    return None if shape is None or field == "ns_coeffs" else tuple(range(len(shape)))
-
-
-def _mechanic_axes(field: str, shape: Shape | None, entry: Shape) -> Any:
-    """All parameters share its statistics; there is one for each decay."""
-    return None if field in ("r", "m", "v", "s") else NotImplemented
+def _shared(*fields: str) -> SlotAxes:
+    """A rule for a state in which some fields belong to all parameters together."""
+    return lambda field, shape, entry_shape: None if field in fields else NotImplemented
 
 
 RULES: dict[type, SlotAxes] = {
     optax.FactoredState: _factored_axes,
-    optax.contrib.MechanicState: _mechanic_axes,
-    optax.contrib.MuonState: _muon_axes,
+    optax.contrib.MechanicState: _shared("r", "m", "v", "s"),
+    optax.contrib.MuonState: _shared("ns_coeffs"),
 }

@@ -1,4 +1,4 @@
-"""`freeze_dropped`: a dropped channel keeps its weights and its entries of the optimizer state."""
+"""`freeze_dropped`: dropped channels keep their weights and their optimizer state."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class FreezeDroppedState(NamedTuple):
     """State of `freeze_dropped`.
 
     Attributes:
-      count: number of steps taken, and so the step of the next selection: int32, a scalar.
-      dropped_fraction: `Selection.dropped_fraction` of the last step: float32, a scalar.
-      inner_state: the state of the inner optimizer.
+      count: the number of steps taken, and so the count of the next selection; an int32 scalar.
+      dropped_fraction: the fraction of parameters that the last step dropped; a float32 scalar.
+      inner_state: the state of the optimizer inside.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
@@ -37,47 +37,39 @@ def freeze_dropped(
     *,
     slot_axes: Mapping[type, slots.SlotAxes] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Wraps an optimizer so that dropped channels do not change at all.
+    r"""Wraps an optimizer so that dropped channels keep their weights and their optimizer state.
 
-    A zero gradient does not freeze a weight: momentum and weight decay still move it. With this
-    wrapper, a channel that is dropped in a step keeps its weights and its entries of the optimizer
-    state, bit for bit. With parameters :math:`\theta`, optimizer state :math:`s` and kept channels
-    K, one step is
+    A zero gradient does not freeze a weight: momentum and weight decay still move it. With
+    parameters :math:`\theta`, optimizer state :math:`s` and kept channels K, one step is
 
     .. math:: (u, s') = \mathrm{inner}(1_K\, g,\; s,\; \theta), \qquad
        \theta \leftarrow \theta + 1_K\, u, \qquad
-       s \leftarrow 1_K\, s' + (1 - 1_K)\, s.
+       s \leftarrow 1_K\, s' + (1 - 1_K)\, s,
 
-    What belongs to no channel advances in every step: counts, schedules, keys, norms over the whole
-    tree. An entry that several channels share, such as a row of Adafactor's second moments, is
-    frozen only if all of them are dropped. Since counts advance for every channel, Adam's bias
-    correction is too small for a channel that is often dropped: for about 1 / (1 - b2) steps, its
-    updates are up to 1 / sqrt(1 - rate) times as long.
+    and dropped channels keep the bits of both. Entries of the state that belong to no channel, such
+    as counts and norms over the whole tree, advance in every step. An entry that several channels
+    share, such as a row of Adafactor's second moments, is frozen if all of them are dropped.
 
-    This wrapper does not rescale gradients. If the policy asks for it, chain
-    `channel_drop_back(policy)` before it. Put everything that moves parameters, such as weight
-    decay, into `inner`.
+    Gradients are not rescaled: if `policy` has a `rescale`, chain `channel_drop_back(policy)`
+    before this. Put everything that moves parameters, such as weight decay, into `inner`.
 
     Args:
-      inner: the optimizer, chains included. `optax.MultiSteps` goes around `freeze_dropped`, not
-        inside.
+      inner: the optimizer, such as a chain. Put `optax.MultiSteps` around `freeze_dropped`.
       policy: a `Policy`.
-      slot_axes: for states whose entries do not have the shape of their parameter: a dict from
-        the class of the state (a NamedTuple) to a function of the field's name, the parameter's
-        shape (None for an entry that belongs to no parameter) and the entry's shape. For each axis
-        of the entry, it returns the parameter axis it corresponds to, or None if there is none.
-        It returns None alone for an entry that belongs to no channel, and NotImplemented to treat
-        the entry as if there were no rule. Rules for Adafactor (`optax.FactoredState`), Muon and
-        Mechanic (`optax.contrib.MuonState`, `MechanicState`) are built in.
+      slot_axes: rules for states whose entries do not have the shape of their parameter: a dict
+        from the class of a state (a NamedTuple) to a function of the field's name, the parameter's
+        shape (None for an entry without a parameter) and the entry's shape. For each axis of the
+        entry, return the parameter axis it corresponds to, or None if there is none. Return None
+        in place of the axes for an entry without channels, and NotImplemented for an entry that
+        needs no rule. Rules for Adafactor, Muon and Mechanic are built in.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` with state `FreezeDroppedState`. Its `update` takes
-      a `selection` like that of `channel_drop_back`, and passes it on to `inner`.
+      An `optax.GradientTransformationExtraArgs` with state `FreezeDroppedState`. Its `update`
+      takes a `selection` like that of `channel_drop_back`, and passes it on to `inner`.
 
     Raises:
-      TypeError, ValueError: for a bad argument; when `update` is called, for a tree that does not
-        fit the policy, and for a state with entries that cannot be assigned to channels, such as
-        the memory of L-BFGS.
+      TypeError, ValueError: for a bad argument here; when updates are first seen, for a tree that
+        does not fit the policy, or an entry whose channels are unknown (the memory of L-BFGS).
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp, optax
@@ -98,19 +90,19 @@ def freeze_dropped(
       ChannelDropBack, `arXiv 2411.10891 <https://arxiv.org/abs/2411.10891>`_.
     """
     if isinstance(inner, optax.MultiSteps):
-        raise TypeError(slots.several_updates("MultiSteps", slots.MULTI_STEPS))
+        raise TypeError(slots.several_updates(optax.MultiStepsState))
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
-            f"inner must be an optimizer such as optax.adamw(1e-3), got {inner!r}; pass the policy "
-            "as the second argument."
+            f"inner must be an optimizer such as optax.adamw(1e-3), got {inner!r}; the policy is "
+            "the second argument."
         )
     policy = check_policy(policy)
     inner = optax.with_extra_args_support(inner)
-    rules = slots.RULES | slots.checked_rules(slot_axes or {})
+    rules = slots.checked_rules(slot_axes or {})
 
     def init_fn(params: Any) -> FreezeDroppedState:
-        zeros = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-        return FreezeDroppedState(*zeros, inner.init(params))
+        count, fraction = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+        return FreezeDroppedState(count, fraction, inner.init(params))
 
     def update_fn(
         updates: Any,
@@ -123,30 +115,28 @@ def freeze_dropped(
         check_state(state, FreezeDroppedState)
         channels.check_parameters(updates, params, policy.root)
         layout, source = layout_and_source(policy, selection, updates)
-        extra_args |= {} if selection is None else {"selection": selection}
-        owners = slots.find(state.inner_state, layout, policy.root, rules)
-        leaves, treedef = jax.tree.flatten(updates)
+        owners = slots.find((state.inner_state, updates), layout, rules)
+        if selection is not None:
+            extra_args["selection"] = selection
 
+        leaves, treedef = jax.tree.flatten(updates)
         touched = touched_leaves(policy, layout, leaves)
-        learns, masked, count, fraction = _mask(layout, source, touched, state.count)
-        masked = jax.tree.unflatten(treedef, _filled(masked, leaves))
+        keep, touched, count, fraction = _mask(layout, source, touched, state.count)
+        masked = _filled(treedef, touched, leaves)
         proposed, inner_state = inner.update(masked, state.inner_state, params, **extra_args)
-        _check_updates(proposed, updates, layout)
+        _check_updates(proposed, updates, policy.root)
         _check_states(inner_state, state.inner_state)
 
-        steps = jax.tree.leaves(proposed)
-        new, state_treedef = _leaves(inner_state)
-        old, _ = _leaves(state.inner_state)
-        # Only what may be frozen goes through the program; a state may hold anything else, too.
-        entries = [
-            (x, before) if slot and x is not None and before is not None else None
-            for slot, x, before in zip(owners, new, old, strict=True)
-        ]
-        touched = touched_leaves(policy, layout, steps)
-        steps, entries = _freeze((layout, owners), learns, touched, entries)
-        proposed = jax.tree.unflatten(treedef, _filled(steps, jax.tree.leaves(proposed)))
-        inner_state = jax.tree.unflatten(state_treedef, _filled(entries, new))
-        return proposed, FreezeDroppedState(count, fraction, inner_state)
+        leaves = jax.tree.leaves(proposed)
+        touched = touched_leaves(policy, layout, leaves)
+        (old, _), (new, state_treedef) = _flatten(state.inner_state), _flatten(inner_state)
+        # Entries without channels may be anything, so they stay out of the compiled program.
+        triples = zip(owners, new, old, strict=True)
+        pairs = [(x, y) if slot and x is not None else None for slot, x, y in triples]
+        touched, entries = _freeze((layout, owners), keep, touched, pairs)
+        inner_state = _filled(state_treedef, entries, new)
+        state = FreezeDroppedState(count, fraction, inner_state)
+        return _filled(treedef, touched, leaves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -155,119 +145,105 @@ def freeze_dropped(
 def _mask(
     layout: channels.Layout, source: Policy | Selection, leaves: list[Any], count: jax.Array
 ) -> tuple[dict[str, jax.Array], list[Any], jax.Array, jax.Array]:
-    """Which channels learn, the masked updates, the next count and the dropped fraction."""
+    """Returns the kept channels, the masked gradients, the next count and the dropped fraction."""
     groups = groups_from(source, layout, count)
-    learns = kept_channels(groups)
-    masked = _where(learns, layout, leaves, 0.0)
-    return learns, masked, optax.safe_increment(count), fraction_of(groups, layout)
+    keep = kept_channels(groups)
+    masked = _replace_dropped(leaves, layout, keep, 0.0)
+    return keep, masked, optax.safe_increment(count), fraction_of(groups, layout)
 
 
 @compiled
 def _freeze(
-    static: tuple[channels.Layout, tuple[slots.Slot | None, ...]],
-    learns: dict[str, jax.Array],
-    steps: list[Any],
-    entries: list[Any],
+    static: tuple[channels.Layout, tuple[Any, ...]],
+    keep: dict[str, jax.Array],
+    leaves: list[Any],
+    pairs: list[Any],
 ) -> tuple[list[Any], list[Any]]:
-    """The updates and entries of the state that `inner` proposes, with dropped channels frozen.
+    """Returns updates and entries of the state with frozen channels; None for what is not frozen.
 
-    Each of `entries` is a pair of the new and the old value, or None.
+    `static` holds the layout and the slots; each of `pairs` is the new and the old value of an
+    entry, or None.
     """
     layout, owners = static
-    # Adding minus zero leaves every number as it is, including minus zero.
-    steps = _where(learns, layout, steps, -0.0)
-    frozen = [
-        None if slot is None or pair is None else _freeze_entry(layout, slot, learns, *pair)
-        for slot, pair in zip(owners, entries, strict=True)
+    entries = [
+        pair and _where(keep, layout.leaves[slot.parameter], slot.axes, *pair)
+        for slot, pair in zip(owners, pairs, strict=True)
     ]
-    return steps, frozen
+    # Adding minus zero keeps the bits of every parameter; adding zero would turn -0.0 into 0.0.
+    return _replace_dropped(leaves, layout, keep, -0.0), entries
 
 
-def _freeze_entry(
-    layout: channels.Layout, slot: slots.Slot, learns: dict[str, jax.Array], new: Any, old: Any
-) -> jax.Array | None:
-    leaf = layout.leaves[slot.parameter]
-    if leaf.source not in learns:
-        return None
-    where = broadcastable(learns[leaf.source], leaf, leaf.axes)
-    named = [axis for axis in slot.axes if axis is not None]
-    where = jnp.any(where, axis=tuple(i for i in range(where.ndim) if i not in named))
-    where = jnp.transpose(where, [sorted(named).index(axis) for axis in named])
-    unnamed = [i for i, axis in enumerate(slot.axes) if axis is None]
-    return jnp.where(jnp.expand_dims(where, unnamed), new, old)
+def _replace_dropped(
+    leaves: Sequence[Any], layout: channels.Layout, keep: Mapping[str, jax.Array], zero: float
+) -> list[Any]:
+    """Returns leaves with zero or minus zero in dropped channels; None for what is not dropped."""
+
+    def replaced(x: Any, leaf: channels.Leaf) -> jax.Array | None:
+        number = complex(zero, zero) if jnp.iscomplexobj(x) else zero
+        return _where(keep, leaf, range(x.ndim), x, jnp.asarray(number, x.dtype))
+
+    pairs = zip(leaves, layout.leaves, strict=True)
+    return [None if x is None else replaced(x, leaf) for x, leaf in pairs]
 
 
 def _where(
-    learns: dict[str, jax.Array], layout: channels.Layout, leaves: Sequence[Any], otherwise: float
-) -> list[Any]:
-    """The leaves, with a number in place of what does not learn."""
+    keep: Mapping[str, jax.Array], leaf: channels.Leaf, axes: Sequence[int | None], x: Any, y: Any
+) -> jax.Array | None:
+    """Returns `x` for what has a kept channel and `y` elsewhere, or None if `leaf` is kept.
 
-    def replaced(x: Any, leaf: channels.Leaf) -> Any:
-        if x is None or leaf.source not in learns:
-            return x
-        where = broadcastable(learns[leaf.source], leaf, leaf.axes)
-        return jnp.where(where, x, _number(otherwise, x.dtype))
-
-    return [replaced(x, leaf) for x, leaf in zip(leaves, layout.leaves, strict=True)]
-
-
-def _number(x: float, dtype: Any) -> jax.Array:
-    return jnp.asarray(complex(x, x) if jnp.issubdtype(dtype, jnp.complexfloating) else x, dtype)
-
-
-def _filled(some: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """The first list, with the values of the second in place of None."""
-    return [y if x is None else x for x, y in zip(some, others, strict=True)]
+    `axes` are the axes of `leaf` that those of `x` correspond to.
+    """
+    if leaf.source not in keep:
+        return None
+    mask = broadcastable(keep[leaf.source], leaf, leaf.axes)
+    named = [axis for axis in axes if axis is not None]
+    mask = jnp.any(mask, axis=[axis for axis in range(mask.ndim) if axis not in named])
+    mask = jnp.transpose(mask, [sorted(named).index(axis) for axis in named])
+    return jnp.where(
+        jnp.expand_dims(mask, [i for i, axis in enumerate(axes) if axis is None]), x, y
+    )
 
 
-def _leaves(state: Any) -> tuple[list[Any], Any]:
-    """The leaves of a state; None where a parameter has no gradient."""
+def _filled(treedef: Any, some: Sequence[Any], others: Sequence[Any]) -> Any:
+    """Returns a tree of leaves, with other leaves where these are None."""
+    leaves = [y if x is None else x for x, y in zip(some, others, strict=True)]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _flatten(state: Any) -> tuple[list[Any], Any]:
+    """Flattens a state. None is a leaf: optax returns None for a parameter without a gradient."""
     return jax.tree.flatten(state, is_leaf=lambda x: x is None)
 
 
-def _check_updates(proposed: Any, updates: Any, layout: channels.Layout) -> None:
-    """Raises a TypeError or ValueError if updates do not have the structure of the gradient."""
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (proposed, updates)]
-    if structures[0] != structures[1]:
-        returned, given = (textwrap.shorten(str(tree), 120) for tree in structures)
+def _check_updates(proposed: Any, updates: Any, root: str) -> None:
+    """Raises a TypeError or ValueError if `inner` changes the structure or shapes of updates."""
+    trees: list[Any] = [jax.tree.structure(tree) for tree in (updates, proposed)]
+    if trees[0] != trees[1]:
+        given, returned = (textwrap.shorten(str(tree), 120) for tree in trees)
         raise TypeError(
-            f"inner returned updates of another structure than it was given: {returned} instead of "
-            f"{given}. Put the wrapper that changes the structure around freeze_dropped, such as "
+            f"inner changes the structure of the updates from {given} to {returned}; put the "
+            "wrapper that does so around freeze_dropped, such as "
             "optax.lookahead(cdb_jax.freeze_dropped(inner, policy), 5, 0.5)."
         )
-    for x, leaf in zip(jax.tree.leaves(proposed), layout.leaves, strict=True):
-        if hasattr(x, "shape") and tuple(x.shape) != leaf.shape:
-            raise ValueError(
-                f"inner returned an update of shape {tuple(x.shape)} for {leaf.path!r} of shape "
-                f"{leaf.shape}; put what changes shapes before freeze_dropped, such as optax.chain("
-                "optax.contrib.differentially_private_aggregate(...), "
-                "cdb_jax.freeze_dropped(inner, policy))."
-            )
+    channels.check_parameters(updates, proposed, root)  # An optimizer returns their shapes.
 
 
 def _check_states(new: Any, old: Any) -> None:
-    """Raises a TypeError or ValueError if a step changed the structure or types of a state."""
-    now, before = (
-        dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None))
-        for tree in (new, old)
-    )
-    if _leaves(new)[1] != _leaves(old)[1]:
-        changed = [(new, keys) for keys in now if keys not in before]
-        changed += [(old, keys) for keys in before if keys not in now]
-        where = ""
-        if changed:
-            owner, _ = slots.holder(*changed[0])
-            where = f", at {channels.canonical_path(changed[0][1])!r} in {owner}"
+    """Raises a TypeError or ValueError if `inner` changes the structure or types of its state."""
+    (new_leaves, new_treedef), (old_leaves, old_treedef) = _flatten(new), _flatten(old)
+    if new_treedef != old_treedef:
+        holders = ({x.path: type(x.holder).__name__ for x in slots.entries(t)} for t in (new, old))
+        now, before = (names.items() for names in holders)
+        changed = "".join(f" at {path!r} in {name}" for path, name in sorted(now ^ before)[:1])
         raise TypeError(
-            f"inner returned a state of another structure than it was given{where}, so its entries "
-            "cannot be assigned to channels; put the transformation with that state outside: "
-            "optax.chain(cdb_jax.freeze_dropped(inner, policy), other)."
+            f"inner changes the structure of its state{changed}; put the transformation that does "
+            "so after freeze_dropped: optax.chain(cdb_jax.freeze_dropped(inner, policy), other)."
         )
-    for keys, x in now.items():
-        types = [(tuple(a.shape), str(a.dtype)) for a in (x, before[keys]) if hasattr(a, "dtype")]
+    for i, pair in enumerate(zip(old_leaves, new_leaves, strict=True)):
+        types = [(tuple(x.shape), str(x.dtype)) for x in pair if hasattr(x, "dtype")]
         if len(types) == 2 and types[0] != types[1]:
+            path = [entry.path for entry in slots.entries(new)][i]
             raise ValueError(
-                f"inner changed the entry {channels.canonical_path(keys)!r} of its state from "
-                f"shape and dtype {types[1]} to {types[0]}, but a dropped channel must keep its "
-                "entry; give the optimizer the dtype of its state, such as mu_dtype."
+                f"inner changes the entry {path!r} of its state from shape and dtype {types[0]} to "
+                f"{types[1]}; give the optimizer the dtype of its state, such as mu_dtype."
             )

@@ -1,188 +1,546 @@
-"""Which parameter an entry of an optimizer state belongs to: found from structures alone.
+"""Which entry of an optimizer state belongs to which parameter: no step is taken here."""
 
-Every parameter has a shape of its own, so an entry with the shape of a parameter can belong to no
-other. Nothing is computed: `jax.eval_shape` gives the states.
-"""
+import dataclasses
+import itertools
+from typing import NamedTuple
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
+from hypothesis import assume, given, settings, strategies as st
 
+import cdb_jax
 from cdb_jax import _optax_states as slots, channels
 
-# Names that are prefixes of others, occur twice on a path, or are fields of optax states.
-NAMES = st.sampled_from(["a", "b", "ab", "mu", "nu", "kernel", "0", "trace", "inner_state"])
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # For optax's own optimizers.
+
+CONTRIB = optax.contrib
+KEY = jax.random.key(0)
 
 
-def trees():
-    leaf = st.just(None)
-    return st.recursive(
-        st.dictionaries(NAMES, leaf, min_size=1, max_size=3),
-        lambda inner: st.one_of(
-            st.dictionaries(NAMES, inner, min_size=1, max_size=3),
-            st.lists(inner, min_size=1, max_size=2),
-            st.tuples(inner, inner),
-        ),
-        max_leaves=5,
-    )
+def last_axis(path, leaf):
+    return len(leaf.shape) - 1 if leaf.shape else cdb_jax.Axes(())
 
 
-def parameters(tree):
-    """The tree with arrays of different shapes in place of None."""
-    count = iter(range(100))
-
-    def new(_):
-        i = next(count)
-        return jax.ShapeDtypeStruct((2 + i, 60 + i), jnp.float32)
-
-    return jax.tree.map(new, tree, is_leaf=lambda x: x is None)
+def layout_of(updates, channel_axes=last_axis, **settings):
+    return channels.resolve(updates, channel_axes, **settings)
 
 
-def layout_of(params, root=""):
-    return channels.resolve(params, -1, root=root)
+def find(tx, params, updates=None, rules=None, **settings):
+    """The shapes of a state's entries and the slots that are found for them."""
+    updates = params if updates is None else updates
+    state = jax.eval_shape(tx.init, params)
+    layout = layout_of(updates, **settings)
+    found = slots.find((state, updates), layout, slots.checked_rules(rules or {}))
+    return jax.tree.leaves(state, is_leaf=lambda x: x is None), found
 
 
-def entries_of(state):
-    return jax.tree.leaves(state, is_leaf=lambda x: x is None)
+def by_path(tx, params, **settings):
+    """The slots of a state by the paths of its entries; those without an owner are left out."""
+    state = jax.eval_shape(tx.init, params)
+    paths = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in with_none(state)]
+    _, found = find(tx, params, **settings)
+    return {path: tuple(slot) for path, slot in zip(paths, found, strict=True) if slot is not None}
 
 
-OPTIMIZERS = {
+def with_none(tree):
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+# Trees of parameters. No two axes have the same size, so the shape of an entry names its owner.
+
+
+class Pair(NamedTuple):
+    mu: object
+    nu: object
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Module:
+    kernel: object
+    weight: object
+
+
+def trees(min_rank=0):
+    names = st.sampled_from(["a", "ab", "b", "mu", "nu", "count", "kernel", "0"])
+    ranks = st.integers(min_rank, 3) | st.none()
+
+    def containers(inner):
+        return (
+            st.dictionaries(names, inner, min_size=1, max_size=3)
+            | st.lists(inner, min_size=1, max_size=3)
+            | st.tuples(inner, inner)
+            | st.builds(Pair, inner, inner)
+            | st.builds(Module, inner, inner)
+        )
+
+    trees = st.recursive(ranks, containers, max_leaves=6)
+    return trees.filter(jax.tree.leaves).map(of_unique_sizes)
+
+
+def of_unique_sizes(ranks):
+    sizes = itertools.count(11)
+    return jax.tree.map(lambda rank: array(*itertools.islice(sizes, rank)), ranks)
+
+
+def expected_slot(shape, updates):
+    """The owner of an entry that is not a scalar, by the sizes of its axes."""
+    owners = {
+        size: (i, axis)
+        for i, leaf in enumerate(jax.tree.leaves(updates))
+        for axis, size in enumerate(leaf.shape)
+    }
+    known = [owners.get(size) for size in shape]
+    parameters = {owner[0] for owner in known if owner is not None}
+    if not parameters:
+        return None
+    (parameter,) = parameters
+    return slots.Slot(parameter, tuple(owner and owner[1] for owner in known))
+
+
+def check(tx, params, updates=None, rules=None, **settings):
+    entries, found = find(tx, params, updates, rules, **settings)
+    for entry, slot in zip(entries, found, strict=True):
+        if entry is None:
+            assert slot is None
+        elif entry.shape:
+            assert slot == expected_slot(entry.shape, params if updates is None else updates)
+
+
+# What optax has.
+
+
+def sm3_axes(field, shape, entry_shape):
+    return (shape.index(entry_shape[0]),) if len(entry_shape) == 1 else tuple(range(len(shape)))
+
+
+def lbfgs_axes(field, shape, entry_shape):
+    if field == "weights_memory":
+        return None
+    return (None,) * field.endswith("_memory") + tuple(range(len(shape)))
+
+
+SM3 = {type(optax.scale_by_sm3().init({})): sm3_axes}
+LBFGS = {type(optax.scale_by_lbfgs().init({})): lbfgs_axes}
+
+
+def rank_labels(params):
+    return jax.tree.map(lambda x: "matrix" if len(x.shape) > 1 else "vector", params)
+
+
+def is_matrix(params):
+    return jax.tree.map(lambda x: len(x.shape) > 1, params)
+
+
+def every_second(params):
+    """A prefix of the parameters: True and False in turn for what lies directly in the tree."""
+    turns = itertools.cycle([True, False])
+    return jax.tree.map(lambda _: next(turns), params, is_leaf=lambda x: x is not params)
+
+
+ELEMENTWISE = {
     "sgd": optax.sgd(0.1),
-    "momentum": optax.sgd(0.1, momentum=0.9),
+    "momentum": optax.sgd(0.1, momentum=0.9, nesterov=True),
     "adam": optax.adam(0.1),
     "adamw": optax.adamw(0.1),
+    "adabelief": optax.adabelief(0.1),
+    "adadelta": optax.adadelta(0.1),
     "adagrad": optax.adagrad(0.1),
+    "adamax": optax.adamax(0.1),
+    "adan": optax.adan(0.1),
     "amsgrad": optax.amsgrad(0.1),
     "lamb": optax.lamb(0.1),
+    "lars": optax.lars(0.1),
     "lion": optax.lion(0.1),
-    "rmsprop": optax.rmsprop(0.1, momentum=0.9),
+    "novograd": optax.novograd(0.1),
+    "radam": optax.radam(0.1),
+    "rmsprop": optax.rmsprop(0.1, centered=True, momentum=0.9),
+    "rprop": optax.rprop(0.1),
     "yogi": optax.yogi(0.1),
-    "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.ema(0.9), optax.adam(0.1)),
-    "schedule": optax.adam(optax.linear_schedule(0.1, 0.0, 10)),
-    "hyperparameters": optax.inject_hyperparams(optax.adam)(0.1),
+    "acprop": CONTRIB.acprop(0.1),
+    "ademamix": CONTRIB.ademamix(0.1),
+    "adopt": CONTRIB.adopt(0.1),
+    "cocob": CONTRIB.cocob(),
+    "dadapt_adamw": CONTRIB.dadapt_adamw(0.1),
+    "dog": CONTRIB.dog(1.0),
+    "dowg": CONTRIB.dowg(1.0),
+    "madgrad": CONTRIB.madgrad(0.1),
+    "mechanize": CONTRIB.mechanize(optax.adam(0.1)),
+    "momo_adam": CONTRIB.momo_adam(0.1),
+    "prodigy": CONTRIB.prodigy(0.1),
+    "schedule_free": CONTRIB.schedule_free_adamw(0.1),
+    "sophia": CONTRIB.sophia(0.1),
+    "chain": optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(),
+        optax.add_noise(0.1, 0.5, key=0),
+        CONTRIB.reduce_on_plateau(),
+    ),
+    "chain of chains": optax.chain(optax.chain(optax.ema(0.9), optax.trace(0.9)), optax.adam(0.1)),
+    "injected": optax.inject_hyperparams(optax.adamw)(learning_rate=lambda count: 0.1),
     "if finite": optax.apply_if_finite(optax.adam(0.1), 3),
-    "schedule-free": optax.contrib.schedule_free_adamw(0.1),
-    "mechanic": optax.contrib.mechanize(optax.adam(0.1)),
-    "prodigy": optax.contrib.prodigy(0.1),
+    "sometimes": optax.conditionally_mask(optax.adam(0.1), lambda step: True),
+}
+OTHERS = {
+    "adafactor": (optax.adafactor(0.1, min_dim_size_to_factor=1, momentum=0.9), {}),
+    "mechanize adafactor": (CONTRIB.mechanize(optax.adafactor(0.1, min_dim_size_to_factor=1)), {}),
+    "muon": (CONTRIB.muon(0.1), {}),
+    "sm3": (optax.sm3(0.1), SM3),
+    "masked": (optax.masked(optax.adam(0.1), is_matrix), {}),
+    "masked prefix": (optax.masked(optax.adam(0.1), every_second), {}),
+    "masked adafactor": (
+        optax.masked(optax.adafactor(0.1, min_dim_size_to_factor=1), is_matrix),
+        {},
+    ),
+    "partition": (
+        optax.partition(
+            {"matrix": optax.adam(0.1), "vector": optax.sgd(0.1, momentum=0.9)}, rank_labels
+        ),
+        {},
+    ),
+    "injected partition": (
+        optax.inject_hyperparams(
+            lambda rate: optax.partition(
+                {"matrix": CONTRIB.muon(rate), "vector": optax.lion(rate)}, rank_labels
+            )
+        )(0.1),
+        {},
+    ),
+}
+EVERY = {name: (tx, {}) for name, tx in ELEMENTWISE.items()} | OTHERS
+
+
+@settings(max_examples=300)
+@given(params=trees(), name=st.sampled_from(sorted(EVERY)))
+def test_entries_of_any_tree(params, name):
+    tx, rules = EVERY[name]
+    check(tx, params, rules=rules)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_entries_of_every_optimizer(name):
+    """Names that repeat on a path, that begin with other names, and that are fields of a state."""
+    tx, rules = EVERY[name]
+    ranks = {
+        "a": {"a": 2, "ab": 2, "mu": {"a": 3, "kernel": 2}},
+        "mu": {"a": 2, "nu": [2, (1, 3)]},
+        "nu": Pair(2, None),
+        "count": {"mu": Module(2, 1)},
+        "v_row": 2,
+    }
+    check(tx, of_unique_sizes(ranks), rules=rules)
+
+
+@settings(max_examples=200)
+@given(params=trees(), name=st.sampled_from(sorted(ELEMENTWISE)))
+def test_as_optax_maps_parameters(params, name):
+    """Scalars too: a number for each parameter belongs to it, and a count to none."""
+    tx, leaves = ELEMENTWISE[name], jax.tree.leaves(params)
+    assume(len(leaves) > 1)
+    indices = jax.tree.unflatten(jax.tree.structure(params), range(len(leaves)))
+    owners = optax.tree.map_params(
+        tx,
+        lambda _, i: i,
+        jax.eval_shape(tx.init, params),
+        indices,
+        transform_non_params=lambda _: None,
+    )
+    _, found = find(tx, params)
+    parameters = [slot and slot.parameter for slot in found]
+    assert parameters == jax.tree.leaves(owners, is_leaf=lambda x: x is None)
+
+
+@settings(max_examples=50)
+@given(params=trees(min_rank=1))
+def test_the_memory_of_lbfgs(params):
+    check(optax.scale_by_lbfgs(memory_size=2), params, rules=LBFGS)
+
+
+@settings(max_examples=100)
+@given(params=trees(), name=st.sampled_from(sorted(EVERY)))
+def test_a_part_of_a_model(params, name):
+    tx, rules = EVERY[name]
+    check(tx, params, rules=rules, root="model/mu")
+
+
+@settings(max_examples=200)
+@given(
+    params=trees(min_rank=1),
+    name=st.sampled_from(sorted({*ELEMENTWISE, "adafactor", "muon", "masked"})),
+    data=st.data(),
+)
+def test_parameters_without_updates(params, name, data):
+    """Their entries belong to nothing, and those of the others are found without them."""
+    leaves, treedef = jax.tree.flatten(params)
+    given = data.draw(st.lists(st.booleans(), min_size=len(leaves), max_size=len(leaves)))
+    assume(any(given))
+    updates = [x if is_given else None for x, is_given in zip(leaves, given, strict=True)]
+    tx, rules = EVERY[name]
+    check(tx, params, jax.tree.unflatten(treedef, updates), rules)
+
+
+@pytest.mark.parametrize("name", ["adam", "adafactor", "masked prefix", "chain", "sm3"])
+def test_parameters_that_the_updates_leave_out(name):
+    """A state may be older than the choice of the parameters to train."""
+    params = of_unique_sizes({"a": {"a": 2, "b": 2}, "b": {"a": 2}, "mu": 2})
+    tx, rules = EVERY[name]
+    check(tx, params, {"a": {"b": params["a"]["b"]}, "mu": params["mu"]}, rules)
+
+
+@pytest.mark.parametrize("name", ["adam", "adafactor", "masked", "chain", "injected"])
+@pytest.mark.parametrize("keys", ["", "kernel", "mu", "mu/mu", "count", "scale", "params/kernel"])
+def test_a_single_parameter(name, keys):
+    params = array(11, 12)
+    for key in reversed(keys.split("/") if keys else []):
+        params = {key: params}
+    tx, rules = EVERY[name]
+    check(tx, params, rules=rules)
+
+
+def test_scalars_that_all_share():
+    """A count or a learning rate called like the only parameter stays out of it."""
+    for name in ("count", "learning_rate"):
+        assert by_path(ELEMENTWISE["injected"], {name: array(11)}).keys() == {
+            f"inner_state/0/mu/{name}",
+            f"inner_state/0/nu/{name}",
+        }
+    assert by_path(optax.scale_by_schedule(lambda count: 1.0), array()) == {}
+
+
+def test_modules_of_nnx():
+    model = nnx.state(nnx.Linear(11, 12, rngs=nnx.Rngs(0)), nnx.Param)
+    found = by_path(optax.adam(0.1), model)
+    bias, kernel = (0, (0,)), (1, (0, 1))
+    assert sorted(found.values()) == [bias, bias, kernel, kernel]
+
+
+# States that optax does not have.
+
+
+class Stats(NamedTuple):
+    stats: object
+
+
+class Moments(NamedTuple):
+    m: object
+    v: object
+
+
+def keeps(per_parameter):
+    """An optimizer whose state has something in place of each parameter."""
+
+    def init(params):
+        return Stats(jax.tree.map(per_parameter, params))
+
+    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+
+
+BELOW = {
+    "list": lambda p: [p, p],
+    "dictionary": lambda p: {"m": p, "v": p},
+    "named": lambda p: Moments(p, p),
 }
 
 
-def check(state, params, found):
-    """Entries with the shape of a parameter belong to it; all others are shared."""
-    position = {x.shape: i for i, x in enumerate(jax.tree.leaves(params))}
-    for entry, slot in zip(entries_of(state), found, strict=True):
-        if entry is None or entry.shape not in position:
-            assert slot is None, (entry, slot)
-        else:
-            assert slot == slots.Slot(position[entry.shape], (0, 1)), (entry, slot)
+@settings(max_examples=100)
+@given(params=trees(), name=st.sampled_from(sorted(BELOW)))
+def test_several_entries_for_each_parameter(params, name):
+    check(keeps(BELOW[name]), params)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@hypothesis.settings(max_examples=40, deadline=None)
-@hypothesis.given(tree=trees(), root=st.sampled_from(["", "model/stage"]))
-def test_entries_of_any_tree(name, tree, root):
-    params = parameters(tree)
-    state = jax.eval_shape(OPTIMIZERS[name].init, params)
-    found = slots.find(state, layout_of(params, root), root, slots.RULES)
-    check(state, params, found)
-    if name != "sgd":
-        assert any(found)
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"m": array(11, 12), "v": array(13, 14)},
+        [array(11, 12), array(13, 14)],
+        Moments(array(11, 12), array(13, 14)),
+    ],
+    ids=["dictionary", "list", "named"],
+)
+@pytest.mark.parametrize("name", BELOW)
+def test_entries_called_like_parameters(params, name):
+    check(keeps(BELOW[name]), params)
 
 
-@hypothesis.settings(max_examples=100, deadline=None)
-@hypothesis.given(tree=trees(), data=st.data())
-def test_masked_parameters_have_no_entry(tree, data):
-    params = parameters(tree)
-    mask = jax.tree.map(lambda _: data.draw(st.booleans()), params)
-    tx = optax.masked(optax.adam(0.1), mask)
-    state = jax.eval_shape(tx.init, params)
-    check(state, params, slots.find(state, layout_of(params), "", slots.RULES))
+def test_a_state_that_is_built_like_the_parameters():
+    tx = optax.GradientTransformation(lambda params: params, None)
+    params = {"a": array(11, 12), "b": [array(13), array(14)]}
+    check(tx, params)
+    check(optax.chain(tx, tx), params)
 
 
-@hypothesis.settings(max_examples=100, deadline=None)
-@hypothesis.given(tree=trees(), data=st.data())
-def test_optimizers_of_parts(tree, data):
-    params = parameters(tree)
-    labels = jax.tree.map(lambda _: data.draw(st.sampled_from(["x", "y"])), params)
-    tx = optax.partition({"x": optax.adam(0.1), "y": optax.sgd(0.1, momentum=0.9)}, labels)
-    state = jax.eval_shape(tx.init, params)
-    check(state, params, slots.find(state, layout_of(params), "", slots.RULES))
+def test_integers_of_the_shape_of_a_parameter_belong_to_it():
+    tx = keeps(lambda p: jnp.zeros(p.shape, jnp.int8))
+    assert by_path(tx, {"a": array(11, 12)}) == {"stats/a": (0, (0, 1))}
 
 
-@hypothesis.settings(max_examples=100, deadline=None)
-@hypothesis.given(tree=trees(), data=st.data())
-def test_parameters_without_a_gradient(tree, data):
-    """The state knows all parameters; the updates have None for some."""
-    params = parameters(tree)
-    leaves, treedef = jax.tree.flatten(params)
-    kept = [data.draw(st.booleans()) for _ in leaves[1:]] + [True]
-    updates = [x if is_kept else None for x, is_kept in zip(leaves, kept, strict=True)]
-    updates = jax.tree.unflatten(treedef, updates)
-    state = jax.eval_shape(optax.adam(0.1).init, params)
-    found = slots.find(state, layout_of(updates), "", slots.RULES)
-    check(state, updates, found)
+def test_what_is_no_array_belongs_to_nothing():
+    state = Stats({"a": array(11, 12), "b": "text", "c": 1.0})
+    updates = {"a": array(11, 12)}
+    assert slots.find((state, updates), layout_of(updates), ()) == (
+        slots.Slot(0, (0, 1)),
+        None,
+        None,
+    )
 
 
-SHAPES = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
+# Rules.
 
 
-@hypothesis.settings(max_examples=100, deadline=None)
-@hypothesis.given(shapes=st.lists(SHAPES, min_size=1, max_size=4), least=st.sampled_from([1, 3]))
-def test_averages_of_adafactor(shapes, least):
-    """An average over one axis has all other axes, in their order."""
-    shapes = [*shapes, (4, 6)]
-    params = {f"x{i}": jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(shapes)}
-    tx = optax.scale_by_factored_rms(min_dim_size_to_factor=least)
-    state = jax.eval_shape(tx.init, params)
-    found = slots.find(state, layout_of(params), "", slots.RULES)
-    by_field = jax.tree.unflatten(jax.tree.structure(state), found)
-    for i, shape in enumerate(shapes):
-        name, whole = f"x{i}", tuple(range(len(shape)))
-        row, column, full = (by_field._asdict()[f][name] for f in ("v_row", "v_col", "v"))
-        factors = state.v_row[name].shape != (1,) or shape == (1,)
-        if state.v[name].shape == shape:
-            assert full == slots.Slot(i, whole) or shape == ()
-        if row is not None and factors and len(shape) > 1:
-            assert [shape[axis] for axis in row.axes] == list(state.v_row[name].shape)
-            assert [shape[axis] for axis in column.axes] == list(state.v_col[name].shape)
-            (averaged,) = set(whole) - set(row.axes)
-            assert shape[averaged] == max(shape)
+def sums(params):
+    return {"rows": array(11), "columns": array(12)}
 
 
-def test_several_entries_for_each_parameter():
-    """In a list at the path of the parameter, as Sm3 keeps one for each axis."""
-    params = {"a": jax.ShapeDtypeStruct((3, 5), jnp.float32)}
-    state = {"memory": {"a": [params["a"], params["a"]]}}
-    found = slots.find(state, layout_of(params), "", {})
-    assert found == (slots.Slot(0, (0, 1)),) * 2
+def given_axes(axes):
+    return {Stats: lambda field, shape, entry_shape: axes}
 
 
-def test_a_number_for_each_parameter():
-    params = parameters({"a": None, "b": None})
-    scalar = jax.ShapeDtypeStruct((), jnp.float32)
-    state = {"norms": {"a": scalar, "b": scalar}, "count": jax.ShapeDtypeStruct((), jnp.int32)}
-    found = slots.find(state, layout_of(params), "", {})
-    assert found == (None, slots.Slot(0, ()), slots.Slot(1, ()))
+def rows(p):
+    return jnp.zeros(p.shape[:-1])
 
 
-def test_a_tree_that_is_one_array():
-    params = jax.ShapeDtypeStruct((3, 5), jnp.float32)
-    state = jax.eval_shape(optax.adam(0.1).init, params)
-    check(state, params, slots.find(state, layout_of(params), "", slots.RULES))
+def test_a_rule_says_which_axes_an_entry_has():
+    params = {"a": array(11, 12), "b": array(13, 14, 15)}
+    calls = []
+
+    def rule(field, shape, entry_shape):
+        calls.append((field, shape, entry_shape))
+        return range(len(entry_shape))
+
+    found = by_path(keeps(rows), params, rules={Stats: rule})
+    assert found == {"stats/a": (0, (0,)), "stats/b": (1, (0, 1))}
+    assert calls == [("stats", (11, 12), (11,)), ("stats", (13, 14, 15), (13, 14))]
+
+
+@pytest.mark.parametrize(
+    ("axes", "expected"), [((-2,), (0,)), ((None,), (None,)), (None, None)], ids=str
+)
+def test_axes_that_a_rule_may_return(axes, expected):
+    found = by_path(keeps(rows), {"a": array(11, 12)}, rules=given_axes(axes))
+    assert found == ({} if expected is None else {"stats/a": (0, expected)})
+
+
+def test_a_rule_may_pass():
+    tx = keeps(lambda p: p)
+    assert by_path(tx, {"a": array(11)}, rules=given_axes(NotImplemented)) == {"stats/a": (0, (0,))}
+
+
+def test_the_innermost_rule_applies():
+    inner, params = optax.adafactor(0.1, min_dim_size_to_factor=1), {"a": array(11, 12)}
+    outer = optax.GradientTransformation(lambda params: Stats(inner.init(params)), None)
+    found = by_path(outer, params, rules=given_axes(None))
+    assert found == {f"stats/0/v_{field}/a": (0, (i,)) for i, field in enumerate(["row", "col"])}
+
+
+@pytest.mark.parametrize("shape", [(11, 12), (12, 11), (11, 11), (3, 12, 11), (12, 3, 11)])
+def test_rows_and_columns_of_adafactor(shape):
+    """Those of a square kernel have the same shape; the field says which is which."""
+    found = by_path(optax.adafactor(0.1, min_dim_size_to_factor=4), {"a": array(*shape)})
+    large = sorted(range(len(shape)), key=shape.__getitem__)
+
+    def rest(axis):
+        return tuple(i for i in range(len(shape)) if i != axis)
+
+    assert found == {"0/v_row/a": (0, rest(large[-1])), "0/v_col/a": (0, rest(large[-2]))}
+
+
+def test_parameters_without_channels_need_no_rule():
+    """They are frozen or not as a whole, whatever the shape of their entries."""
+    params = {"a": array(11, 12), "b": array(13, 14)}
+
+    def rule(path, leaf):
+        return cdb_jax.Axes(()) if path == "a" else None
+
+    assert by_path(keeps(rows), params, channel_axes=rule) == {
+        "stats/a": (0, (None,)),
+        "stats/b": (1, (None,)),
+    }
+
+
+# Errors.
+
+MATRIX = {"kernel": array(11, 12)}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("axes", [(1,), (0, 1), (7,), (0, 0), "rows", (0.5,), 3], ids=str)
+def test_axes_that_do_not_fit(axes):
+    message = r"slot_axes.*Stats.*'stats/kernel' of shape \(11,\).*'kernel' of shape \(11, 12\)"
+    with pytest.raises(ValueError, match=message):
+        find(keeps(rows), MATRIX, rules=given_axes(axes))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("slot_axes", [{"Stats": sm3_axes}, {Stats: 1}, {Stats(0): sm3_axes}])
+def test_rules_are_functions_for_classes(slot_axes):
+    with pytest.raises(TypeError, match="slot_axes.*(Stats.*1|Stats.*sm3_axes).*slot_axes={"):
+        slots.checked_rules(slot_axes)
 
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
-    ("state", "words"),
+    ("tx", "message"),
     [
-        ({"memory": {"a": jax.ShapeDtypeStruct((3, 5, 2), jnp.float32)}}, "memory/a.*slot_axes"),
-        ({"basis": jax.ShapeDtypeStruct((7,), jnp.float32)}, "basis.*slot_axes"),
+        (keeps(rows), r"'stats/kernel' of shape \(11,\).*'kernel' of shape.*slot_axes={Stats: "),
+        (optax.sm3(0.1), r"'0/mu/kernel/0' of shape \(11,\).*slot_axes={ScaleBySM3State: "),
+        (optax.scale_by_lbfgs(), "'diff_params_memory/kernel' of shape.*slot_axes={ScaleByLBFGS"),
+        (
+            optax.GradientTransformation(lambda params: Stats(jnp.zeros(7)), None),
+            r"'stats' of shape \(7,\).*no parameter.*slot_axes={Stats: ",
+        ),
+        (
+            optax.GradientTransformation(lambda p: Moments(jnp.zeros(7), Stats(p)), None),
+            r"'m' of shape \(7,\).*Moments.*around freeze_dropped",
+        ),
     ],
+    ids=["axes", "sm3", "lbfgs", "alone", "wrapper"],
 )
-def test_entries_that_nothing_assigns(state, words):
-    params = {"a": jax.ShapeDtypeStruct((3, 5), jnp.float32)}
-    with pytest.raises(ValueError, match=words):
-        slots.find(state, layout_of(params), "", {})
+def test_entries_that_nothing_assigns(tx, message):
+    with pytest.raises(ValueError, match=message):
+        find(tx, MATRIX)
+
+
+@pytest.mark.bad_input
+def test_adafactor_of_other_parameters():
+    state = jax.eval_shape(optax.adafactor(0.1, min_dim_size_to_factor=1).init, MATRIX)
+    updates = {"other": array(11, 12)}
+    with pytest.raises(ValueError, match=r"'0/v_row/kernel' of shape \(11,\).*no parameter"):
+        slots.find((state, updates), layout_of(updates), slots.checked_rules({}))
+
+
+ADAM = optax.adam(0.1)
+REFUSED = {
+    "MultiSteps": (optax.MultiSteps(ADAM, 2), r"optax.MultiSteps\(cdb_jax.freeze_dropped"),
+    "ApplyEvery": (optax.apply_every(2), r"optax.MultiSteps\(cdb_jax.freeze_dropped"),
+    "SAM": (CONTRIB.sam(ADAM, ADAM), r"optax.contrib.sam\(cdb_jax.freeze_dropped"),
+    "Lookahead": (optax.lookahead(ADAM, 5, 0.5), r"optax.lookahead\(cdb_jax.freeze_dropped"),
+    "GaLore": (CONTRIB.galore(0.1, rank=2), "optax.chain.*channel_drop_back.*galore"),
+}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "wrapped"])
+def test_states_that_cannot_be_inside(name, wrapped):
+    tx, message = REFUSED[name]
+    if wrapped:
+        inner = optax.GradientTransformation(tx.init, tx.update)
+        tx = optax.chain(optax.clip(1.0), optax.masked(inner, True))
+    params = MATRIX
+    if name == "Lookahead":
+        params = optax.LookaheadParams(MATRIX, MATRIX)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        find(tx, params)
+
+
+def test_a_transparent_sharpness_aware_state_can_be_inside():
+    tx = CONTRIB.sam(ADAM, ADAM, opaque_mode=True)
+    found = by_path(tx, MATRIX)
+    assert set(found.values()) == {(0, (0, 1))}
