@@ -176,15 +176,6 @@ def test_only_is_the_opposite_of_exempt():
     assert not np.any(frozen.select(PARAMS, 0).mask(PARAMS)["second"]["kernel"])
 
 
-def test_a_report_takes_a_model_of_nnx():
-    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
-    report = cdb_jax.channel_report(model, policy())
-    assert {row.path for row in report.rows} == {
-        *("layers/0/kernel", "layers/0/bias"),
-        *("layers/1/scale", "layers/1/bias"),
-    }
-
-
 # Channels that the user chooses.
 
 

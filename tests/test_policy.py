@@ -199,21 +199,12 @@ def test_mistakes_with_a_policy():
         channel_drop_back(policy, layer_rate=0.5)
     with pytest.raises(ValueError, match="rate.*got 30"):
         Policy(30, key=0)
-    with pytest.raises(ValueError, match="exempt=.*leave nothing to drop"):
-        cdb_jax.channel_report(DENSE, Policy(0.5, key=0, exempt=("*",)))
     with pytest.raises(TypeError, match="layer_rate=.*inject_hyperparams"):
         optax.inject_hyperparams(channel_drop_back)(policy).init(DENSE)
-    with pytest.raises(TypeError, match="policy must be a cdb_jax.Policy") as caught:
-        cdb_jax.channel_report(policy, {str(i): DENSE for i in range(100)})
-    assert len(str(caught.value)) < 300
     with pytest.raises(TypeError, match="rate is an optax transformation"):
         channel_drop_back(channel_drop_back(policy))
     with pytest.raises(ValueError, match="opt_state"):
         cdb_jax.selection_count(DENSE)
-    with pytest.raises(ValueError, match="total_steps must be an int >= 1, got 0"):
-        cdb_jax.presets.released_layer_rate(0)
-    with pytest.raises(ValueError, match="final must be a drop probability.*1.3"):
-        cdb_jax.presets.released_layer_rate(10, final=1.3)
 
 
 def test_channel_drop_back_and_policy_take_the_same_arguments():
@@ -284,12 +275,8 @@ def test_arguments_in_each_others_place():
     for module in (cdb_jax, cdb_jax.nnx):
         with pytest.raises(TypeError, match="fun must be .*Policy"):
             module.value_and_grad(POLICY)
-    for call in (
-        lambda: cdb_jax.channel_report(PARAMS, 0.5),
-        lambda: cdb_jax.freeze_dropped(optax.sgd(0.1), 0.5),
-    ):
-        with pytest.raises(TypeError, match="policy must be .*0.5"):
-            call()
+    with pytest.raises(TypeError, match="policy must be .*0.5"):
+        cdb_jax.freeze_dropped(optax.sgd(0.1), 0.5)
 
 
 def rules_in(error):

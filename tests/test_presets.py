@@ -87,21 +87,6 @@ def test_layer_drop_back_skips_whole_layers():
     assert report["head/unused"] == "in full"
 
 
-def test_schedules_on_every_nth_epoch():
-    cosine = optax.cosine_decay_schedule(0.1, 40)
-
-    def doubled(count):
-        return 2 * cosine(count)
-
-    schedule = cdb_jax.presets.every_nth_epoch(doubled, cosine, steps_per_epoch=10)
-    factors = [float(schedule(step) / cosine(step)) for step in range(39)]
-    expected = [2.0 if step // 10 % 2 else 1.0 for step in range(39)]
-    np.testing.assert_allclose(factors, expected, rtol=1e-6)
-    for name in ("steps_per_epoch", "n"):
-        with pytest.raises(ValueError, match=f"{name} must be an int >= 1, got 0"):
-            cdb_jax.presets.every_nth_epoch(1.0, 0.0, **({"steps_per_epoch": 10} | {name: 0}))
-
-
 def test_skip_update_is_unbiased_and_leaves_the_moments_dense(standard_promotion):
     params = {"kernel": jnp.ones((3, 32))}
     policy = cdb_jax.presets.skip_update(0.4, key=0)

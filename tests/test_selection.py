@@ -252,30 +252,3 @@ def test_traced_keys_and_rates():
         alone = sample(keys[i], float(rates[i]))
         for path in alone:
             np.testing.assert_array_equal(batched[path][i], alone[path])
-
-
-def test_schedules_follow_the_count():
-    schedule = optax.linear_schedule(0.0, 1.0, 10)
-    policy = Policy(schedule, key=0)
-    tree = dense(2, 4000)
-    for count in (0, 3, 10):
-        kept = np.asarray(policy.select(tree, count).factors["kernel"]).mean()
-        assert abs(kept - (1 - count / 10)) < 4 * np.sqrt(0.25 / 4000)
-
-
-def test_scheduled_layer_rate():
-    def two_steps(count):
-        return jnp.where(count < 2, 1.0, 0.0)
-
-    policy = Policy(0.5, key=0, layer_rate=two_steps, channel_choice="exact")
-    dropped = [
-        int((np.asarray(policy.select(dense(2, 8), count).factors["kernel"]) == 0).sum())
-        for count in range(4)
-    ]
-    assert dropped == [4, 4, 0, 0]
-
-
-def test_released_schedule():
-    schedule = cdb_jax.presets.released_layer_rate(200)
-    values = [float(schedule(count)) for count in (0, 59, 60, 119, 120, 10_000)]
-    np.testing.assert_allclose(values, [0.03, 0.03, 0.15, 0.15, 0.3, 0.3], rtol=1e-6)

@@ -379,18 +379,6 @@ def test_one_draw_for_a_whole_tree():
     assert 0 < folds(few) == folds(many)
 
 
-def test_report():
-    policy = Policy(0.5, key=0, channel_choice="exact", exempt=("b",), share_with_bias=True)
-    report = cdb_jax.channel_report(PARAMS, policy)
-    rows = {row.path: row for row in report.rows}
-    assert rows["a/kernel"].channels == 8 and rows["a/kernel"].kept == "4"
-    assert rows["a/bias"].note == "follows a/kernel"
-    assert rows["b/kernel"].note == "exempt" and rows["b/kernel"].kept == "all"
-    assert "1 layer, 50.0 % of 64 parameters" in str(report)
-    scheduled = Policy(optax.constant_schedule(0.1), key=0)
-    assert "rate scheduled" in str(cdb_jax.channel_report(PARAMS, scheduled))
-
-
 @pytest.mark.slow
 def test_memory_stays_flat_outside_of_jit():
     tx = optax.chain(channel_drop_back(0.5, key=0, channel_choice="exact"), optax.sgd(0.1))

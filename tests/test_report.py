@@ -1,0 +1,46 @@
+"""The table that says which channels can be dropped, and why not."""
+
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import cdb_jax
+from cdb_jax import Policy
+
+PARAMS = {
+    "a": {"kernel": jnp.ones((3, 8)), "bias": jnp.ones(8)},
+    "b": {"kernel": jnp.ones((8, 4))},
+}
+
+
+def test_report():
+    policy = Policy(0.5, key=0, channel_choice="exact", exempt=("b",), share_with_bias=True)
+    report = cdb_jax.channel_report(PARAMS, policy)
+    rows = {row.path: row for row in report.rows}
+    assert rows["a/kernel"].channels == 8 and rows["a/kernel"].kept == "4"
+    assert rows["a/bias"].note == "follows a/kernel"
+    assert rows["b/kernel"].note == "exempt" and rows["b/kernel"].kept == "all"
+    assert "1 layer, 50.0 % of 64 parameters" in str(report)
+    scheduled = Policy(optax.constant_schedule(0.1), key=0)
+    assert "rate scheduled" in str(cdb_jax.channel_report(PARAMS, scheduled))
+
+
+def test_a_report_takes_a_model_of_nnx():
+    model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    report = cdb_jax.channel_report(model, Policy(0.5, key=0))
+    assert {row.path for row in report.rows} == {
+        *("layers/0/kernel", "layers/0/bias"),
+        *("layers/1/scale", "layers/1/bias"),
+    }
+
+
+@pytest.mark.bad_input
+def test_mistakes():
+    with pytest.raises(TypeError, match="policy.*0.5"):
+        cdb_jax.channel_report(PARAMS, 0.5)
+    with pytest.raises(TypeError, match="policy") as caught:
+        cdb_jax.channel_report(Policy(0.5, key=0), {str(i): PARAMS for i in range(100)})
+    assert len(str(caught.value)) < 300
+    with pytest.raises(ValueError, match="exempt"):
+        cdb_jax.channel_report(PARAMS, Policy(0.5, key=0, exempt=("*",)))
