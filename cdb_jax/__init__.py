@@ -33,7 +33,7 @@ from cdb_jax.version import __version__ as __version__
 
 
 def __getattr__(name: str) -> Any:
-    """`cdb_jax.nnx` and `cdb_jax.linen`, which need Flax, are imported when they are used."""
+    """Imports `cdb_jax.nnx` and `cdb_jax.linen`, which need Flax, when they are first used."""
     if name in ("nnx", "linen"):
         return importlib.import_module(f"cdb_jax.{name}")
     raise AttributeError(f"module 'cdb_jax' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Checks of arguments that several parts of the library take."""
+"""Checks for arguments that several parts of the library share."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_rate(name: str, rate: Any, *, schedule: bool = True) -> Any:
 
 
 def check_call_rate(rate: Any) -> float | jax.Array:
-    """Returns the rate of a function that draws once, a float or a float32 scalar."""
+    """Checks the rate of a function that draws once; returns a float or a float32 scalar."""
     rate = check_rate("rate", rate, schedule=False)
     return rate if isinstance(rate, float) else jnp.asarray(rate, jnp.float32)
 
@@ -83,7 +83,7 @@ def check_patterns(name: str, patterns: Any) -> tuple[str, ...]:
 
 
 def check_step(step: Any) -> Any:
-    """Returns the step, a Python int as an array of 32 bits."""
+    """Returns the step; a Python int becomes a 32-bit NumPy array."""
     is_array = hasattr(step, "dtype") and jnp.issubdtype(step.dtype, jnp.integer)
     if isinstance(step, bool) or not (isinstance(step, int) or (is_array and step.shape == ())):
         raise TypeError(f"step must be an int or an integer scalar, got {step!r}.")
@@ -143,7 +143,7 @@ def _threefry_words(key: jax.Array | np.ndarray) -> jax.Array:
         if key.shape:
             raise TypeError(
                 f"key must be one key, got an array of keys of shape {key.shape}; use jax.vmap for "
-                "several, or index it."
+                "several keys, or index the array."
             )
         words = jnp.ravel(jax.random.key_data(key))
     elif jnp.issubdtype(key.dtype, jnp.integer) and key.shape == ():
@@ -164,7 +164,7 @@ def _threefry_words(key: jax.Array | np.ndarray) -> jax.Array:
 
 
 def _is_module(x: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")  # A model of Flax NNX has loaded it.
+    nnx = sys.modules.get("flax.nnx")  # If there is a Flax NNX model, it is loaded.
     return nnx is not None and isinstance(x, nnx.Module)
 
 
@@ -181,7 +181,7 @@ def parameters_of(tree: Any) -> Any:
 
 
 def check_no_module(tree: Any, argument: str, instead: str) -> None:
-    """Raises a TypeError for a Flax NNX model, which is more than its parameters."""
+    """Raises a TypeError for a Flax NNX model, which holds more than parameters."""
     if any(map(_is_module, jax.tree.leaves(tree, is_leaf=_is_module))):
         raise TypeError(
             f"{argument} an nnx.Module, which holds batch statistics and RNG state in addition to "

@@ -1,4 +1,4 @@
-"""Caches for calls outside of `jit`: compiled programs, and what is found from structures."""
+"""Caches for calls outside `jit`: compiled programs, and results that depend on tree structures."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class Keyed:
-    """A value that compares by its key."""
+    """A value that is compared by its key."""
 
     key: Hashable
     value: Any = dataclasses.field(compare=False)
 
 
 def compiled(f: Callable[..., Result]) -> Callable[..., Result]:
-    """`f(static, *arrays)`, compiled once for each static value and types of the arrays.
+    """`f(static, *arrays)`, compiled once for each static value and set of array types.
 
-    Inside of `jit`, its operations join those around it. If something static has no hash, `f` is
-    called as it is.
+    Inside `jit`, its operations join those around it. If something static is not hashable, `f` is
+    called directly.
     """
 
     @functools.lru_cache(maxsize=128)  # A program that is evicted is freed.
@@ -46,7 +46,7 @@ NO_ARRAY = object()
 
 
 def by_structure(f: Callable[..., Result]) -> Callable[..., Result]:
-    """`f(tree, *static)`, computed once for the structure and the types of a tree.
+    """`f(tree, *static)`, computed once for each tree structure and set of array types.
 
     `f` gets a tree of `jax.ShapeDtypeStruct`s, with `NO_ARRAY` in place of other leaves.
     """

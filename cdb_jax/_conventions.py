@@ -1,4 +1,4 @@
-"""The channels of a parameter by its name and rank, as Flax and Equinox name parameters.
+"""Finds the channels of a parameter by its rank and its name in Flax or Equinox.
 
 Names settle what rank cannot: a kernel of shape (3, 8, 8) may be a 1-D convolution, a stack of
 three dense layers, or a dense layer over inputs of shape (3, 8).
@@ -45,7 +45,7 @@ _DENSE = re.compile(r"dense|linear|einsum|^fc|proj|^(query|key|value|out)$", re.
 
 
 def last_names(path: str) -> tuple[str, str]:
-    """The name of a layer, empty at the top, and that of its parameter."""
+    """The name of a layer, which is empty at the top level, and the name of its parameter."""
     *_, layer, name = ["", *path.split("/")]
     return layer, name
 
@@ -62,10 +62,11 @@ def channel_axes(
 
     Args:
       direction: "output" or "input".
-      path: of the leaf.
-      shape: of the leaf.
+      path: the path of the leaf.
+      shape: the shape of the leaf.
       stack: axes along which layers are stacked.
-      shapes: of all leaves of the tree, by path; a bias can contradict the name of its kernel.
+      shapes: the shapes of all leaves of the tree, by path; a bias can contradict the name of its
+        kernel.
     """
     rest = [axis for axis in range(len(shape)) if axis not in stack]
     found = _by_name(direction, path, tuple(shape[axis] for axis in rest))
@@ -108,7 +109,8 @@ def _by_name(direction: str, path: str, shape: Shape) -> Axes | Reason:
 def _kernel_axes(layer: str, name: str, rank: int) -> tuple[Axes, Axes] | None:
     """The output and the input axes of a weight, or None if names and rank do not settle them.
 
-    A grouped convolution has the inputs of one group, so an input channel is one of each group.
+    The kernel of a grouped convolution holds the inputs of one group, so each of its input channels
+    stands for one channel of every group.
     """
     conv, dense = _CONV.search(layer), _DENSE.search(layer)
     is_product = rank == 2 and not _EINSUM.search(layer)
@@ -126,10 +128,11 @@ def _kernel_axes(layer: str, name: str, rank: int) -> tuple[Axes, Axes] | None:
 
 
 def _looks_stacked(path: str, shape: Shape, bias: Shape) -> bool:
-    """Whether the bias shows that it and its kernel hold several layers, on axis 0.
+    """Whether the shape of the bias shows that axis 0 of the kernel and the bias stacks layers.
 
-    By its own shape, a stack of convolutions is one convolution with another spatial dimension. The
-    name of a kernel of rank 3 may say that it is a convolution; others have biases of rank 2.
+    From its shape alone, a stack of convolutions looks like one convolution with an extra spatial
+    dimension. Kernels of rank 3 are checked only if their name says that they are convolutions,
+    because others have biases of rank 2.
     """
     if len(shape) <= 3 and not _CONV.search(last_names(path)[0]):
         return False
@@ -145,7 +148,7 @@ def _bias_shape(path: str, shapes: Mapping[str, Shape]) -> Shape:
 
 
 def _output_by_bias(path: str, shape: Shape, bias: Shape) -> int | None:
-    """The output axis according to the size of the bias, if the name says another one.
+    """The output axis that the size of the bias suggests, if it contradicts the name; else None.
 
     Some layers store their kernel as (output, input) and transpose it.
     """
@@ -158,7 +161,7 @@ def _output_by_bias(path: str, shape: Shape, bias: Shape) -> int | None:
 def unsettled_message(
     direction: str, paths: Sequence[str], shapes: Mapping[str, Shape], most: int = 12
 ) -> str:
-    """The error for leaves that are not settled, with the rules that may be meant."""
+    """The error message for unsettled leaves, with the rules that the user may mean."""
     rules = _possible_rules(direction, paths[0], shapes)
     width = max(map(len, rules))
     rows = "".join(f"    cdb_jax.{rule:{width}}  # {x}\n" for rule, x in rules.items())
@@ -168,17 +171,17 @@ def unsettled_message(
     condition = f"in {tuple(paths)}" if len(paths) > 1 else f"== {paths[0]!r}"
     return (
         f"channel_axes: name and rank do not settle which axis holds the {direction} channels of\n"
-        f"{listing}Say it with a rule:\n"
+        f"{listing}Name the axis with a rule:\n"
         f"    channel_axes=lambda path, leaf: RULE if path {condition} else "
         f"cdb_jax.{direction}_channels\n"
         f"where RULE is one of\n{rows}"
-        "(or, if one is right for the whole tree, channel_axes=RULE). To leave alone what has no "
-        f"channels, use exempt={tuple(paths)}."
+        "(or, if one is right for the whole tree, channel_axes=RULE). To leave them alone because "
+        f"they have no channels, use exempt={tuple(paths)}."
     )
 
 
 def _possible_rules(direction: str, path: str, shapes: Mapping[str, Shape]) -> dict[str, str]:
-    """Rules that may be meant for a leaf that is not settled, with their meanings."""
+    """Rules that the user may mean for an unsettled leaf, with their meanings."""
     shape, bias = shapes[path], _bias_shape(path, shapes)
     is_weight = last_names(path)[1].startswith("weight")
     # Weights begin with (output, input); kernels end with (input, output).

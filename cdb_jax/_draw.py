@@ -1,14 +1,14 @@
-"""Drawing a selection: which channels of which layers learn in a step.
+"""Draws a selection: which channels of each layer learn in a step.
 
-A layer's draw depends on the key, the step and the layer's own path, number of channels and stack,
-and on nothing else in the tree:
+A layer's draw depends only on the key, the step, and the layer's path, number of channels and
+stack, not on the rest of the tree:
 
     layer key = fold_in(fold_in(fold_in(key, step), layer id), stack index)
 
-`fold_in(layer key, 0)` gives the words for the layer as a whole, `fold_in(layer key, 1 + i)` those
-for channels 2i and 2i + 1. One vectorised fold computes all of them for the whole tree. Layers with
-the same number of channels form one matrix with one row for each layer, so the number of operations
-does not grow with the depth of the model.
+`fold_in(layer key, 0)` gives the random words for the layer as a whole, and
+`fold_in(layer key, 1 + i)` those for channels 2i and 2i + 1. One vectorised fold computes all of
+them for the whole tree. Layers with the same number of channels form one matrix with one row per
+layer, so the number of operations does not grow with the depth of the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @compiled
 def draw_once(layout: channels.Layout, policy: Policy, step: jax.Array) -> Selection:
-    """`draw`, as one program outside of `jit`."""
+    """`draw`, which runs as one compiled program outside `jit`."""
     return draw(policy, layout, step)
 
 
@@ -58,7 +58,7 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
         if layer.channels % groups and policy.channel_choice == "window":
             raise ValueError(
                 f"window_groups={groups} does not divide the {layer.channels} channels of "
-                f"{layer.path!r}; give a divisor, or exempt the leaf."
+                f"{layer.path!r}; use a divisor, or exempt the leaf."
             )
     if policy.layer_choice != "one":
         return
@@ -66,8 +66,8 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
     if isinstance(policy.layer_weights, str):
         if layout.partial:
             raise ValueError(
-                "layer_choice='one' picks one layer of the whole model, and this tree holds a part "
-                "of it (it has MaskedNodes, or the policy has a root); give layer_weights as a "
+                "layer_choice='one' picks one layer of the whole model, but this tree is only part "
+                "of it (it has MaskedNodes, or the policy has a root); pass layer_weights as a "
                 f"dict with the path of every layer of the model, such as {{{min(paths)!r}: 1.0}}."
             )
         return
@@ -82,7 +82,7 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
 
 
 def num_kept(rate: float | jax.Array, size: int) -> int | jax.Array:
-    """How many of `size` channels "exact" and "window" keep: at least one, none at rate 1."""
+    """How many of `size` channels "exact" and "window" keep: at least one, but none at rate 1."""
     if isinstance(rate, float):
         return 0 if rate == 1.0 else max(1, round((1.0 - rate) * size))
     kept = jnp.round((1.0 - rate) * size).astype(jnp.int32)
@@ -90,7 +90,7 @@ def num_kept(rate: float | jax.Array, size: int) -> int | jax.Array:
 
 
 def masked_mode(policy: Policy, rate: float | jax.Array, width: int) -> tuple[Mode, Part | None]:
-    """What a layer does when it is masked, and which part it keeps if its size is static."""
+    """What a layer does when it is masked, and the part it keeps, if the part's size is static."""
     if not isinstance(rate, float):
         return Mode.PARTIAL, None
     blocks = policy.window_groups or 1
@@ -134,7 +134,7 @@ def _settings_at(policy: Policy, step: jax.Array) -> _Settings:
     words = policy.key if isinstance(policy.key, jax.Array) else np.array(policy.key, np.uint32)
     key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
     return _Settings(
-        # A selection that is held for several steps has the rates of the first of them.
+        # A selection that is held for several steps uses the rates of the first of these steps.
         _rate_at("rate", policy.rate, first_step),
         _rate_at("layer_rate", policy.layer_rate, first_step),
         jax.random.fold_in(key, period),
@@ -142,7 +142,7 @@ def _settings_at(policy: Policy, step: jax.Array) -> _Settings:
 
 
 def _rate_at(name: str, rate: Any, step: jax.Array) -> float | jax.Array:
-    """A Python rate as it is, a schedule at its step, arrays in float32."""
+    """Returns a Python number as it is, the value of a schedule at the step, arrays in float32."""
     value = rate(step) if callable(rate) else rate
     if not isinstance(value, (int, float)):
         return jnp.asarray(value, jnp.float32)
@@ -159,7 +159,7 @@ class _Rows(NamedTuple):
     Attributes:
       layers: the leaves.
       may_be_masked: which rows may be masked in this step: all, or one.
-      chance: the probability of that.
+      chance: for each row, the probability that it may be masked.
       layer_words: random words of the layers as a whole, shape `(rows, 2)`.
       channel_words: random words of their channels, shape `(rows, channels)`; empty for windows.
     """
@@ -200,8 +200,8 @@ class _Kept(NamedTuple):
 
     Attributes:
       keep: which channels; bool, shape `(rows, channels)`.
-      probability: that a channel is kept.
-      place: as `Group` has it; None if the number of kept channels is not static.
+      probability: the probability that a channel is kept.
+      place: as in `Group`; None if the number of kept channels is not static.
     """
 
     keep: jax.Array | np.ndarray
@@ -230,26 +230,26 @@ def _draw_group(policy: Policy, settings: _Settings, rows: _Rows) -> Group:
 def _scales(
     policy: Policy, rate: float | jax.Array, kept: _Kept, survival: jax.Array | np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
-    """What rows are multiplied by if they are masked, and if they are not."""
+    """The factors of rows that are masked, and of rows that are not."""
     ones = jnp.ones(survival.shape, jnp.float32)
     if policy.rescale == "realized":
         return _inverse(jnp.mean(kept.keep, axis=1, dtype=jnp.float32)), ones
-    # With rate 1 whole layers are frozen, and those that learn make up for it.
+    # With rate 1, whole layers are frozen, and those that learn make up for it.
     when_whole = jnp.where(rate >= 1.0, _inverse(survival), ones)
     return _inverse(jnp.asarray(kept.probability, jnp.float32)), when_whole
 
 
 def _inverse(probability: Any) -> jax.Array:
-    # Where nothing is kept the quotient is not used, and must not be a NaN.
+    # Where nothing is kept, the quotient is not used, but it must not be NaN.
     return 1.0 / jnp.where(probability > 0, probability, 1.0)
 
 
-_fold_pairwise = jax.vmap(jax.random.fold_in)  # One number into each key.
-_fold_many = jax.vmap(jax.random.fold_in, in_axes=(None, 0))  # Many numbers into one key.
+_fold_pairwise = jax.vmap(jax.random.fold_in)  # Folds one number into each key.
+_fold_many = jax.vmap(jax.random.fold_in, in_axes=(None, 0))  # Folds many numbers into one key.
 
 
 def _layer_keys(layers: Sequence[channels.Leaf], step_key: jax.Array) -> jax.Array:
-    """One key for each layer and stack index, in order of layers."""
+    """One key for each layer and stack index, in the order of the layers."""
     depths = [layer.depth for layer in layers]
     ids = np.repeat(np.array([channels.layer_id(x.path) for x in layers], np.uint32), depths)
     return _fold_pairwise(_fold_many(step_key, ids), _stack_index(depths))
@@ -264,7 +264,7 @@ def _random_words(
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """All random words of a step, dtype uint32, from one vectorised fold for the whole tree.
 
-    Returns for each width the words of its layers and those of their channels; see `_Rows`.
+    For each width, returns the words of its layers and those of their channels; see `_Rows`.
     """
     needs_channels = policy.channel_choice != "window"
     shapes = [
@@ -307,7 +307,7 @@ def _choose_layers(
     bounds = np.cumsum(probabilities)[:-1].astype(np.float32)
     picked = jnp.sum(_uniform(layer_word) >= bounds)
     position = np.repeat([paths.index(layer.path) for layer in layers], depths)
-    # Within a stack every index is equally likely.
+    # Within a stack, every index is equally likely.
     depth = np.repeat(depths, depths)
     is_picked_index = _stack_index(depths.tolist()) == stack_word % depth.astype(np.uint32)
     chance = probabilities[position] / depth
@@ -331,7 +331,7 @@ def _choose_channels(
 ) -> _Kept:
     if policy.channel_choice == "bernoulli":
         keep = _uniform(channel_words) >= rate
-        # Where all would be dropped, none is: a channel learns a little more often than 1 - rate.
+        # If all would be dropped, none is, so a channel learns slightly more often than 1 - rate.
         spared = ~jnp.any(keep, axis=1, keepdims=True) & (rate < 1.0)
         return _Kept(keep | spared, 1.0 - rate + rate**width, None)
 
@@ -350,7 +350,7 @@ def _choose_channels(
 
 
 def _smallest(words: jax.Array, kept: int | jax.Array) -> jax.Array:
-    """Marks the `kept` smallest words of each row; of equal words the first.
+    """Marks the `kept` smallest words of each row; the first ones win ties.
 
     Sorting the words alone is several times cheaper than ranking them with `argsort`.
     """
@@ -362,7 +362,7 @@ def _smallest(words: jax.Array, kept: int | jax.Array) -> jax.Array:
 
 
 def _positions(keep: jax.Array, kept: int) -> jax.Array:
-    """The positions of the kept channels of each row, in rising order: int32, `(rows, kept)`."""
+    """The positions of the kept channels of each row, in ascending order: int32, `(rows, kept)`."""
     width = keep.shape[1]
     channel = np.arange(width, dtype=np.int32)[None]
     return jnp.sort(jnp.where(keep, channel, np.int32(width)), axis=1)[:, :kept]

@@ -32,7 +32,7 @@ class Slot(NamedTuple):
 
 
 def checked_rules(slot_axes: Mapping[type, SlotAxes]) -> Rules:
-    """Returns the given rules and the built-in ones of other classes."""
+    """Returns the given rules, and the built-in ones for other classes."""
     for owner, rule in slot_axes.items():
         if not isinstance(owner, type) or not callable(rule):
             raise TypeError(
@@ -46,11 +46,12 @@ def checked_rules(slot_axes: Mapping[type, SlotAxes]) -> Rules:
 def find(
     state_and_updates: tuple[Any, Any], layout: channels.Layout, rules: Rules
 ) -> tuple[Slot | None, ...]:
-    """Finds the slot of each leaf of a state, with None as a leaf; None if it has no channels.
+    """Finds the slot of each leaf of a state, or None for a leaf without channels.
 
-    The state contains trees that JAX maps together with the updates, so they have the same nodes.
-    (`optax.tree.map_params` finds such trees, but does not look inside `optax.masked`.) Raises a
-    ValueError for an entry whose channels are unknown, and for an optimizer that is not supported.
+    None counts as a leaf. The state contains trees that optax maps together with the updates, so
+    both have the same nodes. (`optax.tree.map_params` finds such trees, but does not look inside
+    `optax.masked`.) Raises a ValueError for an entry whose channels are unknown, and for an
+    optimizer that is not supported.
     """
     state, updates = state_and_updates
     positions = jax.tree.unflatten(jax.tree.structure(updates), range(len(layout.leaves)))
@@ -108,7 +109,7 @@ def entries(
 
 
 def _matches(node: Any, positions: Any) -> bool:
-    """Whether a tree has an entry, a None or a MaskedNode in the place of every parameter."""
+    """Whether a tree has an entry, a None or a MaskedNode for every parameter."""
     if any(x is None or isinstance(x, optax.MaskedNode) for x in (node, positions)):
         return True
     children, expected = _children(node), _children(positions)
@@ -116,7 +117,7 @@ def _matches(node: Any, positions: Any) -> bool:
         # A parameter may have a container of entries. An empty tuple is `optax.EmptyState`.
         is_empty = isinstance(node, tuple) and not node
         return not is_empty and not any(map(_children, children.values()))
-    if isinstance(node, Mapping):  # It may have entries of parameters that are not updated.
+    if isinstance(node, Mapping):  # It may have entries for parameters that are not updated.
         children = {key: child for key, child in children.items() if key in expected}
     is_same = type(node) is type(positions) and children.keys() == expected.keys()
     return is_same and all(_matches(children[key], x) for key, x in expected.items())
@@ -149,11 +150,11 @@ def _axes(
     if leaf is not None:
         if shape == leaf.shape and (shape or is_float):
             return tuple(range(len(shape)))
-        # A single parameter may happen to be called like a number for the whole tree.
+        # With a single parameter, its entry may look like a number for the whole tree.
         if is_float and not (shape and leaf.axes) and not is_single:
             return (None,) * len(shape)  # Frozen if all of the parameter is.
     if not shape or not is_float or (leaf is not None and leaf.layer is None):
-        return None  # A count, a key, a number for the whole tree.
+        return None  # A count, a key, or a number for the whole tree.
     name = type(entry.holder).__name__
     mend = f"give slot_axes={{{name}: rule}}"
     if any(hasattr(node, "_fields") for x in entries(entry.holder) for node in x.nodes[1:]):
@@ -161,7 +162,7 @@ def _axes(
     owner = "no parameter" if leaf is None else f"{leaf.path!r} of shape {leaf.shape}"
     raise ValueError(
         f"inner: its state has an entry {entry.path!r} of shape {shape}, which belongs to {owner}, "
-        f"so its axes do not say which channels to freeze; {mend}. To mask gradients only, use "
+        f"so which of its axes hold channels is unknown; {mend}. To mask gradients only, use "
         "channel_drop_back(policy)."
     )
 
@@ -195,7 +196,7 @@ def _ruled_axes(
     return found
 
 
-# Optimizers that cannot be inside.
+# Optimizers that cannot be inside `freeze_dropped`.
 
 _AROUND: dict[type, str] = {
     optax.MultiStepsState: "optax.MultiSteps({}, every_k_schedule=k)",
@@ -209,7 +210,7 @@ def several_updates(state_class: type) -> str:
     wrapped = _AROUND[state_class].format("cdb_jax.freeze_dropped(inner, policy)")
     return (
         f"inner: {state_class.__name__.removesuffix('State')} takes one step in several updates, "
-        f"and each update drops other channels; put it around freeze_dropped: {wrapped}."
+        f"and each would drop different channels; put it around freeze_dropped: {wrapped}."
     )
 
 
@@ -235,12 +236,12 @@ def _factored_axes(field: str, shape: Shape | None, entry_shape: Shape) -> Shape
     order = np.argsort(shape)
     averaged = {"v_row": order[-1:], "v_col": order[-2:-1], "v": order[:0]}[field]
     axes = tuple(axis for axis in range(len(shape)) if axis not in averaged)
-    # A field that is not used for a parameter has another shape.
+    # A field that is not used for a parameter has a different shape.
     return axes if entry_shape == tuple(shape[axis] for axis in axes) else None
 
 
 def _shared(*fields: str) -> SlotAxes:
-    """A rule for a state in which some fields belong to all parameters together."""
+    """A rule for a state with some fields that belong to all parameters together."""
     return lambda field, shape, entry_shape: None if field in fields else NotImplemented
 
 

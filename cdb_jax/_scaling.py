@@ -1,4 +1,4 @@
-"""Multiplying arrays by factors: wide inside, and back in the dtype that came."""
+"""Multiplies arrays by factors in a wide dtype, without changing the dtype of the result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def scale(x: jax.Array, factors: jax.Array | float) -> jax.Array:
-    """Multiplies in float32 or better and returns to the dtype of `x`."""
+    """Multiplies in float32 or wider, and returns the result in the dtype of `x`."""
     if jnp.iscomplexobj(x):
         return jax.lax.complex(scale(x.real, factors), scale(x.imag, factors))
     wide = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32

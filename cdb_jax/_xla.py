@@ -1,4 +1,4 @@
-"""Workarounds for what XLA does to small computations that many large ones read."""
+"""Workarounds for what XLA does to small computations whose results many large ones read."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_MAX_RESULTS = 64  # Of one conditional: the time to compile it grows with their square.
+_MAX_RESULTS = 64  # Per conditional, since its compilation time grows with their square.
 
 
 def materialise(
     f: Callable[[Any], Any], x: Any, *, on_cpu: Callable[[Any], Any] | None = None
 ) -> Any:
-    """Returns `f(x)`, which XLA computes once instead of once for every array that reads it.
+    """Returns `f(x)`, which XLA computes only once, not once for every array that depends on it.
 
     Fused into parameter-sized loops, a draw would be repeated for each weight of a channel, and
-    every layer would become a loop of its own to compile: four times the compilation time of
-    AdamW on a ViT-B. The workaround is obsolete once `benchmarks/overhead.py` shows the same
+    every layer would be a separate loop to compile: four times the compilation time of AdamW on a
+    ViT-B. The workaround is obsolete once `benchmarks/overhead.py` shows the same
     compilation time on CPU without it.
 
     Args:
       f: a function of a tree of arrays.
-      x: its argument, as `alone_on_cpu` takes it.
-      on_cpu: another function with the same result, which is used in place of `f` on CPU.
+      x: its argument; see `alone_on_cpu`.
+      on_cpu: another function with the same result, which replaces `f` on CPU.
     """
 
     def with_barrier(x: Any) -> Any:
@@ -41,10 +41,10 @@ def materialise(
 
 
 def alone_on_cpu(f: Callable[[Any], Any], otherwise: Callable[[Any], Any], x: Any) -> Any:
-    """Returns `f(x)`, which the CPU compiler does not fuse with what reads it.
+    """Returns `f(x)`, which the CPU compiler does not fuse with the operations that read it.
 
-    It drops optimization barriers before it fuses, but it fuses nothing through a conditional. On
-    other platforms a conditional may wait for the host.
+    That compiler drops optimization barriers before it fuses, but it fuses nothing through a
+    conditional. On other platforms, a conditional may wait for the host.
 
     Args:
       f: a function of a tree of arrays.
@@ -55,7 +55,7 @@ def alone_on_cpu(f: Callable[[Any], Any], otherwise: Callable[[Any], Any], x: An
     entry = first[(0,) * first.ndim]
     if jnp.issubdtype(first.dtype, jnp.inexact):
         entry = jax.lax.bitcast_convert_type(jnp.real(entry).astype(jnp.float32), jnp.int32)
-    # True, which the compiler does not know.
+    # This is always true, but the compiler does not know that.
     return jax.lax.cond((entry.astype(jnp.int32) | 1) != 0, f, otherwise, x)
 
 
@@ -74,15 +74,15 @@ def unstack(
     """Cuts each matrix into blocks of rows, each of which XLA computes once; see `materialise`.
 
     The CPU compiler compiles equal loops only once, but slices from different rows are different
-    loops. So a block of one row is not sliced there, but picked by comparing row numbers with a
+    loops. So on CPU, a block of one row is not sliced but picked by comparing row numbers with a
     constant: the loops are equal, and the draw for a ViT-S compiles in a third of the time. The
     workaround is obsolete once `benchmarks/overhead.py` shows the same compilation time on CPU
     with slices.
 
     Args:
       matrices: arrays of shape `(rows, ...)` without negative numbers.
-      stacks: for each matrix, the shapes that the rows of its blocks have, in order: `()` for a
-        single row, `(12,)` for twelve.
+      stacks: for each matrix, the shapes into which the rows of its blocks are arranged, in order:
+        `()` for a single row, `(12,)` for twelve.
     """
     blocks = []
     for i, shapes in enumerate(stacks):
@@ -120,7 +120,7 @@ def _slice(matrix: jax.Array, start: int, stop: int) -> jax.Array:
 
 
 def _pick(matrix: jax.Array, start: int, stop: int) -> jax.Array:
-    """`matrix[start:stop]`; a single row is picked from a few near it."""
+    """`matrix[start:stop]`; a single row is picked from a few rows around it."""
     if stop > start + 1:
         return matrix[start:stop]
     tile = 64 if matrix.ndim == 1 else 8

@@ -39,18 +39,18 @@ def backdrop(
       x: float array of any shape.
       rate: probability that an entry of the mask is dropped, in [0, 1]; may be traced.
       axes: the axis or axes along which the mask varies: the spatial axes of an image to regularise
-        the scale that this layer sees; the batch axis of a loss that does not decompose over it.
+        the scale that this layer sees; the batch axis for a loss that does not decompose over it.
       key: a JAX key for this call. Not needed with `mask`, or for a rate of exactly 0.
       sample_axes: axes along which masks are independent, each with its own mean; use the batch
         axis to draw a mask for each image.
-      mask: for diagnosis, a mask to use in place of a random one: numbers >= 0, not all zero, with
+      mask: for diagnosis, a mask to use instead of a random one: numbers >= 0, not all zero, with
         as many axes as `x`, each of the same size or 1. It is divided by its mean along `axes`.
 
     Returns:
       `x`, bit for bit.
 
     Raises:
-      TypeError, ValueError: for a bad rate, axes that `x` does not have or that repeat, a missing
+      TypeError, ValueError: for a bad rate, axes that `x` does not have, repeated axes, a missing
         key, or a mask that does not fit.
 
     Examples:
@@ -70,7 +70,7 @@ def backdrop(
     sampled = _positive("sample_axes", sampled, x.ndim)
     if len({*varying, *sampled}) < len(varying + sampled):
         raise ValueError(
-            f"axes={axes!r} and sample_axes={sample_axes!r} name an axis twice; name each once."
+            f"axes={axes!r} and sample_axes={sample_axes!r} name an axis twice; list each once."
         )
     if mask is not None:
         mask = _check_mask(mask, x, varying)
@@ -83,11 +83,11 @@ def backdrop(
 
 
 class _Residuals(NamedTuple):
-    """What the backward pass makes the mask from."""
+    """What the backward pass needs to make the mask."""
 
     key: jax.Array | None
     rate: float | jax.Array
-    mask: jax.Array | None  # That of the user, in place of a random one.
+    mask: jax.Array | None  # The user's mask, if there is one.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -109,13 +109,13 @@ def _bwd(
     if mask is None:
         assert key is not None
         uniform = jax.random.uniform(key, shape, jnp.float32)
-        # If the rate would drop every entry, the one with the largest number is kept. (Two are, in
-        # the rare case that both draw the same of 2**23 possible numbers.)
+        # If the rate would drop every entry, the one with the largest number is kept. (Two are
+        # kept in the rare case that both draw the same one of 2**23 possible numbers.)
         largest = jnp.max(uniform, axis=axes, keepdims=True)
         mask = (uniform >= jnp.minimum(rate, largest)).astype(jnp.float32)
     mean = jnp.mean(mask, axis=axes, keepdims=True)
     factors = mask / jnp.where(mean > 0, mean, 1.0)
-    # A factor of 0 selects zero, so that a NaN in a dropped entry does not pass.
+    # A factor of 0 selects zero, so that a NaN in a dropped entry does not pass through.
     return jnp.where(factors == 0, jnp.zeros((), dy.dtype), scale(dy, factors)), None
 
 

@@ -1,6 +1,6 @@
-"""Which axes of which leaf hold the channels: a static layout, decided from paths and shapes.
+"""Which axes of each leaf hold its channels: a static layout, determined from paths and shapes.
 
-Nothing here reads the values of arrays, so it all happens once, when a step is traced.
+Nothing here reads the values of arrays, so all of this runs once, when a step is traced.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Axes:
     """The channel axes of a leaf, and the axes that stack several layers in one leaf.
 
     Args:
-      channel: an axis, or several that together index the channels, or `output_channels` or
-        `input_channels` to find them in the shape without the stack axes. With `()`, the whole leaf
-        is one channel, for policies that drop whole layers only.
+      channel: an axis, or several that together index the channels; or `output_channels` or
+        `input_channels`, which then find them in the shape without the stack axes. With `()`, the
+        whole leaf is one channel, for policies that only drop whole layers.
       stack: the axis or axes along which layers are stacked (scanned blocks, experts). Each index
-        is a layer with a selection of its own.
+        is a separate layer, with a separate selection.
 
     Examples:
       >>> import cdb_jax
@@ -75,7 +75,8 @@ ChannelAxes = Any  # AxisSpec, a Rule, or a prefix tree of AxisSpecs.
 
 @dataclasses.dataclass(frozen=True)
 class SpecTree:
-    """A prefix tree of specs by canonical path. It is hashable, and the same for every framework:
+    """A prefix tree of specs by canonical path: hashable, and the same for every framework.
+
     NNX shows a parameter as `['kernel'].value` in one place and as `['kernel']` in another.
     """
 
@@ -86,15 +87,15 @@ class SpecTree:
 
 
 class Leaf(NamedTuple):
-    """One array of a tree, and which axes a selection applies to.
+    """One array of a tree, and the axes that a selection applies to.
 
     Attributes:
       path: its canonical path.
       shape: its shape.
       channel: the axes that index its channels.
       stack: the axes along which layers are stacked.
-      layer: the path whose selection applies: its own, or its kernel's for a bias that follows.
-        None for a leaf without channels.
+      layer: the path whose selection applies: the leaf's path, or for a bias that follows its
+        kernel, the kernel's path. None for a leaf without channels.
       reason: why it has no channels; None if it has.
     """
 
@@ -107,7 +108,7 @@ class Leaf(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The path under which a selection may hold what applies to this leaf."""
+        """The path under which a selection may hold an entry for this leaf."""
         return self.path if self.layer is None else self.layer
 
     @property
@@ -116,7 +117,7 @@ class Leaf(NamedTuple):
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """The axes that a selection has, in its order."""
+        """The axes along which a selection varies, in the order of its arrays."""
         return self.stack + self.channel
 
     @property
@@ -125,7 +126,7 @@ class Leaf(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """How many layers are stacked in the leaf."""
+        """The number of layers that are stacked in the leaf."""
         return math.prod(self.stack_shape)
 
     @property
@@ -139,7 +140,7 @@ class Layout(NamedTuple):
     Attributes:
       leaves: the leaves.
       root: the path of the tree inside a larger model.
-      partial: whether it is a part of a larger model: it has `optax.MaskedNode`s, or a root.
+      partial: whether the tree is part of a larger model: it has `optax.MaskedNode`s or a root.
     """
 
     leaves: tuple[Leaf, ...]
@@ -174,16 +175,16 @@ def resolve(
 
     Args:
       updates: a tree of arrays or `jax.ShapeDtypeStruct`; only paths, shapes and dtypes are read.
-      channel_axes: an `Axes`, int, tuple, convention, None, prefix tree of those, or a rule
-        `(path, leaf)` that returns one of them.
-      exempt: path patterns to leave alone.
-      only: path patterns to which to limit the search; None for no limit.
+      channel_axes: an `Axes`, int, tuple, convention or None; a prefix tree of these; or a rule
+        `(path, leaf)` that returns one of these.
+      exempt: path patterns of leaves to leave alone.
+      only: path patterns that limit the search; None for no limit.
       share_with_bias: whether a bias is dropped with the kernel of its layer.
       root: path of `updates` within the model it was cut from.
 
     Raises:
       ValueError: if a spec does not fit the tree, a pattern matches nothing, name and rank do not
-        settle a kernel, two leaves share a path, or nothing can be dropped.
+        settle the channels of a kernel, two leaves share a path, or nothing can be dropped.
     """
     only = None if only is None else tuple(only)
     rules = _Rules(as_specs(channel_axes), tuple(exempt), only, share_with_bias, root)
@@ -215,9 +216,9 @@ def _resolve(updates: Any, rules: _Rules) -> Layout:
 
 
 def _parts_of(updates: Any, root: str) -> tuple[dict[str, list[Any]], list[str], list[str]]:
-    """The arrays by path, and the paths of `MaskedNode`s and of None.
+    """Returns the arrays by path, the paths of `MaskedNode`s, and the paths of Nones.
 
-    None stands for a parameter that a model does not have, or that has no gradient.
+    None stands for a parameter that the model does not have or that has no gradient.
     """
 
     def is_empty(x: Any) -> bool:
@@ -252,10 +253,10 @@ def _nothing_to_drop(rules: _Rules, leaves: Sequence[Leaf]) -> str:
 
 @by_structure
 def same_layout(tree: Any, layout: Layout) -> Layout:
-    """The leaves of a tree, as the layout of the same or of a larger tree has them.
+    """Looks up the leaves of a tree in the layout of the same tree or of a larger one.
 
     Raises:
-      ValueError: for a leaf that the layout does not have, or has with another shape.
+      ValueError: for a leaf that the layout does not have, or whose shape is different there.
     """
     known = {leaf.path: leaf for leaf in layout.leaves}
     leaves = []
@@ -263,20 +264,20 @@ def same_layout(tree: Any, layout: Layout) -> Layout:
         path, shape = canonical_path(keys, layout.root), tuple(getattr(x, "shape", ()))
         if path not in known:
             raise ValueError(
-                f"selection: it has nothing for {path!r} of shape {shape}. It was made for a tree "
-                f"with the paths {_shorten(known)}; select for the tree that it is used on."
+                f"selection: it has no entry for {path!r} of shape {shape}. It was made for a tree "
+                f"with the paths {_shorten(known)}; make it from the tree that you use it on."
             )
         if shape != known[path].shape:
             raise ValueError(
                 f"selection: {path!r} has shape {shape}, but the selection was made for shape "
-                f"{known[path].shape}; select for the tree that it is used on."
+                f"{known[path].shape}; make it from the tree that you use it on."
             )
         leaves.append(known[path])
     return Layout(tuple(leaves), layout.root, layout.partial)
 
 
 def check_parameters(updates: Any, params: Any, root: str) -> None:
-    """Raises a ValueError if updates have other shapes than the parameters of the same paths."""
+    """Raises a ValueError if the shape of an update differs from that of its parameter."""
 
     def shapes(tree: Any) -> list[Any]:
         return [getattr(x, "shape", None) for x in jax.tree.leaves(tree)]
@@ -292,8 +293,8 @@ def check_parameters(updates: Any, params: Any, root: str) -> None:
         if shape != expected.get(path, shape):
             raise ValueError(
                 f"the update of {path!r} has shape {shape}, but its parameter has shape "
-                f"{expected[path]}, so its channels are not known. Put what gives updates the "
-                "shapes of the parameters first; for gradients of each example, such as "
+                f"{expected[path]}, so its channels are unknown. First apply the transformation "
+                "that gives updates the shapes of the parameters; for per-example gradients: "
                 "optax.chain(optax.contrib.differentially_private_aggregate(...), "
                 "cdb_jax.channel_drop_back(...))."
             )
@@ -303,7 +304,7 @@ def check_parameters(updates: Any, params: Any, root: str) -> None:
 
 
 def canonical_path(keys: Sequence[Any], root: str = "") -> str:
-    """The path of a leaf as users write it, without boxes and the collection `params`."""
+    """The path of a leaf as users write it, without boxes or the collection `params`."""
     # Only an *attribute* called `value` is a box (nnx.Variable, nn.Partitioned); the dictionary
     # key `value` names an attention projection.
     if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
@@ -326,7 +327,7 @@ def covers(pattern: str, path: str) -> bool:
 
 
 def layer_id(path: str) -> int:
-    """The first 32 bits of SHA-256 of a canonical path, which distinguish the draws of layers."""
+    """The first 32 bits of the SHA-256 of a canonical path; each layer's draw depends on them."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
 
 
@@ -335,7 +336,7 @@ def _check_unique(arrays: Mapping[str, Sequence[Any]]) -> None:
         if len(found) > 1:
             raise ValueError(
                 f"{len(found)} leaves of the tree have the path {path!r} once `params` and "
-                "`.value` are taken off; rename all but one."
+                "`.value` are removed; rename all but one."
             )
 
 
@@ -364,7 +365,7 @@ def _shorten(paths: Collection[str], most: int = 12) -> str:
     return ", ".join(repr(path) for path in list(paths)[:most]) + more
 
 
-# Specs: what the user says about a tree, as one spec for each leaf.
+# Specs: what the user says about a tree, as one spec per leaf.
 
 
 def _is_masked(x: Any) -> bool:
@@ -378,20 +379,20 @@ def _is_spec(x: Any) -> bool:
 
 
 def as_specs(channel_axes: ChannelAxes) -> AxisSpec | Rule | SpecTree:
-    """Checks what users give as `channel_axes`, and turns a tree of specs into a `SpecTree`."""
+    """Checks the argument `channel_axes`, and turns a tree of specs into a `SpecTree`."""
     if isinstance(channel_axes, jax.Array):
         raise TypeError(
-            "channel_axes must be static, got an array; under inject_hyperparams name it in "
+            "channel_axes must be static, got an array; under inject_hyperparams, list it in "
             'static_args=("channel_axes",).'
         )
     if isinstance(channel_axes, (str, bool, float)):
         raise TypeError(
             f"channel_axes must be output_channels, input_channels, an int, a tuple of ints, Axes, "
-            f"a tree of those or a rule (path, leaf) -> spec, got {channel_axes!r}."
+            f"a tree of these or a rule (path, leaf) -> spec, got {channel_axes!r}."
         )
     if _is_spec(channel_axes) or isinstance(channel_axes, SpecTree):
         return channel_axes
-    # A model may be a prefix tree and have a `__call__`; a rule is not a tree.
+    # A model that serves as a prefix tree may have a `__call__`; a rule is not a tree.
     if callable(channel_axes) and jax.tree_util.all_leaves([channel_axes]):
         return channel_axes
     pairs = jax.tree_util.tree_leaves_with_path(channel_axes, is_leaf=_is_spec)
@@ -412,19 +413,19 @@ def _check_spec(spec: Any, found: str) -> None:
 def _check_specs(specs: Any, paths: Sequence[str], hidden: Sequence[str]) -> None:
     """Raises a ValueError for a tree of specs with a path that the tree of updates does not have.
 
-    Updates may lie below a spec; what is hidden, by MaskedNodes or None, also above it.
+    Updates may lie below a spec; `hidden` nodes (MaskedNode or None) may also lie above one.
     """
     for top, _ in specs.specs if isinstance(specs, SpecTree) else ():
         is_found = any(is_below(path, top) for path in [*paths, *hidden])
         if not is_found and not any(is_below(top, path) for path in hidden):
             raise ValueError(
-                f"channel_axes: the tree of specs has {top!r}, but the updates have nothing there; "
+                f"channel_axes: the tree of specs has {top!r}, but the updates have no such path; "
                 f"their paths are {_shorten(paths)}."
             )
 
 
 def _spec_of(path: str, x: Any, channel_axes: AxisSpec | Rule | SpecTree) -> tuple[AxisSpec, bool]:
-    """The spec of a leaf, and whether it was given for this very leaf."""
+    """Returns the spec of a leaf, and whether it was given for exactly this leaf."""
     if callable(channel_axes):
         spec = channel_axes(path, x)
         _check_spec(spec, f"the rule for {path!r} returned {spec!r}")
@@ -435,8 +436,8 @@ def _spec_of(path: str, x: Any, channel_axes: AxisSpec | Rule | SpecTree) -> tup
     while top not in specs:
         if not top:
             raise ValueError(
-                f"channel_axes: the tree of specs has nothing for {path!r}; add a spec there or "
-                "above it (None leaves it alone)."
+                f"channel_axes: the tree of specs has no entry for {path!r}; add a spec there or "
+                "above it (None leaves a leaf alone)."
             )
         top = top.rpartition("/")[0]
     return specs[top], top == path
@@ -459,8 +460,8 @@ def _resolve_leaf(path: str, x: Any, rules: _Rules, shapes: Mapping[str, tuple[i
         return leaf._replace(reason=Reason.SPEC_IS_NONE)
     if spec == ():
         raise ValueError(
-            f"channel_axes: () for {path!r} names no channel axis; Axes(()) takes the whole leaf "
-            "as one channel."
+            f"channel_axes: () for {path!r} names no channel axis; use Axes(()) to treat the whole "
+            "leaf as one channel."
         )
     axes = spec if isinstance(spec, Axes) else Axes(spec)
     stack = _normalise(axes.stack, leaf)
@@ -495,7 +496,7 @@ def _normalise(axes: Ints, leaf: Leaf) -> tuple[int, ...]:
     if len(set(positive)) < len(positive):
         raise ValueError(
             f"channel_axes: {axes} for {leaf.path!r} of shape {leaf.shape} repeats an axis; name "
-            "each once."
+            "each axis once."
         )
     return positive
 

@@ -15,7 +15,7 @@ def selection_count(opt_state: Any) -> jax.Array:
 
     Use it as the `step` of `Policy.select` in a loop that does not count its own steps. The state
     may be inside chains, `optax.MultiSteps` and other wrappers, or in an `nnx.Optimizer`. Under
-    `MultiSteps`, all micro-batches of a step share it.
+    `MultiSteps`, all micro-batches of a step share one count.
 
     Args:
       opt_state: what `tx.init` or `tx.update` returned.

@@ -21,9 +21,9 @@ class FreezeDroppedState(NamedTuple):
     """State of `freeze_dropped`.
 
     Attributes:
-      count: the number of steps taken, and so the count of the next selection; an int32 scalar.
-      dropped_fraction: the fraction of parameters that the last step dropped; a float32 scalar.
-      inner_state: the state of the optimizer inside.
+      count: number of steps taken, which is the step of the next selection: int32, a scalar.
+      dropped_fraction: `Selection.dropped_fraction` of the last step: float32, a scalar.
+      inner_state: the state of the inner optimizer.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
@@ -46,7 +46,7 @@ def freeze_dropped(
        \theta \leftarrow \theta + 1_K\, u, \qquad
        s \leftarrow 1_K\, s' + (1 - 1_K)\, s,
 
-    and dropped channels keep the bits of both. Entries of the state that belong to no channel, such
+    so dropped channels keep both bit for bit. Entries of the state that belong to no channel, such
     as counts and norms over the whole tree, advance in every step. An entry that several channels
     share, such as a row of Adafactor's second moments, is frozen if all of them are dropped.
 
@@ -54,13 +54,14 @@ def freeze_dropped(
     before this. Put everything that moves parameters, such as weight decay, into `inner`.
 
     Args:
-      inner: the optimizer, such as a chain. Put `optax.MultiSteps` around `freeze_dropped`.
+      inner: the optimizer, which may be a chain. Put `optax.MultiSteps` around `freeze_dropped`,
+        not inside it.
       policy: a `Policy`.
       slot_axes: rules for states whose entries do not have the shape of their parameter: a dict
         from the class of a state (a NamedTuple) to a function of the field's name, the parameter's
         shape (None for an entry without a parameter) and the entry's shape. For each axis of the
         entry, return the parameter axis it corresponds to, or None if there is none. Return None
-        in place of the axes for an entry without channels, and NotImplemented for an entry that
+        instead of the axes for an entry without channels, and NotImplemented for an entry that
         needs no rule. Rules for Adafactor, Muon and Mechanic are built in.
 
     Returns:
@@ -159,10 +160,10 @@ def _freeze(
     leaves: list[Any],
     pairs: list[Any],
 ) -> tuple[list[Any], list[Any]]:
-    """Returns updates and entries of the state with frozen channels; None for what is not frozen.
+    """Freezes dropped channels in updates and state entries; returns None for those without any.
 
-    `static` holds the layout and the slots; each of `pairs` is the new and the old value of an
-    entry, or None.
+    `static` holds the layout and the slots. Each item of `pairs` holds the new and the old value of
+    an entry, or is None.
     """
     layout, owners = static
     entries = [
@@ -176,7 +177,7 @@ def _freeze(
 def _replace_dropped(
     leaves: Sequence[Any], layout: channels.Layout, keep: Mapping[str, jax.Array], zero: float
 ) -> list[Any]:
-    """Returns leaves with zero or minus zero in dropped channels; None for what is not dropped."""
+    """Puts zero or minus zero into dropped channels; returns None for leaves that always learn."""
 
     def replaced(x: Any, leaf: channels.Leaf) -> jax.Array | None:
         number = complex(zero, zero) if jnp.iscomplexobj(x) else zero
@@ -189,9 +190,9 @@ def _replace_dropped(
 def _where(
     keep: Mapping[str, jax.Array], leaf: channels.Leaf, axes: Sequence[int | None], x: Any, y: Any
 ) -> jax.Array | None:
-    """Returns `x` for what has a kept channel and `y` elsewhere, or None if `leaf` is kept.
+    """Returns `x` in kept channels and `y` elsewhere, or None if `leaf` always learns in full.
 
-    `axes` are the axes of `leaf` that those of `x` correspond to.
+    `axes` are the axes of `leaf` that the axes of `x` correspond to.
     """
     if leaf.source not in keep:
         return None
@@ -205,7 +206,7 @@ def _where(
 
 
 def _filled(treedef: Any, some: Sequence[Any], others: Sequence[Any]) -> Any:
-    """Returns a tree of leaves, with other leaves where these are None."""
+    """Returns a tree of the leaves `some`, with leaves of `others` where these are None."""
     leaves = [y if x is None else x for x, y in zip(some, others, strict=True)]
     return jax.tree.unflatten(treedef, leaves)
 
@@ -222,10 +223,10 @@ def _check_updates(proposed: Any, updates: Any, root: str) -> None:
         given, returned = (textwrap.shorten(str(tree), 120) for tree in trees)
         raise TypeError(
             f"inner changes the structure of the updates from {given} to {returned}; put the "
-            "wrapper that does so around freeze_dropped, such as "
+            "wrapper that does so around freeze_dropped, for example "
             "optax.lookahead(cdb_jax.freeze_dropped(inner, policy), 5, 0.5)."
         )
-    channels.check_parameters(updates, proposed, root)  # An optimizer returns their shapes.
+    channels.check_parameters(updates, proposed, root)  # An optimizer keeps their shapes.
 
 
 def _check_states(new: Any, old: Any) -> None:
@@ -245,5 +246,5 @@ def _check_states(new: Any, old: Any) -> None:
             path = [entry.path for entry in slots.entries(new)][i]
             raise ValueError(
                 f"inner changes the entry {path!r} of its state from shape and dtype {types[0]} to "
-                f"{types[1]}; give the optimizer the dtype of its state, such as mu_dtype."
+                f"{types[1]}; set the dtype of its state, for example with mu_dtype."
             )

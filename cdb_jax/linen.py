@@ -13,7 +13,7 @@ from cdb_jax.stochastic_depth import drop_path, in_evaluation
 
 
 class Backdrop(nn.Module):
-    """`cdb_jax.backdrop` as a layer: the identity, which masks the gradient in training.
+    """`cdb_jax.backdrop` as a layer: the identity, but it masks the gradient in training.
 
     Attributes:
       rate: probability that an entry of the mask is dropped.
@@ -61,7 +61,7 @@ class DropPath(nn.Module):
       rate: probability that the branch is dropped.
       sample_axis: the axis of the samples, or None to drop the whole batch at once.
       scale_by_keep: whether to divide by `1 - rate` in training. If not, the layer multiplies by
-        `1 - rate` in evaluation, as the first paper does (and timm does not).
+        `1 - rate` in evaluation, as the original paper does (timm does not).
       deterministic: whether the layer is in evaluation mode; you can pass it in the call instead.
       rng_collection: name of the stream of keys: `model.apply(..., rngs={"drop_path": key})`.
 

@@ -39,7 +39,7 @@ def value_and_grad(
       if there is any, and the gradient: an `nnx.State` in place of each model.
 
     Raises:
-      TypeError, ValueError: as `cdb_jax.value_and_grad`, and if `f` adds variables to a model.
+      TypeError, ValueError: as for `cdb_jax.value_and_grad`, and if `f` adds variables to a model.
 
     Examples:
       >>> import cdb_jax.nnx, jax.numpy as jnp
@@ -73,7 +73,7 @@ def value_and_grad(
             if new_graph != graph:
                 raise ValueError(
                     "f adds new variables or parts to a model, which a gradient cannot return; "
-                    "call the model once before training, so that it has them."
+                    "call the model once before training to create them."
                 )
             return value, (aux, new_rest)
 
@@ -90,7 +90,10 @@ def value_and_grad(
 def grad(
     f: Callable[..., Any], argnums: Argnum | Sequence[Argnum] = 0, has_aux: bool = False
 ) -> Callable[..., Any]:
-    """Like `value_and_grad`, but returns only the gradient, or it and the data with `has_aux`."""
+    """Like `value_and_grad`, but returns only the gradient.
+
+    With `has_aux`, it returns a pair of the gradient and the auxiliary data.
+    """
     return api.without_value(value_and_grad(f, argnums, has_aux), has_aux)
 
 
@@ -101,15 +104,15 @@ def channel_report(
     *args: Any,
     **kwargs: Any,
 ) -> report.ChannelReport:
-    """`cdb_jax.channel_report` of a model's parameters.
+    """`cdb_jax.channel_report` for the parameters of a model.
 
     Args:
       model: the model.
       policy: the policy to explain.
       f: a loss function `f(model, *args, **kwargs)`, which may return a pair with auxiliary data.
         It is traced, not run.
-      *args: its other arguments; arrays may be of type `jax.ShapeDtypeStruct`.
-      **kwargs: its other arguments by name.
+      *args: other arguments of `f`; arrays may be of type `jax.ShapeDtypeStruct`.
+      **kwargs: other arguments of `f`, by name.
 
     Returns:
       A report with one row for each parameter.
@@ -141,8 +144,8 @@ def _is_model(x: Any) -> bool:
 class _Call:
     """The arguments of a call, with the models among them numbered.
 
-    `wanted` names the arguments to differentiate. Each of them is a tree of models, of which
-    `params` has the same tree with an `nnx.State` in place of each model.
+    `wanted` names the arguments to differentiate. Each of them is a tree of models; `params` holds
+    the same tree with an `nnx.State` in place of each model.
     """
 
     def __init__(self, args: Any, kwargs: Any, wanted: Sequence[nnx.DiffState]):
@@ -159,13 +162,13 @@ class _Call:
         ]
 
     def split(self, models: dict[int, Any]) -> tuple[Any, Any, Any]:
-        """The graph of some models, the parameters that are differentiated, and other variables."""
+        """The graph of some models, the parameters to differentiate, and all other variables."""
         found: Any = nnx.split(models, *self._filters, ...)
         graph, *states, rest = found
         params = []
         for x, tree, state in zip(self._wanted, self._numbers, states, strict=True):
             if not state:
-                raise ValueError(f"argnums={x.argnum}: the model has no variables of {x.filter}.")
+                raise ValueError(f"argnums={x.argnum}: no variable matches {x.filter}.")
             params.append(jax.tree.map(lambda i, state=state: state.get(i, nnx.State({})), tree))
         return graph, tuple(params), rest
 
@@ -179,7 +182,7 @@ class _Call:
         return nnx.merge(graph, *states, rest, copy=True)
 
     def arguments(self, models: dict[int, Any]) -> Any:
-        """The arguments with other models in the same places."""
+        """The arguments, with the given models in place of the original ones."""
         leaves = [models.get(i, x) for i, x in enumerate(self._leaves)]
         return jax.tree.unflatten(self._treedef, leaves)
 
@@ -195,7 +198,7 @@ def _check_models(argnum: int, args: tuple[Any, ...]) -> None:
 
 
 def _of_models(numbers: Sequence[int], variables: Any) -> Callable[[Any, Any], bool]:
-    """A filter for some variables of some models, by their numbers."""
+    """A filter for some variables of the models with the given numbers."""
     is_wanted = nnx.filterlib.to_predicate(variables)
     return lambda path, x: path[0] in numbers and is_wanted(path[1:], x)
 
@@ -206,7 +209,7 @@ Rngs = nnx.Rngs | nnx.RngStream
 
 
 class _RandomLayer(nnx.Module):
-    """What layers that act only in training share: a rate, a mode and a source of keys.
+    """A layer that acts only in training, with a rate, a mode and a source of keys.
 
     `model.train()` and `model.eval()` set the mode, as for `nnx.Dropout`.
     """
@@ -234,15 +237,15 @@ class _RandomLayer(nnx.Module):
         source = self.rngs if rngs is None else rngs
         if source is None:
             raise ValueError(
-                f"rngs is missing: {type(self).__name__} draws in training. Pass rngs=nnx.Rngs(0) "
-                "when you make it or call it, or call model.eval()."
+                f"rngs is missing: {type(self).__name__} draws random numbers in training. Pass "
+                "rngs=nnx.Rngs(0) when you create or call the layer, or call model.eval()."
             )
         if isinstance(source, nnx.Rngs):
             source = source[self.rng_collection]
         return source if isinstance(source, jax.Array) else source()
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """Used by `nnx.view`.
+        """Sets the mode; `nnx.view` calls this.
 
         Args:
           deterministic: whether the layer is in evaluation mode.
@@ -252,7 +255,7 @@ class _RandomLayer(nnx.Module):
 
 
 class Backdrop(_RandomLayer):
-    """`cdb_jax.backdrop` as a layer: the identity, which masks the gradient in training.
+    """`cdb_jax.backdrop` as a layer: the identity, but it masks the gradient in training.
 
     Args:
       rate: probability that an entry of the mask is dropped.
@@ -307,7 +310,7 @@ class DropPath(_RandomLayer):
       rate: probability that the branch is dropped.
       sample_axis: the axis of the samples, or None to drop the whole batch at once.
       scale_by_keep: whether to divide by `1 - rate` in training. If not, the layer multiplies by
-        `1 - rate` in evaluation, as the first paper does (and timm does not).
+        `1 - rate` in evaluation, as the original paper does (timm does not).
       deterministic: whether the layer is in evaluation mode; `train()` and `eval()` change it.
       rng_collection: name of the stream of keys in `rngs`.
       rngs: the source of keys; you can pass it in the call instead.
@@ -358,9 +361,10 @@ class DropPath(_RandomLayer):
         deterministic: bool | None = None,
         rngs: Rngs | jax.Array | None = None,
     ) -> jax.Array:
-        """`self(branch(*args))` that does not compute a branch that is dropped.
+        """Like `self(branch(*args))`, but does not compute the branch if it is dropped.
 
-        A dropped branch does not change its models, such as batch statistics and random counts.
+        A dropped branch does not change the state of its models, such as batch statistics and RNG
+        counts.
 
         Args:
           branch: a function that returns one array. Pass the models that it calls in `args`.
@@ -369,7 +373,7 @@ class DropPath(_RandomLayer):
           rngs: as in a call.
 
         Raises:
-          ValueError: if the layer has a `sample_axis`, so that some samples need the branch.
+          ValueError: if the layer has a `sample_axis`, because some samples may need the branch.
         """
         if self.sample_axis is not None:
             raise ValueError(

@@ -44,13 +44,13 @@ _CHOICES = {
 class Policy:
     r"""Which channels may be dropped, how often, and how they are chosen.
 
-    Every consumer takes a policy, and equal policies draw the same channels at the same step. A
-    policy is a frozen dataclass, so `dataclasses.replace(policy, rate=0.5)` returns a changed copy,
-    and a pytree whose leaves are those settings that are JAX arrays.
+    Equal policies draw the same channels at the same step, wherever they are used. A policy is a
+    frozen dataclass, so `dataclasses.replace(policy, rate=0.5)` returns a changed copy. It is also
+    a pytree whose leaves are the settings that are JAX arrays.
 
     In each step, each layer is masked with probability `layer_rate`, and each channel of a masked
-    layer is dropped with probability `rate`. If that would drop every channel of a layer, it drops
-    none, unless `rate=1`.
+    layer is dropped with probability `rate`. If that would drop every channel of a layer, none is
+    dropped, unless `rate=1`.
 
     Args:
       rate: probability that a channel of a masked layer is dropped, in [0, 1]: a number, an optax
@@ -59,23 +59,24 @@ class Policy:
       key: an int or a JAX key. Required. The same key and step give the same selection, on every
         device and after any restart.
       channel_axes: which axes hold the channels: `output_channels` or `input_channels`, which know
-        the names that Flax and Equinox use; an int or tuple for every leaf of two or more
-        dimensions; `Axes`; a tree of those that is a prefix of the parameters, where None leaves a
-        leaf alone; or a rule `(path, leaf)` that returns one of them.
-      layer_rate: probability that a layer is masked in a step; the other layers learn in full. A
-        number, a schedule or a scalar array.
+        the names that Flax and Equinox use; an int or tuple for every leaf with two or more
+        dimensions; `Axes`; a tree of these that is a prefix of the parameters, where None leaves a
+        leaf alone; or a rule `(path, leaf)` that returns one of these.
+      layer_rate: probability that a layer is masked in a step: a number, a schedule or a scalar
+        array. The other layers learn in full.
       layer_choice: "bernoulli" decides for each layer independently; "one" picks one layer per step
         (Algorithm 1 of the paper) and masks it with probability `layer_rate`.
-      layer_weights: how "one" picks the layer: "uniform", "size" (by number of parameters), or a
-        dict from path to weight.
+      layer_weights: how "one" picks the layer: "uniform", "size" (in proportion to the number of
+        parameters), or a dict from path to weight.
       other_layers: with "one", whether the other layers learn in "full" or are "frozen", together
         with every leaf that is not `exempt`, including biases and normalisation.
       channel_choice: how the channels of a masked layer are chosen. "bernoulli" decides for each
-        channel independently; "exact" keeps a fixed number k, and all subsets are equally likely;
-        "window" keeps a contiguous block of k that wraps around. Here
+        channel independently; "exact" keeps a fixed number k of channels, and all subsets are
+        equally likely; "window" keeps a contiguous block of k that wraps around. Here
         :math:`k = \max(1, \mathrm{round}((1 - \mathrm{rate})\, C))` of C channels, and 0 for
         `rate=1`. If the rate is an array or a schedule, k may differ by one.
-      window_groups: number g of equal groups of channels; every group keeps the same window of k/g.
+      window_groups: number g of equal groups of channels for "window"; every group keeps the same
+        window of k/g channels.
       rescale: what `channel_drop_back` divides the kept channels by. "none"; "expected", the
         probability that a channel of a masked layer learns: k/C, or :math:`1 - r + r^C` for
         "bernoulli" with rate r (the last term comes from layers that would lose every channel), and
@@ -86,11 +87,11 @@ class Policy:
       only: the opposite of `exempt`: if given, only leaves under these patterns can be dropped.
       share_with_bias: whether the `bias` of a layer is dropped with its kernel; otherwise it always
         learns.
-      hold: number of steps for which a selection is kept before the next one is drawn. Use the n of
-        `optax.contrib.sam(..., sync_period=n)` if `channel_drop_back` comes after a wrapper like
-        it, which takes n updates for one step.
+      hold: number of steps for which a selection is kept before the next one is drawn. If
+        `channel_drop_back` comes after a wrapper that takes n updates for one step, such as
+        `optax.contrib.sam(..., sync_period=n)`, use that n.
       root: path of the given tree inside a larger model, so that a part of the model, such as a
-        pipeline stage, draws what the whole would draw.
+        pipeline stage, draws what the whole model would draw.
 
     Attributes:
       key: two 32-bit words of a threefry key, whatever kind of key was given: Python ints, or a
@@ -178,13 +179,14 @@ class Policy:
         """Draws which channels learn in a step.
 
         Args:
-          params: the parameters, their gradients or their updates; only paths, shapes and dtypes
-            are read, so `jax.ShapeDtypeStruct` leaves will do. Of a Flax NNX model, its `nnx.Param`
-            variables are used.
-          step: the step, an int or an integer scalar, which may be traced.
+          params: the parameters, their gradients or their updates. Only paths, shapes and dtypes
+            are read, so `jax.ShapeDtypeStruct` leaves will do. For a Flax NNX model, its
+            `nnx.Param` variables are used.
+          step: an int or an integer scalar, which may be traced.
 
         Returns:
-          A `Selection`, the same for the same policy, step and parameter shapes.
+          A `Selection`. It depends only on the policy, the step, and these paths, shapes and
+          dtypes.
 
         Raises:
           ValueError: if the policy does not fit the tree, or if `step` is negative.
@@ -210,12 +212,12 @@ class Policy:
 
     @property
     def freezes_others(self) -> bool:
-        """Whether nothing but one layer, and what is exempt, learns in a step."""
+        """Whether only one layer and the exempt leaves learn in a step."""
         return self.layer_choice == "one" and self.other_layers == "frozen"
 
     @property
     def drops_nothing(self) -> bool:
-        """Whether it is certain that every channel learns in full in every step."""
+        """Whether every channel is certain to learn in full in every step."""
         rates = (self.rate, self.layer_rate)
         return not self.freezes_others and any(isinstance(x, float) and x == 0.0 for x in rates)
 
@@ -269,7 +271,7 @@ def _check_weights(weights: Any) -> LayerWeights:
 def _check_groups(groups: Any) -> int | None:
     if isinstance(groups, jax.Array):
         raise TypeError(
-            "window_groups must be static, got an array; under inject_hyperparams name "
+            "window_groups must be static, got an array; under inject_hyperparams, list "
             'it in static_args=("window_groups",).'
         )
     return None if groups is None else check_positive("window_groups", groups)

@@ -68,8 +68,8 @@ def released_layer_rate(
 ) -> optax.Schedule:
     """The released code's schedule of the layer rate, in three phases.
 
-    `initial` for the first 30 % of the steps, `final / 2` until 60 %, then `final`. In the released
-    code, phases change between epochs, one or two epochs later.
+    The rate is `initial` for the first 30 % of the steps, `final / 2` until 60 %, and then `final`.
+    In the released code, phases change between epochs, one or two epochs later.
 
     Args:
       total_steps: length of training in steps, at least 1.
@@ -119,8 +119,8 @@ def layer_drop_back(
         `("head",)` for a last layer with its bias.
       steps_per_epoch: number of steps in an epoch, at least 1.
       layer_rate: probability that a tensor is frozen on an epoch with dropping.
-      every: epochs `every - 1`, `2 * every - 1` and so on drop, counted from 0. The paper does not
-        say whether the first epoch drops; here it does not.
+      every: tensors are dropped on epochs `every - 1`, `2 * every - 1` and so on, counted from 0.
+        The paper does not say whether any are dropped on the first epoch; here, none are.
       stack: the axes along which layers are stacked, by path: `{"blocks": 0}` for blocks under a
         scan. Each index is then frozen independently.
 
@@ -165,8 +165,8 @@ def every_nth_epoch(
 ) -> optax.Schedule:
     """A schedule with one value on every `n`-th epoch, and another on the rest.
 
-    LayerDropBack alternates its layer rate in this way, and the learning rate, which is doubled on
-    the epochs with dropping.
+    LayerDropBack alternates its layer rate and its learning rate in this way. The learning rate is
+    doubled on the epochs with dropping.
 
     Args:
       value: on epochs `n - 1`, `2 * n - 1` and so on, counted from 0: a number or a schedule.
@@ -209,13 +209,13 @@ def skip_update(rate: Rate = 0.5, *, key: Key, exempt: tuple[str, ...] = ()) -> 
     r"""SkipUpdate: random channels skip the optimizer's update, and the others make up for it.
 
     The mask applies to the *updates*, so place it after the optimizer, whose moments take in every
-    gradient. What is kept is divided by the probability of being kept, so that the mean of the
-    update stays the same:
+    gradient. Kept updates are divided by the probability of being kept, so that the expected update
+    stays the same:
 
     .. math:: \theta \leftarrow \theta + \frac{b}{\Pr(b = 1)}\, u, \qquad u = \mathrm{inner}(g).
 
-    We could not confirm which entries of a parameter share a draw in the paper; here it is output
-    channels. For whole tensors, use
+    We could not confirm which entries of a parameter share a draw in the paper; here, those of an
+    output channel do. For whole tensors, use
     `Policy(1.0, layer_rate=rate, channel_axes=Axes(()), rescale="expected", key=key)`. The paper's
     second method, Magma, which weights updates by their agreement with the momentum, is not
     included.

@@ -1,4 +1,4 @@
-"""`channel_report`: what a policy will do to a model, as a table for people."""
+"""`channel_report`: what a policy will do to a model, as a readable table."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class ChannelRow(NamedTuple):
     """One leaf of the tree.
 
     Attributes:
-      path, shape, channel_axes, stack_axes, channels: the leaf; `channels` is None if it has none.
-      kept: the number of channels that learn when the layer is masked; with a tilde, on average.
+      path, shape, channel_axes, stack_axes, channels: as in the layout; `channels` is None if the
+        leaf has none.
+      kept: the number of channels that learn when the layer is masked; a tilde marks an average.
       note: why a leaf has no channels, or which kernel a bias follows.
       gradient: how `value_and_grad` computes its gradient; empty without a loss function.
     """
@@ -79,21 +80,21 @@ def channel_report(
     with the reason.
 
     Args:
-      params: a tree of arrays or `jax.ShapeDtypeStruct`, as the optimizer gets it. Of a
-        Flax NNX model, its `nnx.Param` variables are used; for its loss, use
+      params: the parameters as the optimizer gets them: a tree of arrays or `jax.ShapeDtypeStruct`.
+        For a Flax NNX model, its `nnx.Param` variables are used; to pass its loss as well, use
         `cdb_jax.nnx.channel_report`.
       policy: the policy to explain.
       fun: a loss function `fun(params, *args, **kwargs)`, which may return a pair with auxiliary
         data. It is traced, not run.
-      *args: its other arguments; arrays may be of type `jax.ShapeDtypeStruct`.
-      **kwargs: its other arguments by name.
+      *args: other arguments of `fun`; arrays may be of type `jax.ShapeDtypeStruct`.
+      **kwargs: other arguments of `fun`, by name.
 
     Returns:
       A report with one row for each leaf.
 
     Raises:
-      TypeError, ValueError: the errors that training would raise, for a policy that does not fit
-        the tree, or with `fun` one that cannot skip anything.
+      TypeError, ValueError: as in training, for a policy that does not fit the tree or, with `fun`,
+        for a policy that cannot skip anything.
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp

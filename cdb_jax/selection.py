@@ -26,12 +26,12 @@ class Mode(enum.IntEnum):
 
 
 class Part(NamedTuple):
-    """How many channels of a layer are kept, and how they lie. Static.
+    """How many channels of a layer are kept, and how they are arranged. Static.
 
-    The channels form `blocks` equal blocks of `size`, each of which keeps `kept` channels, the same
-    in every block. The *place* of a part says which. If `contiguous`, it is an int32 scalar, the
-    first kept channel of a block; the others follow it cyclically. Otherwise it holds the positions
-    of the kept channels in ascending order: int32, shape `(kept,)`.
+    The channels form `blocks` equal blocks of `size` channels. Each block keeps `kept` channels, at
+    the same positions. The *place* of a part says which ones. If `contiguous`, the place is an
+    int32 scalar: the first kept channel of a block; the others follow and wrap around. Otherwise it
+    holds the positions of the kept channels in ascending order: int32, shape `(kept,)`.
     """
 
     blocks: int
@@ -45,7 +45,7 @@ class Part(NamedTuple):
         return self.blocks * self.kept
 
     def shape(self, shape: Sequence[int], channel: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the kept part of an array whose axes `channel` index the channels."""
+        """The shape of the kept part of an array whose channels lie along the axes `channel`."""
         if not channel:
             return tuple(shape)
         left = [1 if axis in channel else size for axis, size in enumerate(shape)]
@@ -56,7 +56,7 @@ class Part(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Layers with the same number of channels: each array has one row for each layer.
+    """Layers with the same number of channels. Each array has one row per layer.
 
     A leaf that stacks several layers has a row for each of them.
 
@@ -64,9 +64,9 @@ class Group:
       mode: what each layer does, as a `Mode`.
       keep: which channels learn.
       scale: what `channel_drop_back` multiplies the kept channels by; None for 1.
-      place: where the kept part of a `PARTIAL` layer lies; see `Part`. None without a part.
+      place: where the kept part of a `PARTIAL` layer lies; see `Part`. None if `part` is None.
       layers: the leaves. Static.
-      modes: every mode that one of the layers may have. Static.
+      modes: every mode that any of the layers may have. Static.
       part: the part that a `PARTIAL` layer keeps; None if its size is not static. Static.
     """
 
@@ -82,17 +82,17 @@ class Group:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which channels learn in one step, and what the others do.
+    """Which channels learn in one step, and what happens to the others.
 
-    `Policy.select` draws one, and `Selection.of` makes one of channels that you choose. Pass it to
-    everything that takes part in the step: `cdb_jax.value_and_grad`, and the `update` of an
-    optimizer with `channel_drop_back` or `freeze_dropped` in it. A selection is a pytree of small
-    arrays, so it can be an argument or a result of any JAX transformation.
+    `Policy.select` draws a selection; `Selection.of` makes one from channels that you choose. Pass
+    it to everything that takes part in the step: to `cdb_jax.value_and_grad`, and to the `update`
+    of an optimizer that contains `channel_drop_back` or `freeze_dropped`. A selection is a pytree
+    of small arrays, so it can be an argument or a result of any JAX transformation.
 
     Attributes:
       groups: the layers, grouped by their number of channels.
-      policy: the policy it was drawn from; None if you chose the channels.
-      layout: the leaves of the tree it was drawn for. Static.
+      policy: the policy that it was drawn from; None if you chose the channels.
+      layout: the leaves of the tree that it was made for. Static.
       freezes_others: whether leaves without channels are frozen too. Static.
     """
 
@@ -110,22 +110,22 @@ class Selection:
         channel_axes: channels.ChannelAxes = channels.output_channels,
         others: str = "full",
     ) -> Selection:
-        """Selects the channels that you choose.
+        """Makes a selection from channels that you choose.
 
-        `cdb_jax.value_and_grad` then computes the gradient of these parts of the parameters alone.
+        `cdb_jax.value_and_grad` then computes gradients for these parts of the parameters only.
 
         Args:
           params: the parameters; only paths, shapes and dtypes are read.
-          chosen: for each path or path pattern, the channels that learn: ints, or an int array of
-            shape `(k,)`, or `(*stack, k)` for stacked layers. An array may be traced; its channels
-            must then be distinct and in range. An empty list freezes the leaf.
+          chosen: a dict from path or path pattern to the channels that learn: a list of ints, or an
+            int array of shape `(k,)`, or `(*stack, k)` for stacked layers. The array may be traced;
+            its channels must then be distinct and in range. An empty list freezes the leaf.
           channel_axes: which axes hold the channels of the leaves in `chosen`, as in `Policy`. The
-            only axis of a vector always does.
+            only axis of a vector always holds its channels.
           others: whether the other leaves learn in "full" or are "frozen".
 
         Raises:
           TypeError, ValueError: for a pattern that matches nothing, a leaf without channels, or
-            channels that are out of range or repeat.
+            channels that are out of range or repeated.
 
         Examples:
           >>> import cdb_jax, jax, jax.numpy as jnp
@@ -149,7 +149,7 @@ class Selection:
 
     @property
     def factors(self) -> dict[str, jax.Array]:
-        """What the channels of each layer are multiplied by, by path.
+        """The factor of each channel of each layer, by path.
 
         float32, shape `(*stack, channels)`: 0 for a dropped channel, 1 or the factor of `rescale`
         for a kept one. A frozen leaf without channels has shape `(1,)`.
@@ -168,9 +168,9 @@ class Selection:
         return fraction_of(self.groups, self.layout)
 
     def mask(self, tree: Any, *, rescale: bool = False) -> Any:
-        r"""Zeroes every channel that is dropped.
+        r"""Sets every dropped channel to zero, even if it holds a NaN.
 
-        A dropped channel is set to zero even if it holds a NaN; a kept one does not change.
+        Kept channels do not change, unless `rescale=True`.
 
         Args:
           tree: gradients, updates or parameters: the tree that the selection was made for, or a
@@ -181,7 +181,7 @@ class Selection:
           The masked tree, with the structure, shapes, dtypes and shardings of `tree`.
 
         Raises:
-          ValueError: for a leaf with another path or shape.
+          ValueError: for a leaf whose path or shape the selection was not made for.
 
         Examples:
           >>> import cdb_jax, jax.numpy as jnp
@@ -210,7 +210,7 @@ def check_selection(selection: Any) -> Selection:
     return selection
 
 
-# What a selection computes, as one program outside of `jit`.
+# What a selection computes. Outside `jit`, each function runs as one compiled program.
 
 
 @compiled
@@ -246,7 +246,7 @@ def mask_leaves(
 ) -> list[Any]:
     """`Selection.mask` for the leaves of a layout; a leaf that is None stays None.
 
-    Leaves whose paths are in `done` already have zeros for dropped channels.
+    Leaves whose paths are in `done` already have zeros in their dropped channels.
     """
     keep = kept_channels(groups)
     scale = _scales(groups) if rescale else {}
@@ -267,20 +267,20 @@ def _masked(
         # Even a product with 1 can flush a subnormal number to zero.
         x = jnp.where(factor == 1, x, _scaling.scale(x, factor))
     if leaf.source in keep:
-        # Selected, not multiplied by zero: NaN times zero is NaN.
+        # `where` instead of a product with zero, because NaN times zero is NaN.
         where = broadcastable(keep[leaf.source], leaf, leaf.axes)
         x = jnp.where(where, x, jnp.zeros((), x.dtype))
     return x
 
 
 def broadcastable(vector: jax.Array, leaf: channels.Leaf, axes: Sequence[int]) -> jax.Array:
-    """Gives an array over some axes of a leaf its rank, with size 1 along the other axes."""
+    """Reshapes an array over some axes of a leaf to the leaf's rank, with size 1 elsewhere."""
     vector = vector.reshape([leaf.shape[axis] for axis in axes]).transpose(np.argsort(axes))
     return jnp.expand_dims(vector, [i for i in range(len(leaf.shape)) if i not in axes])
 
 
 def kept_channels(groups: Sequence[Group]) -> dict[str, jax.Array]:
-    """By path of each layer, which channels learn: bool, shape `(*stack, channels)`.
+    """Which channels of each layer learn, by path: bool, shape `(*stack, channels)`.
 
     Layers that always learn in full are left out.
     """
@@ -288,14 +288,14 @@ def kept_channels(groups: Sequence[Group]) -> dict[str, jax.Array]:
 
 
 def _scales(groups: Sequence[Group]) -> dict[str, jax.Array]:
-    """By path of each layer, what its kept channels are multiplied by, where that may not be 1."""
+    """The factor of the kept channels of each layer, by path, where it may differ from 1."""
     return per_layer([group for group in groups if group.scale is not None], "scale")
 
 
 def per_layer(groups: Sequence[Group], field: str) -> dict[str, jax.Array]:
-    """By path of each layer, its rows of an array of its group, which XLA computes once.
+    """Each layer's rows of an array of its group, by path; XLA computes the array only once.
 
-    The shape of each is `(*stack, ...)`.
+    The rows of a layer have shape `(*stack, ...)`.
     """
     matrices = [getattr(group, field) for group in groups]
     stacks = [[layer.stack_shape for layer in group.layers] for group in groups]
@@ -307,7 +307,7 @@ def per_layer(groups: Sequence[Group], field: str) -> dict[str, jax.Array]:
 
 
 def fraction_of(groups: Sequence[Group], layout: channels.Layout) -> jax.Array:
-    """`Selection.dropped_fraction`, counting the leaves of a layout only."""
+    """`Selection.dropped_fraction`, counting only the leaves of a layout."""
     size: dict[str, int] = {}
     for leaf in layout.leaves:  # A bias that is dropped with its kernel counts with it.
         size[leaf.source] = size.get(leaf.source, 0) + leaf.size
@@ -321,7 +321,7 @@ def fraction_of(groups: Sequence[Group], layout: channels.Layout) -> jax.Array:
 
 
 def frozen_group(leaves: Iterable[channels.Leaf]) -> list[Group]:
-    """A group of leaves without channels that are frozen; none if there are no such leaves."""
+    """Returns one group of frozen leaves without channels, or no group if there are no leaves."""
     layers = tuple(leaves)
     if not layers:
         return []
@@ -334,18 +334,18 @@ def frozen_group(leaves: Iterable[channels.Leaf]) -> list[Group]:
 
 
 def _by_pattern(layout: channels.Layout, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """By path of each layer, the channels that were chosen for it."""
+    """The channels that were chosen for each layer, by path."""
     found = {}
     for leaf in layout.leaves:
         patterns = [pattern for pattern in chosen if channels.covers(pattern, leaf.path)]
         if not patterns:
             continue
         if len(patterns) > 1:
-            raise ValueError(f"chosen: {leaf.path!r} is matched by {patterns}; name it once.")
+            raise ValueError(f"chosen: {leaf.path!r} matches {patterns}; use only one of them.")
         if leaf.reason:
             raise ValueError(
                 f"chosen: {leaf.path!r} of shape {leaf.shape} has no channels "
-                f"({leaf.reason.value}); give channel_axes, or remove it."
+                f"({leaf.reason.value}); set channel_axes, or remove it."
             )
         found[leaf.path] = chosen[patterns[0]]
     return found
@@ -377,7 +377,7 @@ def _checked_channels(layer: channels.Leaf, chosen: Any) -> jax.Array | np.ndarr
     shapes = {place.shape[-1:], (*layer.stack_shape, *place.shape[-1:])}
     if not jnp.issubdtype(place.dtype, jnp.integer) or not place.shape or place.shape not in shapes:
         raise TypeError(
-            f"chosen: the channels of {layer.path!r} must be ints, of shape "
+            f"chosen: the channels of {layer.path!r} must be ints of shape "
             f"{' or '.join(str(shape[:-1] + ('k',)) for shape in sorted(shapes))}, got {chosen!r}."
         )
     if is_traced:
@@ -385,18 +385,18 @@ def _checked_channels(layer: channels.Leaf, chosen: Any) -> jax.Array | np.ndarr
     width = layer.channels
     if place.min() < -width or place.max() >= width:
         raise ValueError(
-            f"chosen: {layer.path!r} has {width} channels, got {chosen!r}; count from 0."
+            f"chosen: {layer.path!r} has {width} channels, counted from 0, got {chosen!r}."
         )
     place = np.sort(place % width, axis=-1)
     if np.any(place[..., 1:] == place[..., :-1]):
         raise ValueError(
-            f"chosen: the channels of {layer.path!r} repeat in {chosen!r}; name each once."
+            f"chosen: {layer.path!r} has repeated channels, got {chosen!r}; list each only once."
         )
     return place.astype(np.int32)
 
 
 def _also_vectors(channel_axes: channels.ChannelAxes) -> channels.ChannelAxes:
-    """The same spec, except that the only axis of a vector holds its channels."""
+    """Extends a spec so that the only axis of a vector holds its channels."""
     spec = channels.as_specs(channel_axes)
     if callable(spec) or isinstance(spec, channels.SpecTree):
         return spec
@@ -405,7 +405,7 @@ def _also_vectors(channel_axes: channels.ChannelAxes) -> channels.ChannelAxes:
 
 @dataclasses.dataclass(frozen=True)
 class _AlsoVectors:
-    """A rule that is hashable, so that layouts are resolved once."""
+    """A hashable rule, so that each layout is resolved only once."""
 
     spec: channels.AxisSpec
 

@@ -41,10 +41,10 @@ def drop_path(
       x: float array, the output of a branch.
       rate: probability that the branch is dropped, in [0, 1]; may be traced.
       key: a JAX key for this call. Rates of exactly 0 and 1 need none.
-      sample_axis: the axis of the samples; None to drop the whole batch at once, as the first
+      sample_axis: the axis of the samples; None to drop the whole batch at once, as the original
         paper does.
       scale_by_keep: whether to divide what is kept by `1 - rate`, so that the mean is `x`. If not,
-        multiply the branch by `1 - rate` in evaluation.
+        you have to multiply the branch by `1 - rate` in evaluation.
 
     Returns:
       An array with the shape and dtype of `x`.
@@ -88,14 +88,14 @@ def drop_branch(
     key: jax.Array | None = None,
     scale_by_keep: bool = True,
 ) -> jax.Array:
-    """`drop_path(branch(*args), rate, sample_axis=None)` that does not compute a dropped branch.
+    """Like `drop_path(branch(*args), rate, sample_axis=None)`, but skips a dropped branch.
 
-    It puts the branch into a conditional. On CPU, XLA runs convolutions inside of one far slower,
-    so use `drop_path` for those.
+    The branch is put into a conditional, and computed only if it is kept. On CPU, XLA runs
+    convolutions inside a conditional much more slowly, so use `drop_path` for those.
 
     Args:
       branch: a function of arrays that returns a float array.
-      *args: its arguments, arrays or trees of arrays.
+      *args: arguments of `branch`: arrays or trees of arrays.
       rate: probability that the branch is dropped, in [0, 1]; may be traced.
       key: a JAX key for this call. Rates of exactly 0 and 1 need none.
       scale_by_keep: as in `drop_path`.
@@ -167,11 +167,11 @@ def drop_path_rates(
     sensitivities: Sequence[float] | np.ndarray | jax.Array | None = None,
     maximum: float = 1.0,
 ) -> np.ndarray:
-    """Drop rates of residual branches that keep `budget` of them in an average step.
+    """Drop rates with which a step keeps `budget` residual branches on average.
 
     For example, linear rates of 4 branches with a budget of 2.75 are 0.125, 0.25, 0.375 and 0.5,
     because 0.875 + 0.75 + 0.625 + 0.5 = 2.75. If you know the rate r of the last branch instead,
-    use the rule of the first paper, `np.linspace(r / depth, r, depth)`, or the rule of timm's
+    use the rule of the original paper, `np.linspace(r / depth, r, depth)`, or the rule of timm's
     `calculate_drop_path_rates`, `np.linspace(0, r, depth)`.
 
     Args:
@@ -180,9 +180,9 @@ def drop_path_rates(
       mode: "uniform": all rates are equal. "linear": the rate of the l-th branch is proportional to
         l. "sense": the probability of keeping a branch is proportional to its sensitivity. In all
         modes, rates are clipped to [0, maximum] and meet the budget.
-      sensitivities: for "sense", `depth` numbers >= 0, as `branch_sensitivities` returns. The
-        paper's formula is not confirmed; that of `branch_sensitivities`, the proportionality and
-        the clipping are this library's choice.
+      sensitivities: for "sense", `depth` numbers >= 0, such as those that `branch_sensitivities`
+        returns. We could not confirm the paper's formula: the one in `branch_sensitivities`, the
+        proportionality and the clipping are choices of this library.
       maximum: the highest drop rate.
 
     Returns:
@@ -212,8 +212,8 @@ def drop_path_rates(
     if not lowest - slack <= budget <= highest + slack:
         reason = f" and {num_zeros} sensitivities of 0" if num_zeros else ""
         raise ValueError(
-            f"budget={budget!r} must be between {lowest:g} and {highest:g}, the number of branches "
-            f"that a step keeps on average with depth={depth}, maximum={maximum}{reason}."
+            f"budget={budget!r} must be between {lowest:g} and {highest:g}, the range of the "
+            f"average number of kept branches with depth={depth}, maximum={maximum}{reason}."
         )
     if mode == "sense":
         return 1.0 - _proportional(weights, budget, 1.0 - maximum, 1.0)
@@ -221,7 +221,7 @@ def drop_path_rates(
 
 
 def _weights(depth: int, mode: RateMode, sensitivities: Any) -> np.ndarray:
-    """What the rates, or in "sense" the probabilities of keeping a branch, are proportional to."""
+    """Weights proportional to the rates or, for "sense", to the probabilities of being kept."""
     if (sensitivities is not None) != (mode == "sense"):
         raise ValueError(
             f"sensitivities={sensitivities!r} with mode={mode!r}: pass sensitivities with "
@@ -238,7 +238,7 @@ def _weights(depth: int, mode: RateMode, sensitivities: Any) -> np.ndarray:
 
 
 def _proportional(weights: np.ndarray, total: float, lowest: float, highest: float) -> np.ndarray:
-    """Returns `clip(c * weights, lowest, highest)` with the c for which the sum is `total`."""
+    """Returns `clip(c * weights, lowest, highest)`, with c chosen so that the sum is `total`."""
     with np.errstate(divide="ignore"):
         logs = np.log2(weights)  # Weights may differ by hundreds of orders of magnitude.
 
@@ -250,7 +250,7 @@ def _proportional(weights: np.ndarray, total: float, lowest: float, highest: flo
         low, high = (middle, high) if values(middle).sum() < total else (low, middle)
     found = values(high)
     is_free = (lowest < found) & (found < highest)
-    if is_free.any():  # Which entries are clipped is known now, so the others follow exactly.
+    if is_free.any():  # The clipped entries are now known, so the others can be exact.
         shares = weights[is_free] / weights[is_free].max()
         found[is_free] = shares * ((total - found[~is_free].sum()) / shares.sum())
     return np.clip(found, lowest, highest)
@@ -259,11 +259,11 @@ def _proportional(weights: np.ndarray, total: float, lowest: float, highest: flo
 def branch_sensitivities(
     loss: Callable[..., jax.Array], depth: int, *args: Any, **kwargs: Any
 ) -> jax.Array:
-    """How much a loss depends on each residual branch, to first order.
+    """Measures how much a loss depends on each residual branch, to first order.
 
-    This is the absolute derivative of the loss with respect to a gate of 1 that multiplies the
-    branch. Average it over some batches, and measure it again later in training. Call
-    `model.eval()` if the loss uses an NNX model, because its state must not change.
+    The sensitivity is the absolute derivative of the loss with respect to a gate of 1 that
+    multiplies the branch. Average it over some batches, and measure it again later in training.
+    Call `model.eval()` if the loss uses an NNX model, because its state must not change.
 
     Args:
       loss: a function `loss(gates, *args, **kwargs)` that multiplies the branches by `gates`, of

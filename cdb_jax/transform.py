@@ -29,10 +29,10 @@ from cdb_jax.selection import Group, Selection, check_selection, fraction_of, ma
 class ChannelDropBackState(NamedTuple):
     """State of `channel_drop_back`: plain arrays, which any checkpoint library can save.
 
-    The key belongs to the policy, so a restart continues with the same selections.
+    The key belongs to the policy, so training draws the same selections after a restart.
 
     Attributes:
-      count: number of steps taken, and so the step of the next selection: int32, a scalar.
+      count: number of steps taken, which is the step of the next selection: int32, a scalar.
       dropped_fraction: `Selection.dropped_fraction` of the last step: float32, a scalar.
     """
 
@@ -66,18 +66,19 @@ def channel_drop_back(
     .. math:: g'_{lc} = \frac{b_{lc}}{s_l}\, g_{lc},
 
     where :math:`s_l` is 1 unless `rescale` says otherwise. The forward pass does not change. Before
-    an optimizer, this masks gradients, and momentum and weight decay keep moving a dropped channel.
-    After an optimizer, it masks updates: a dropped channel keeps its weights, while every gradient
-    enters its moments.
+    an optimizer, this masks gradients: momentum and weight decay still move a dropped channel.
+    After an optimizer, it masks updates: a dropped channel keeps its weights, but the optimizer's
+    moments still take in its gradient.
 
     Args:
       rate: a drop rate, as in `Policy`; or a `Policy` and no other argument.
-      key: this and all following arguments are settings of `Policy`.
+      key: this and all the following arguments are settings of `Policy`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `ChannelDropBackState`. Its `update`
-      does not need `params`. It uses the extra argument `selection` if that was drawn from an equal
-      policy, and otherwise draws one at the state's count. It ignores all other extra arguments.
+      does not need `params`. It uses the extra argument `selection` if this was drawn from an equal
+      policy; otherwise it draws a selection at the state's count. It ignores all other extra
+      arguments.
 
     Raises:
       TypeError, ValueError: for a bad argument, or when `update` gets a tree that does not fit the
@@ -105,7 +106,7 @@ def channel_drop_back(
     policy = _as_policy(**locals())
 
     def init_fn(params: Any) -> ChannelDropBackState:
-        # Layouts are resolved on updates: frameworks may wrap parameters differently in the two,
+        # Layouts are resolved on updates: frameworks may wrap parameters and updates differently,
         # and `optax.tree.map_params` calls `init` with placeholders.
         del params
         return ChannelDropBackState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
@@ -144,9 +145,9 @@ def _mask(
 def layout_and_source(
     policy: Policy, selection: Selection | None, updates: Any
 ) -> tuple[channels.Layout, Policy | Selection]:
-    """The leaves, and the selection that was given if its policy is equal, else the policy.
+    """Returns the leaves, and the given selection if its policy is equal, otherwise the policy.
 
-    Two masks in one chain have different policies, and must not use the same selection.
+    Two masks in one chain have different policies and must not use the same selection.
     """
     if selection is None or not _are_equal(policy, check_selection(selection).policy):
         return policy.layout(updates), policy
@@ -168,7 +169,7 @@ def _are_equal(policy: Policy, other: Policy | None) -> bool:
 def groups_from(
     source: Policy | Selection, layout: channels.Layout, count: jax.Array
 ) -> tuple[Group, ...]:
-    """The groups of the selection that was given, or of one that the policy draws."""
+    """The groups of the given selection, or of one that the policy draws."""
     return (source if isinstance(source, Selection) else _draw.draw(source, layout, count)).groups
 
 
@@ -188,7 +189,7 @@ def _as_policy(rate: Any, **settings: Any) -> Policy:
     """Returns the policy itself, or the one that `rate` and `settings` describe."""
     if isinstance(rate, optax.GradientTransformation):
         raise TypeError(
-            "rate is an optax transformation; give a drop rate or a Policy, such as "
+            "rate is an optax transformation; pass a drop rate or a Policy, such as "
             "cdb_jax.Policy(0.3, key=0)."
         )
     if not isinstance(rate, Policy):
@@ -197,27 +198,27 @@ def _as_policy(rate: Any, **settings: Any) -> Policy:
         value = settings[field.name]
         if type(value) is not type(field.default) or value != field.default:
             raise TypeError(
-                f"{field.name}={value!r} was given in addition to a Policy; include it in the "
-                f"policy: dataclasses.replace(policy, {field.name}=...). optax.inject_hyperparams "
-                "passes every number as an argument: give it the rate and the settings instead of "
-                "a Policy."
+                f"{field.name}={value!r} was given in addition to a Policy; set it in the policy "
+                f"instead: dataclasses.replace(policy, {field.name}=...). optax.inject_hyperparams "
+                "passes every number as an argument, so give it the rate and the settings instead "
+                "of a Policy."
             )
     return rate
 
 
 def check_state(state: Any, expected: type) -> None:
-    """Raises a TypeError or ValueError if a state is not one that `init` makes."""
+    """Raises a TypeError or ValueError if a state is not one that `init` returns."""
     name = expected.__name__
     if not isinstance(state, expected):
         raise TypeError(
-            f"state must be a {name}, got a {type(state).__name__}; use the state that init of "
-            "the same transformation returned."
+            f"state must be a {name}, got a {type(state).__name__}; use the state returned by init "
+            "of the same transformation."
         )
     shape = jnp.shape(state.count)  # type: ignore[attr-defined]
     if shape != ():
         raise ValueError(
             f"state: count has shape {shape}, so this {name} holds the states of several "
-            "optimizers; use jax.vmap(tx.update), or index it."
+            "optimizers; use jax.vmap(tx.update), or index the state."
         )
 
 

@@ -116,7 +116,7 @@ ON_A_TREE = {
     "tree too small": (
         DENSE | {"head": {"kernel": jnp.zeros((2, 2))}},
         dict(channel_axes={"dense": -1}),
-        "channel_axes.*nothing for 'head/kernel'",
+        "channel_axes.*no entry for 'head/kernel'",
     ),
     "tree too large": (DENSE, dict(channel_axes={"dense": -1, "head": -1}), "channel_axes.*'head'"),
     "exempt matches nothing": (DENSE, dict(exempt=("haed",)), "'haed' matches none.*dense/kernel"),

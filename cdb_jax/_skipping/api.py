@@ -15,7 +15,7 @@ from cdb_jax._checks import check_no_module
 from cdb_jax._skipping import program
 from cdb_jax.selection import Mode, Selection, check_selection
 
-# `functools.wraps` without the attributes, since the function may be a model.
+# `functools.wraps` without copying attributes, since the function may be a model.
 wraps = functools.partial(
     functools.wraps, assigned=("__module__", "__name__", "__qualname__", "__doc__"), updated=()
 )
@@ -26,13 +26,14 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     r"""`jax.value_and_grad` that computes only the part of the gradient that a selection keeps.
 
-    The gradient is that of `jax.value_and_grad`, up to the order of float additions, with zeros for
-    what is dropped. It is never rescaled; only `channel_drop_back` does that. In a loop with
-    `channel_drop_back` or `freeze_dropped`, this function saves time and changes nothing else.
+    The gradient equals that of `jax.value_and_grad`, up to the order of floating-point additions,
+    with zeros in dropped channels. It is never rescaled; only `channel_drop_back` does that. In a
+    loop with `channel_drop_back` or `freeze_dropped`, this function saves time and changes nothing
+    else.
 
-    If a weight :math:`w` reaches a product :math:`y = x \cdot w` through operations on layout and
-    dtype only, the weight gradient is computed for its kept channels K alone. With :math:`\bar y`
-    the cotangent of y,
+    If a weight :math:`w` reaches a product :math:`y = x \cdot w` only through changes of layout and
+    dtype, the weight gradient is computed for its kept channels K only. With :math:`\bar y` the
+    cotangent of y,
 
     .. math:: \bar w_{\cdot K} = x^\top \bar y_{\cdot K} \quad\text{(output channels)},
        \qquad \bar w_{K \cdot} = x_{\cdot K}^\top \bar y \quad\text{(input channels)}.
@@ -41,20 +42,22 @@ def value_and_grad(
     `channel_report` shows which weights those are.
 
     Args:
-      fun: a function of arrays that returns a float scalar, or a pair of it and auxiliary data.
+      fun: a function of arrays that returns a float scalar, or with `has_aux` a pair of such a
+        scalar and auxiliary data.
       argnums: the position of the argument to differentiate, or several positions. With several,
         the selection must be made for the tuple of these arguments.
       has_aux: whether `fun` returns a pair.
 
     Returns:
       A function of the arguments of `fun` and of the keyword argument `selection`, a `Selection`
-      for the argument that is differentiated. It returns what `jax.value_and_grad` would return.
+      for the differentiated argument. It returns what the function of `jax.value_and_grad` would.
       Call it under `jit`.
 
     Raises:
       TypeError, ValueError: for a `fun` that cannot be differentiated; when called, for a selection
-        of another tree, or one whose number of kept channels is not static. Skipping needs a rate
-        that is a Python number and `channel_choice` "exact" or "window", unless the rate is 0 or 1.
+        that was made for another tree, or whose number of kept channels is not static. Skipping
+        needs a rate that is a Python number and `channel_choice` "exact" or "window", unless the
+        rate is 0 or 1.
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp
@@ -89,8 +92,8 @@ def grad(
 ) -> Callable[..., Any]:
     """`jax.grad` that computes only the part of the gradient that a selection keeps.
 
-    Like `value_and_grad`, but the function it returns gives only the gradient, or a pair of the
-    gradient and the auxiliary data with `has_aux`.
+    Like `value_and_grad`, but the function that it returns gives only the gradient, or with
+    `has_aux` a pair of the gradient and the auxiliary data.
 
     Examples:
       >>> import cdb_jax, jax.numpy as jnp
@@ -127,12 +130,12 @@ def check_function(fun: Any) -> None:
     if "selection" in names and "selection" not in bound:
         raise TypeError(
             f"fun {getattr(fun, '__name__', fun)!r} has an argument called selection, which "
-            "value_and_grad takes itself; rename it, or wrap fun."
+            "value_and_grad needs for itself; rename it, or wrap fun."
         )
 
 
 def check_can_skip(selection: Any) -> Selection:
-    """Returns the selection; raises an error for one with which no work can be saved."""
+    """Returns the selection; raises an error for one that cannot save any work."""
     if selection is None:
         raise TypeError(
             "selection is missing; pass it by name: selection=policy.select(params, step)."
@@ -145,13 +148,13 @@ def check_can_skip(selection: Any) -> Selection:
         kind = "a schedule" if callable(rate) else "an array"
         raise TypeError(
             f"rate must be a Python number to skip what is dropped, got {kind}: skipping needs "
-            "static shapes. Give a number and vary layer_rate instead, or use jax.value_and_grad."
+            "static shapes. Use a number and vary layer_rate instead, or use jax.value_and_grad."
         )
     raise ValueError(
         'channel_choice="bernoulli" keeps a different number of channels in every step, but '
         'skipping needs static shapes. Use channel_choice="window" (a contiguous block that wraps '
         'around) or "exact" (a fixed number of channels, anywhere); change a preset with '
-        "dataclasses.replace(policy, channel_choice=...). Or use jax.value_and_grad."
+        "dataclasses.replace(policy, channel_choice=...). Otherwise, use jax.value_and_grad."
     )
 
 
@@ -179,16 +182,16 @@ def _checked_argnums(argnums: Any, num_args: int) -> list[int]:
         several = argnums if isinstance(argnums, Sequence) else [argnums]
         numbers = [operator.index(number) for number in several]
     except TypeError:
-        raise TypeError(f"argnums must be an int or several, got {argnums!r}.") from None
+        raise TypeError(f"argnums must be an int or several ints, got {argnums!r}.") from None
     for number in numbers:
         if not -num_args <= number < num_args:
             raise ValueError(
-                f"argnums={argnums!r} names argument {number}, but {num_args} were given by "
-                "position; pass the parameters by position."
+                f"argnums={argnums!r} names argument {number}, but the number of positional "
+                f"arguments is {num_args}; pass the parameters by position."
             )
     numbers = [number % num_args for number in numbers]
     if len(set(numbers)) < len(numbers):
-        raise ValueError(f"argnums={argnums!r} names an argument twice; name each once.")
+        raise ValueError(f"argnums={argnums!r} names an argument twice; list each once.")
     return numbers
 
 
@@ -203,7 +206,7 @@ def _check_floats(params: Any, argnums: Any) -> None:
         if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
             where = jax.tree_util.keystr(path, simple=True, separator="/") or "the argument itself"
             raise TypeError(
-                f"argnums={argnums!r}: {where} has dtype {dtype}, but only floats have a gradient. "
+                f"argnums={argnums!r}: {where} has dtype {dtype}, but only floats have gradients. "
                 "Keep counters, keys and functions out of the parameters (for an Equinox model: "
                 "eqx.partition(model, eqx.is_inexact_array)), or name another argument."
             )

@@ -63,7 +63,7 @@ def _gradient(
 
 
 def _all_gather(target: products.Target, leaf: channels.Leaf, x: Any) -> str:
-    """What a sharded channel axis costs."""
+    """A note on the cost of a sharded channel axis; empty if there is none."""
     sharding = getattr(x, "sharding", None)
     if target.part is None or not isinstance(sharding, jax.sharding.NamedSharding):
         return ""

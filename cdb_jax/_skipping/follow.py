@@ -1,12 +1,12 @@
 """Follows weights through a traced program to the products that read them.
 
-A weight may reach a product through operations on layout and dtype only. Such a product is replaced
-by one that computes the kept part of its weight gradient (`products.multiply`). All other
-operations stay as they are, and JAX finds what they contribute to a weight's gradient.
+A product that a weight reaches only through changes of layout and dtype is replaced by one that
+computes the kept part of its weight gradient (`products.multiply`). All other operations stay as
+they are, and JAX computes what they contribute to the gradient of a weight.
 
 If everything but one layer is frozen, the gradient of an activation is needed only if something
-that learns in this step lies below it. Such a program is *gated*: for each value, the leaves it
-depends on are found when it is traced, and conditionals leave out the gradients that no leaf needs.
+below it learns in this step. Such a program is *gated*: tracing finds the leaves that each value
+depends on, and conditionals leave out the gradients that no leaf needs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Weight(NamedTuple):
 
 
 class Loop:
-    """What a loop depends on from outside; instances are compared by identity."""
+    """What a loop depends on from outside. Instances are compared by identity."""
 
 
 ALWAYS = Loop()  # Something that learns in every step.
@@ -65,7 +65,7 @@ class Uses(NamedTuple):
 
 
 class Value(NamedTuple):
-    """A value at run time; a weight that has a skipped gradient comes with a change."""
+    """A value at run time; a weight whose gradient is skipped comes with a change."""
 
     array: Any
     change: products.Change | None = None
@@ -75,15 +75,15 @@ class Flags(NamedTuple):
     """Which leaves learn in this step, at run time.
 
     Attributes:
-      learns: for each leaf; bool, shape `(leaves,)`.
-      inner: in a loop, what replaces the flags of sliced leaves and stands for the loop.
+      learns: whether each leaf learns: bool, shape `(leaves,)`.
+      inner: in a loop, the flags that replace those of sliced leaves, and the flag of the loop.
     """
 
     learns: jax.Array
     inner: dict[int | Loop, jax.Array]
 
     def any(self, needs: Needs) -> jax.Array | bool:
-        """Whether anything that is needed learns: static if that is known."""
+        """Whether anything in `needs` learns: a Python bool if this is known at trace time."""
         if ALWAYS in needs or not needs:
             return bool(needs)
         flags = [self.inner[x] for x in needs if x in self.inner]
@@ -233,9 +233,9 @@ Found = tuple[Step | None, list[Fact] | None]
 def _understood(
     eqn: core.JaxprEqn, program: core.Jaxpr, facts: list[Fact], context: _Context
 ) -> Found:
-    """What replaces an equation, or nothing if JAX represents it in a form that is not known here.
+    """What replaces an equation, or nothing if JAX represents it in a form that is unknown here.
 
-    Leaving an equation as it is gives the right gradient in every case.
+    Leaving an equation as it is always gives the right gradient.
     """
     num_products, num_others = len(context.products), len(context.others)
     try:
@@ -317,7 +317,7 @@ def _gate(
 
 
 # Layout: operations that rearrange the entries of a weight or change their dtype. Each rule returns
-# the weight afterwards, and what happens to `Change.z`; or None if it cannot be followed.
+# the moved weight and what happens to `Change.z`, or None if the weight cannot be followed.
 
 Moved = tuple[Weight, Callable[[jax.Array], jax.Array]] | None
 
@@ -352,7 +352,7 @@ def _constrained(eqn: core.JaxprEqn, weight: Weight, target: products.Target) ->
 
 
 def _varied(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    """In a `shard_map`, the gradient of what is replicated over an axis is summed over it."""
+    """In a `shard_map`, the gradient of a value replicated over an axis is summed over the axis."""
     return weight, lambda z: lax.pcast(z, eqn.params["axes"], to="varying")
 
 
@@ -404,7 +404,7 @@ def _reshaped(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Mo
         stack += new
     channel, left = [], list(weight.channel)
     while left:
-        # Channel axes may be split and joined among themselves, in their order.
+        # Channel axes may be split and joined among themselves, in order.
         old, new = by_first.get(left[0], ([], []))
         if not old or left[: len(old)] != old:
             return None
@@ -462,7 +462,7 @@ def _jit(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
         context.used_otherwise(facts, Reason.SHARDED_JIT)
         return None, None
     program, results = _follow(eqn.params["jaxpr"], facts, context)
-    # Its operations join those around it.
+    # The operations of a nested jit join those around it.
     is_changed = program.is_changed or any(fact.weight for fact in results)
     return functools.partial(evaluate, program) if is_changed else None, results
 
@@ -523,7 +523,7 @@ class _Scan(NamedTuple):
     num_consts: int
     num_carry: int
     facts: Sequence[Fact]  # Of its operands.
-    sliced: Sequence[Weight | None]  # The weights that it slices, as one iteration has them.
+    sliced: Sequence[Weight | None]  # The weights that it slices, as one iteration sees them.
     settings: Mapping[str, Any]
     loop: Loop | None  # None without gates.
 
@@ -573,7 +573,7 @@ def _run_scan(scan: _Scan, operands: Sequence[Value], flags: Flags) -> list[Valu
         results = [x.array for x in evaluate(scan.body, inputs, inner)]
         return (results[: len(arrays)], needed_below), results[len(arrays) :]
 
-    # What carries and constants depend on, and slices that have no flags of their own.
+    # What constants and carries depend on, and slices without separate flags.
     outside = [*scan.facts[:first]]
     outside += [
         fact for fact, change in zip(scan.facts[first:], changes, strict=True) if change is None

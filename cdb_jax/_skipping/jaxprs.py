@@ -1,8 +1,8 @@
-"""Evaluating parts of a traced program.
+"""Evaluates parts of a traced program.
 
-What depends on how JAX represents programs is in this package only. It is documented in
+Only this package depends on how JAX represents programs. The representation is documented in
 `jax.extend.core`, except for the parameters of primitives and for what `scopes_of` reads;
-`tests/test_following.py` fails when one of them moves.
+`tests/test_following.py` fails if one of these changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Atom = core.Var | core.Literal  # What an equation reads.
 def scopes_of(eqn: core.JaxprEqn) -> Iterator[None]:
     """The name scopes, XLA metadata and other context under which an equation was traced.
 
-    `as_function` restores them; this is for what replaces an equation.
+    `as_function` restores these by itself; this is for code that replaces an equation.
     """
     scopes = str(eqn.source_info.name_stack)
     with eqn.ctx.manager, jax.named_scope(scopes) if scopes else contextlib.nullcontext():
@@ -35,12 +35,12 @@ def as_function(
     outputs: Sequence[Atom],
     program: core.Jaxpr,
 ) -> Callable[..., list[Any]]:
-    """Some equations of a program as a function from `inputs` to `outputs`."""
+    """Turns some equations of a program into a function from `inputs` to `outputs`."""
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     part: Any = program.replace(
         constvars=(), invars=list(inputs), outvars=list(outputs), eqns=list(eqns), effects=effects
     )
-    if not hasattr(part, "consts"):  # Before JAX 0.11, constants were kept apart from a program.
+    if not hasattr(part, "consts"):  # Before JAX 0.11, constants were separate from a program.
         part = core.ClosedJaxpr(part, ())
     return core.jaxpr_as_fun(part)
 
@@ -71,9 +71,9 @@ _RULES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees")
 
 
 def differentiated(program: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> core.Jaxpr:
-    """One program for the results of a program of `consts` and `args`, and its gradient by `args`.
+    """One program for the results of a program and for its gradient with respect to `args`.
 
-    No custom rules are left where it depends on them.
+    Custom differentiation rules are expanded where the gradient depends on them.
     """
     function = as_function(program.eqns, program.invars, program.outvars, program)
 
@@ -86,10 +86,10 @@ def differentiated(program: core.Jaxpr, consts: Sequence[Any], args: Sequence[An
 
 
 def identity(x: Any) -> Hashable:
-    """A key of a program, or of a parameter of one, that programs share only if they are the same.
+    """A key for a program, or for a parameter of one; only identical programs share a key.
 
-    Custom differentiation rules are left out. Constant arrays and functions are the same only if
-    they are one object.
+    Custom differentiation rules are left out. Constant arrays and functions are identical only if
+    they are the same object.
     """
     if isinstance(opened(x)[0], core.Jaxpr):
         jaxpr, consts = opened(x)
@@ -133,7 +133,7 @@ def _identity_of_program(jaxpr: core.Jaxpr) -> Hashable:
 
 
 class _Same:
-    """Compares by identity of an object, and keeps the object alive."""
+    """Compares an object by identity, and keeps it alive."""
 
     def __init__(self, x: Any):
         self.x = x

@@ -1,8 +1,8 @@
-"""The part of a channel axis that is kept: taking it out of an array, and putting it back.
+"""Takes the kept part of a channel axis out of an array, and puts it back.
 
-A kept part has a static size, so that what is dropped need not be computed. If several axes
+A kept part has a static size, so that the dropped part need not be computed. If several axes
 together index the channels, a part has size 1 along all of them but the last, which holds all kept
-channels: the dimension numbers of a product then hold for parts as well.
+channels. The dimension numbers of a product are then valid for parts as well.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def take(x: jax.Array, channel: Axes, stack: Axes, part: Part, place: jax.Array)
     Args:
       x: an array whose axes `channel`, major first, together index the channels.
       channel: those axes; if there are none, `x` is returned.
-      stack: axes of `x` along which layers are stacked, each with a part of its own.
-      part: how many channels are kept, and how they lie.
+      stack: axes of `x` along which layers are stacked, each with a separate part.
+      part: how many channels are kept, and how they are arranged.
       place: where they lie; the axes of the stack come first.
 
     Returns:
@@ -75,10 +75,10 @@ def put(
 
 
 def _take_window(x: jax.Array, axis: int, kept: int, start: jax.Array) -> jax.Array:
-    """`kept` entries from `start` on, cyclically: two slices, and a choice between them.
+    """Takes `kept` entries from `start` on, wrapping around: two slices and a choice between them.
 
     A window that wraps around consists of the last entries, from `start` on, and of the first ones.
-    Each lies in its place in one of two slices of full length, so nothing has to be moved.
+    Each entry is already in place in one of two slices of full length, so nothing has to be moved.
     """
     last = x.shape[axis] - kept
     run = lax.dynamic_slice_in_dim(x, jnp.minimum(start, last), kept, axis)
@@ -104,10 +104,10 @@ def _put_window(x: jax.Array, axis: int, size: int, start: jax.Array) -> jax.Arr
 
 
 def _put_channels(x: jax.Array, axis: int, size: int, place: jax.Array) -> jax.Array:
-    """The inverse of `jnp.take`, by a gather, which fuses into the optimizer as no scatter does."""
+    """The inverse of `jnp.take`, by a gather: unlike a scatter, it fuses into the optimizer."""
     kept, channels = x.shape[axis], jnp.arange(size, dtype=jnp.int32)
     # One comparison compiles faster than a search, and is cheap unless the layer is wide. The
-    # search is unrolled, since a loop for each layer would be many launches on a GPU.
+    # search is unrolled, since a loop for each layer would launch many kernels on a GPU.
     method = "compare_all" if kept * size <= 2**20 else "scan_unrolled"
     nearest = jnp.searchsorted(place, channels, method=method).astype(jnp.int32)
     nearest = jnp.minimum(nearest, kept - 1)
@@ -127,9 +127,9 @@ def _without(removed: int, axes: Axes) -> Axes:
 
 
 def _merge(x: jax.Array, channel: Axes, blocks: int, size: int) -> tuple[jax.Array, int, Axes]:
-    """Replaces the channel axes by one for the blocks, if there are several, and one inside them.
+    """Replaces the channel axes with one for the blocks, if there are several, and one inside them.
 
-    Returns the array, the axis inside the blocks, and the order that the axes were brought into.
+    Returns the array, the axis inside the blocks, and the new order of the original axes.
     """
     sizes = (size,) if blocks == 1 else (blocks, size)
     others = [axis for axis in range(x.ndim) if axis not in channel]
@@ -143,7 +143,7 @@ def _merge(x: jax.Array, channel: Axes, blocks: int, size: int) -> tuple[jax.Arr
 
 
 def _split(x: jax.Array, shape: Sequence[int], order: Axes) -> jax.Array:
-    """Undoes `_merge`, given the shape before and the order of its axes."""
+    """Undoes `_merge`, given the original shape and the order of the axes."""
     x = x.reshape([shape[axis] for axis in order])
     if order == tuple(range(len(order))):
         return x

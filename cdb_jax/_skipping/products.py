@@ -26,7 +26,7 @@ from cdb_jax.selection import Mode, Part
 
 
 class Operation(NamedTuple):
-    """A primitive of two operands with its parameters. It is hashable, so that it can be static."""
+    """A primitive with two operands, and its parameters. Hashable, so that it can be static."""
 
     primitive: core.Primitive
     params: tuple[tuple[str, Any], ...]
@@ -109,7 +109,7 @@ def dot_product(
     free = [
         [axis for axis in range(ranks[s]) if axis not in (*contract[s], *batch[s])] for s in (0, 1)
     ]
-    # The axes of a result are those of the batch, then the free ones of both operands in turn.
+    # A result has the batch axes first, then the free axes of the first and the second operand.
     first_free = len(batch[0]) + (len(free[0]) if side == 1 else 0)
     if any(axis not in batch[side] for axis in stack):
         return Obstacle(Reason.STACK_IN_ONE_PRODUCT)
@@ -201,12 +201,12 @@ def multiply(
 def gate(
     op: Operation, lhs: jax.Array, rhs: jax.Array, needed: tuple[jax.Array | bool, ...]
 ) -> jax.Array:
-    """A product without a weight; `needed` is for each operand what it is in `multiply`."""
+    """A product without a weight; `needed` has one flag per operand, as in `multiply`."""
     return _apply(_Call.of(op, (lhs, rhs), needed, None), lhs, rhs, None, needed)
 
 
 def _ordered(side: int, operand: Any, other: Any) -> tuple[Any, Any]:
-    """The two operands of a product, of which `operand` is the one at position `side`."""
+    """The two operands of a product, with `operand` at position `side`."""
     return (operand, other) if side == 0 else (other, operand)
 
 
@@ -215,10 +215,10 @@ class _Call(NamedTuple):
 
     Attributes:
       op: the operation.
-      types: of the operands.
-      needed: for each operand whether its gradient is needed; None if that is known only at run
+      types: the types of the operands.
+      needed: for each operand, whether its gradient is needed; None if that is known only at run
         time. False for a weight, whose gradient goes to its change.
-      product: the product with a weight, if it is one.
+      product: the product with a weight; None for other products.
     """
 
     op: Operation
@@ -233,8 +233,8 @@ class _Call(NamedTuple):
 
 
 class _Residuals(NamedTuple):
-    operands: tuple[jax.Array | None, ...]  # None where no gradient of the other one is needed.
-    x: jax.Array | None  # Or its part, for the gradient of the weight, if that is needed.
+    operands: tuple[jax.Array | None, ...]  # None if the other one needs no gradient.
+    x: jax.Array | None  # x or its part, if the weight needs a gradient.
     place: jax.Array | None
     mode: jax.Array | None
     needed: tuple[jax.Array, ...]
@@ -362,7 +362,7 @@ def _if(flag: jax.Array, f: Any, out_type: Any, *operands: jax.Array) -> jax.Arr
     """`f(*operands)` if the flag is set at run time, else zeros."""
 
     def zeros(x: jax.Array, *_: jax.Array) -> jax.Array:
-        # Like an operand, so that it varies over the same axes of a `shard_map`.
+        # Made from an operand, so that it varies over the same axes of a `shard_map`.
         return jnp.zeros_like(x, out_type.dtype, out_type.shape)
 
     return lax.cond(flag, f, zeros, *operands)
@@ -377,7 +377,7 @@ _SLOW_IN_CONDITIONALS = (dot_general_p, conv_general_dilated_p)
 
 
 def _slow(product: Product) -> tuple[core.Primitive, ...]:
-    """What is slow in the weight gradient of a product."""
+    """The primitives that are slow in the weight gradient of a product."""
     return _SLOW_IN_CONDITIONALS if len(product.target.modes) > 1 else _SLOW
 
 
@@ -421,7 +421,7 @@ def _is_slow(eqn: core.JaxprEqn, slow: tuple[core.Primitive, ...]) -> bool:
 
 
 def _dot_in_order(eqn: core.JaxprEqn, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """A product that sums over one axis in place of several adjacent ones."""
+    """A product that sums over one axis instead of several adjacent ones."""
     contract, batch = eqn.params["dimension_numbers"]
     order = sorted(range(len(contract[0])), key=lambda i: contract[0][i])
     contract = [[axes[i] for i in order] for axes in contract]

@@ -1,4 +1,4 @@
-"""Running a loss so that its backward pass computes only what a selection keeps."""
+"""Runs a loss so that its backward pass computes only what a selection keeps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic)
 def run(
     call: Callable[[Any], Any], params: Any, selection: Selection, has_aux: bool
 ) -> tuple[jax.Array, Any, Any]:
-    """The value of `call(params)`, its auxiliary data, and the masked gradient."""
+    """Returns the value of `call(params)`, its auxiliary data, and the masked gradient."""
     traced = trace(call, params, selection, has_aux)
     leaves, treedef = jax.tree.flatten(params)
     operands = selection.groups, leaves, list(traced.consts)
@@ -62,7 +62,7 @@ class Traced(NamedTuple):
     explicit: frozenset[int]
 
     def key(self, leaves: Sequence[Any]) -> Hashable:
-        """A key that only functions with the same results and the same gradients share."""
+        """A key that functions share only if they have the same results and gradients."""
         gradient = jaxprs.differentiated(self.jaxpr, self.consts, leaves)
         programs = jaxprs.identity(self.jaxpr), jaxprs.identity(gradient)
         return programs, self.layout, self.freezes_others, self.explicit
@@ -125,12 +125,12 @@ def _check_value(value: Any) -> jax.Array:
 
 
 class Followed(NamedTuple):
-    """A program in which the products of weights are found.
+    """A program in which the products of weights have been found.
 
     Attributes:
       program: the program with these products replaced.
       targets: for each leaf, what may happen to it.
-      uses: by position, what the program does with each leaf that may lose a part of its gradient.
+      uses: what the program does with each leaf that may lose part of its gradient, by position.
     """
 
     program: follow.Program
@@ -181,11 +181,11 @@ class _Plan(NamedTuple):
     """How one leaf takes part in a step.
 
     Attributes:
-      leaf: its place in the layout.
+      leaf: its entry in the layout.
       target: what may happen to it.
-      drawn: what happens to it in this step; None if that is certain.
+      drawn: what happens to it in this step; None if that is known in advance.
       is_skipped: whether products compute the kept part of its gradient.
-      is_direct: whether JAX computes a gradient of it, in addition or instead.
+      is_direct: whether JAX computes its gradient directly, in addition or instead.
     """
 
     leaf: channels.Leaf
@@ -208,7 +208,7 @@ def _evaluate_once(traced: Keyed, *operands: Any) -> Any:
 def _evaluate(
     traced: Traced, groups: Sequence[Group], leaves: Sequence[Any], consts: Sequence[Any]
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """The results of the program, and the masked gradient."""
+    """Returns the results of the program, and the masked gradient."""
     found = followed(traced, groups)
     plans = _plans(found, traced.layout, _drawn(groups))
     direct = {i: x for i, x in enumerate(leaves) if plans[i].is_direct}
@@ -284,7 +284,7 @@ def _drawn(groups: Sequence[Group]) -> dict[str, _Drawn]:
 def _put_back(
     kept: dict[int, jax.Array], plans: Sequence[_Plan], weights: Sequence[jax.Array]
 ) -> dict[int, jax.Array]:
-    """Gradients in the shapes of their weights, from gradients of the parts that are kept."""
+    """Expands the gradients of kept parts to the shapes of their weights."""
     compact = {
         i: (x, drawn.place, weights[i])
         for i, x in kept.items()
@@ -304,7 +304,7 @@ def _put_back(
     def weights_themselves(operands: dict[int, tuple[jax.Array, ...]]) -> dict[int, jax.Array]:
         return {i: weight for i, (_, _, weight) in operands.items()}
 
-    # Best done in the loops of the optimizer, where it costs no memory traffic. The CPU compiler
-    # would do it several times there for each entry, and slower than in a loop of its own.
+    # This is best done in the loops of the optimizer, where it costs no memory traffic. On CPU, the
+    # compiler would repeat it several times per entry there, more slowly than in a separate loop.
     cpu = functools.partial(alone_on_cpu, put, weights_themselves)
     return kept | jax.lax.platform_dependent(compact, cpu=cpu, default=put)
