@@ -86,7 +86,10 @@ def check_step(step: Any) -> Any:
     """Returns the step; a Python int becomes a 32-bit NumPy array."""
     is_array = hasattr(step, "dtype") and jnp.issubdtype(step.dtype, jnp.integer)
     if isinstance(step, bool) or not (isinstance(step, int) or (is_array and step.shape == ())):
-        raise TypeError(f"step must be an int or an integer scalar, got {step!r}.")
+        raise TypeError(
+            f"step must be an int or an integer scalar, got {step!r:.80}; count the steps, or use "
+            "cdb_jax.selection_count(opt_state)."
+        )
     if not isinstance(step, (int, np.integer)):
         return step
     if not 0 <= step < 2**32:

@@ -64,7 +64,7 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
         return
     paths = {layer.path for layer in layout.layers}
     if isinstance(policy.layer_weights, str):
-        if layout.partial:
+        if layout.partial and paths:
             raise ValueError(
                 "layer_choice='one' picks one layer of the whole model, but this tree is only part "
                 "of it (it has MaskedNodes, or the policy has a root); pass layer_weights as a "
@@ -143,14 +143,15 @@ def _settings_at(policy: Policy, step: jax.Array) -> _Settings:
 
 def _rate_at(name: str, rate: Any, step: jax.Array) -> float | jax.Array:
     """Returns a Python number as it is, the value of a schedule at the step, arrays in float32."""
-    value = rate(step) if callable(rate) else rate
-    if not isinstance(value, (int, float)):
-        return jnp.asarray(value, jnp.float32)
-    if not 0.0 <= value <= 1.0:
+    if not callable(rate):
+        return rate if isinstance(rate, float) else jnp.asarray(rate, jnp.float32)
+    value = rate(step)
+    is_known = not isinstance(value, jax.core.Tracer)
+    if jnp.shape(value) != () or (is_known and not 0.0 <= float(value) <= 1.0):
         raise ValueError(
             f"{name}: the schedule returned {value}; return a drop probability between 0 and 1."
         )
-    return float(value)
+    return float(value) if isinstance(value, (int, float)) else jnp.asarray(value, jnp.float32)
 
 
 class _Rows(NamedTuple):
@@ -220,7 +221,9 @@ def _draw_group(policy: Policy, settings: _Settings, rows: _Rows) -> Group:
     keep = jnp.where(masked[:, None], kept.keep, learns_in_full[:, None])
     scale = None
     if policy.rescale != "none":
-        survival = 1.0 - settings.layer_rate * rows.chance
+        learns = 1.0 - settings.layer_rate  # If it may be masked; the others are frozen or full.
+        others = 0.0 if policy.freezes_others else 1.0 - rows.chance
+        survival = rows.chance * learns + others
         scale = jnp.where(masked, *_scales(policy, rate, kept, survival))
     modes = possible_modes(policy, when_masked)
     part = part if Mode.PARTIAL in modes else None

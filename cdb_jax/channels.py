@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -197,8 +197,8 @@ def _resolve(updates: Any, rules: _Rules) -> Layout:
     is_partial = bool(masked) or bool(rules.root)
     _check_unique(arrays)
     if not is_partial:
-        _check_patterns("exempt", rules.exempt, [*arrays, *absent])
-        _check_patterns("only", rules.only or (), [*arrays, *absent])
+        check_matches("exempt", rules.exempt, [*arrays, *absent])
+        check_matches("only", rules.only or (), [*arrays, *absent])
         _check_specs(rules.channel_axes, list(arrays), [*masked, *absent])
     shapes = {path: tuple(getattr(x, "shape", ())) for path, (x, *_) in arrays.items()}
     leaves = [_resolve_leaf(path, x, rules, shapes) for path, (x, *_) in arrays.items()]
@@ -351,7 +351,12 @@ def _check_ids(paths: Sequence[str]) -> None:
             )
 
 
-def _check_patterns(name: str, patterns: Sequence[str], paths: Sequence[str]) -> None:
+def paths_of(tree: Any) -> list[str]:
+    """The canonical path of each leaf of a tree."""
+    return [canonical_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def check_matches(name: str, patterns: Iterable[str], paths: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(covers(pattern, path) for path in paths):
             raise ValueError(

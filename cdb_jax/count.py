@@ -43,10 +43,17 @@ def selection_count(opt_state: Any) -> jax.Array:
             "opt_state holds no state of channel_drop_back or freeze_dropped; count the steps "
             "yourself."
         )
-    known = {int(x) for x in counts if not isinstance(x, jax.core.Tracer)}
+    first, *others = counts
+    if first.shape:
+        raise ValueError(
+            f"opt_state: its count has shape {first.shape}, so it holds the states of several "
+            "optimizers; use jax.vmap(cdb_jax.selection_count), or index it."
+        )
+    # Most states have one count, which is not read: that would wait for the device.
+    known = {int(x) for x in counts if others and not isinstance(x, jax.core.Tracer)}
     if len(known) > 1:
         raise ValueError(
             f"opt_state holds states with different counts, {sorted(known)}; count the steps "
             "yourself."
         )
-    return counts[0]
+    return first

@@ -14,7 +14,7 @@ from cdb_jax import _optax_states as slots, channels
 from cdb_jax._compiling import compiled
 from cdb_jax.policy import Policy, check_policy
 from cdb_jax.selection import Selection, broadcastable, fraction_of, kept_channels
-from cdb_jax.transform import check_state, groups_from, layout_and_source, touched_leaves
+from cdb_jax.transform import Given, check_state, groups_from, layout_and_source, touched_leaves
 
 
 class FreezeDroppedState(NamedTuple):
@@ -110,7 +110,7 @@ def freeze_dropped(
         state: FreezeDroppedState,
         params: Any = None,
         *,
-        selection: Selection | None = None,
+        selection: Given = None,
         **extra_args: Any,
     ) -> tuple[Any, FreezeDroppedState]:
         check_state(state, FreezeDroppedState)
@@ -120,24 +120,28 @@ def freeze_dropped(
         if selection is not None:
             extra_args["selection"] = selection
 
-        leaves, treedef = jax.tree.flatten(updates)
-        touched = touched_leaves(policy, layout, leaves)
-        keep, touched, count, fraction = _mask(layout, source, touched, state.count)
-        masked = _filled(treedef, touched, leaves)
-        proposed, inner_state = inner.update(masked, state.inner_state, params, **extra_args)
+        gradients, treedef = jax.tree.flatten(updates)
+        touched = touched_leaves(source, layout, gradients)
+        keep, masked, count, fraction = _mask(layout, source, touched, state.count)
+        masked_updates = _filled(treedef, masked, gradients)
+        proposed, inner_state = inner.update(
+            masked_updates, state.inner_state, params, **extra_args
+        )
         _check_updates(proposed, updates, policy.root)
         _check_states(inner_state, state.inner_state)
 
-        leaves = jax.tree.leaves(proposed)
-        touched = touched_leaves(policy, layout, leaves)
+        steps = jax.tree.leaves(proposed)
         (old, _), (new, state_treedef) = _flatten(state.inner_state), _flatten(inner_state)
         # Entries without channels may be anything, so they stay out of the compiled program.
         triples = zip(owners, new, old, strict=True)
         pairs = [(x, y) if slot and x is not None else None for slot, x, y in triples]
-        touched, entries = _freeze((layout, owners), keep, touched, pairs)
-        inner_state = _filled(state_treedef, entries, new)
-        state = FreezeDroppedState(count, fraction, inner_state)
-        return _filled(treedef, touched, leaves), state
+        touched = touched_leaves(source, layout, steps)
+        frozen_steps, frozen_entries = _freeze((layout, owners), keep, touched, pairs)
+        inner_state = _filled(state_treedef, frozen_entries, new)
+        return (
+            _filled(treedef, frozen_steps, steps),
+            FreezeDroppedState(count, fraction, inner_state),
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -233,9 +237,9 @@ def _check_states(new: Any, old: Any) -> None:
     """Raises a TypeError or ValueError if `inner` changes the structure or types of its state."""
     (new_leaves, new_treedef), (old_leaves, old_treedef) = _flatten(new), _flatten(old)
     if new_treedef != old_treedef:
-        holders = ({x.path: type(x.holder).__name__ for x in slots.entries(t)} for t in (new, old))
-        now, before = (names.items() for names in holders)
-        changed = "".join(f" at {path!r} in {name}" for path, name in sorted(now ^ before)[:1])
+        new_holders, old_holders = _holders(new), _holders(old)
+        differing = sorted(new_holders.items() ^ old_holders.items())
+        changed = "".join(f" at {path!r} in {name}" for path, name in differing[:1])
         raise TypeError(
             f"inner changes the structure of its state{changed}; put the transformation that does "
             "so after freeze_dropped: optax.chain(cdb_jax.freeze_dropped(inner, policy), other)."
@@ -248,3 +252,8 @@ def _check_states(new: Any, old: Any) -> None:
                 f"inner changes the entry {path!r} of its state from shape and dtype {types[0]} to "
                 f"{types[1]}; set the dtype of its state, for example with mu_dtype."
             )
+
+
+def _holders(state: Any) -> dict[str, str]:
+    """The class of the node that holds each entry of a state, by the path of the entry."""
+    return {entry.path: type(entry.holder).__name__ for entry in slots.entries(state)}

@@ -17,6 +17,7 @@ from cdb_jax.selection import Selection
 from cdb_jax.stochastic_depth import drop_path, in_evaluation, run_branch
 
 Argnum = int | nnx.DiffState
+_UPDATE = "cdb_jax.value_and_grad"  # The context in which models are updated.
 
 
 def value_and_grad(
@@ -60,28 +61,28 @@ def value_and_grad(
     wanted = [nnx.DiffState(x, nnx.Param) if isinstance(x, int) else x for x in several]
 
     @api.wraps(f)
+    @nnx.update_context(_UPDATE)
     def value_and_gradient(*args: Any, selection: Selection | None = None, **kwargs: Any) -> Any:
         call = _Call(args, kwargs, wanted)
-        graph, params, rest = call.split(call.models)
+        with nnx.split_context(_UPDATE) as context:
+            graph, params, rest = call.split(context, call.models)
 
         def loss(params: Any) -> tuple[Any, Any]:
-            models = call.merge(graph, (params,) if is_single else params, rest)
+            given = (params,) if is_single else params
+            with nnx.merge_context(_UPDATE, inner=True) as context:
+                models = call.merge(context, graph, given, rest)
             new_args, new_kwargs = call.arguments(models)
             result = f(*new_args, **new_kwargs)
             value, aux = result if has_aux else (result, None)
-            new_graph, _, new_rest = call.split(models)
-            if new_graph != graph:
-                raise ValueError(
-                    "f adds new variables or parts to a model, which a gradient cannot return; "
-                    "call the model once before training to create them."
-                )
-            return value, (aux, new_rest)
+            with nnx.split_context(_UPDATE) as context:
+                new_graph, new_params, new_rest = call.split(context, models)
+            return value, (aux, new_graph, _without(given, new_params), new_rest)
 
-        transformed = api.value_and_grad(loss, has_aux=True)
-        (value, (aux, new_rest)), gradient = transformed(
-            params[0] if is_single else params, selection=selection
-        )
-        nnx.update(call.models, new_rest)
+        (value, (aux, new_graph, changed, new_rest)), gradient = api.value_and_grad(
+            loss, has_aux=True
+        )(params[0] if is_single else params, selection=selection)
+        with nnx.merge_context(_UPDATE, inner=False) as context:
+            call.merge(context, new_graph, _filled(params, changed), new_rest)
         return ((value, aux) if has_aux else value), gradient
 
     return value_and_gradient
@@ -137,6 +138,22 @@ def channel_report(
     return report.channel_report(params, policy, fun, *args, **kwargs)
 
 
+def _without(given: Any, params: Any) -> Any:
+    """The parameters with None in place of those that were given: results cost memory traffic."""
+    known = dict(jax.tree_util.tree_leaves_with_path(given))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: None if known.get(path) is x else x, params
+    )
+
+
+def _filled(given: Any, changed: Any) -> Any:
+    """The inverse of `_without`."""
+    known = dict(jax.tree_util.tree_leaves_with_path(given))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: known[path] if x is None else x, changed, is_leaf=lambda x: x is None
+    )
+
+
 def _is_model(x: Any) -> bool:
     return isinstance(x, nnx.Pytree)
 
@@ -161,9 +178,9 @@ class _Call:
             for x, tree in zip(wanted, self._numbers, strict=True)
         ]
 
-    def split(self, models: dict[int, Any]) -> tuple[Any, Any, Any]:
+    def split(self, context: nnx.SplitContext, models: dict[int, Any]) -> tuple[Any, Any, Any]:
         """The graph of some models, the parameters to differentiate, and all other variables."""
-        found: Any = nnx.split(models, *self._filters, ...)
+        found: Any = context.split(models, *self._filters, ...)
         graph, *states, rest = found
         params = []
         for x, tree, state in zip(self._wanted, self._numbers, states, strict=True):
@@ -172,14 +189,16 @@ class _Call:
             params.append(jax.tree.map(lambda i, state=state: state.get(i, nnx.State({})), tree))
         return graph, tuple(params), rest
 
-    def merge(self, graph: Any, params: Sequence[Any], rest: Any) -> dict[int, Any]:
+    def merge(
+        self, context: nnx.MergeContext, graph: Any, params: Sequence[Any], rest: Any
+    ) -> dict[int, Any]:
         """The inverse of `split`."""
         states = []
         for tree, given in zip(self._numbers, params, strict=True):
             found = jax.tree.leaves(given, is_leaf=lambda x: isinstance(x, nnx.State))
             pairs = zip(jax.tree.leaves(tree), found, strict=True)
             states.append(nnx.State({i: state for i, state in pairs if state}))
-        return nnx.merge(graph, *states, rest, copy=True)
+        return context.merge(graph, *states, rest)
 
     def arguments(self, models: dict[int, Any]) -> Any:
         """The arguments, with the given models in place of the original ones."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cdb_jax import _draw, channels
 from cdb_jax._checks import (
@@ -80,7 +81,7 @@ class Policy:
       rescale: what `channel_drop_back` divides the kept channels by. "none"; "expected", the
         probability that a channel of a masked layer learns: k/C, or :math:`1 - r + r^C` for
         "bernoulli" with rate r (the last term comes from layers that would lose every channel), and
-        `1 - layer_rate` for layers that learn when `rate=1`; "realized", the fraction kept in this
+        the probability that a layer learns if `rate=1`; "realized", the fraction kept in this
         step, as in the released code.
       exempt: path patterns such as `("head", "*/stem/kernel")` of leaves to leave alone. A pattern
         also covers everything below what it matches.
@@ -113,8 +114,8 @@ class Policy:
     """
 
     rate: Rate
-    _: dataclasses.KW_ONLY
     key: Key | None = None
+    _: dataclasses.KW_ONLY
     channel_axes: channels.ChannelAxes = channels.output_channels
     layer_rate: Rate = 1.0
     layer_choice: LayerChoice = "bernoulli"
@@ -150,6 +151,9 @@ class Policy:
         )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        # `jax.tree.map` may replace them by anything; they stay the leaves.
+        arrays = (name for name, value in checked.items() if isinstance(value, jax.Array))
+        object.__setattr__(self, "_arrays", tuple(arrays))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -197,7 +201,8 @@ class Policy:
           >>> policy.select({"kernel": jnp.ones((3, 4))}, step=0).factors
           {'kernel': Array([1., 0., 0., 1.], dtype=float32)}
         """
-        return _draw.draw_once(self.layout(parameters_of(params)), self, check_step(step))
+        step = check_step(step)
+        return _draw.draw_once(self.layout(parameters_of(params)), self, step)
 
     def layout(self, params: Any) -> channels.Layout:
         """Finds the layers of a tree under this policy; see `cdb_jax.channels.resolve`."""
@@ -221,9 +226,19 @@ class Policy:
         rates = (self.rate, self.layer_rate)
         return not self.freezes_others and any(isinstance(x, float) and x == 0.0 for x in rates)
 
-    def tree_flatten(self) -> tuple[list[jax.Array], Any]:
+    def draws_like(self, other: Policy) -> bool:
+        """Whether two policies are equal; False if that depends on the values of tracers."""
+
+        def are_same(x: Any, y: Any) -> bool:
+            is_traced = isinstance(x, jax.core.Tracer) or isinstance(y, jax.core.Tracer)
+            return x is y or (not is_traced and bool(np.array_equal(x, y)))
+
+        (arrays, static), (other_arrays, other_static) = self.tree_flatten(), other.tree_flatten()
+        return static == other_static and all(map(are_same, arrays, other_arrays))
+
+    def tree_flatten(self) -> tuple[list[Any], Any]:
         fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        arrays = {name: x for name, x in fields if isinstance(x, jax.Array)}
+        arrays = {name: x for name, x in fields if name in self._arrays}
         others = tuple(x for x in fields if x[0] not in arrays)
         return list(arrays.values()), (tuple(arrays), others)
 
@@ -231,6 +246,7 @@ class Policy:
     def tree_unflatten(cls, static: Any, arrays: Sequence[Any]) -> Policy:
         policy = object.__new__(cls)  # JAX may put anything in place of the arrays.
         names, others = static
+        object.__setattr__(policy, "_arrays", names)
         for name, x in (*zip(names, arrays, strict=True), *others):
             object.__setattr__(policy, name, x)
         return policy

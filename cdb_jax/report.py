@@ -138,9 +138,10 @@ def _row(leaf: channels.Leaf, policy: Policy) -> ChannelRow:
 
 def _kept(policy: Policy, width: int) -> str:
     if not isinstance(policy.rate, float):
-        return "scheduled" if callable(policy.rate) else "traced"
-    if policy.channel_choice == "bernoulli":
-        return f"~{(1.0 - policy.rate) * width:.3g}"
+        return "scheduled" if callable(policy.rate) else "an array"
+    if policy.channel_choice == "bernoulli":  # If all would be dropped, none is.
+        spared = policy.rate**width if policy.rate < 1.0 else 0.0
+        return f"~{(1.0 - policy.rate + spared) * width:.3g}"
     groups = policy.window_groups or 1
     return str(groups * int(_draw.num_kept(policy.rate, width // groups)))
 

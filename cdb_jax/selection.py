@@ -137,7 +137,13 @@ class Selection:
                  [0., 3., 0., 0., 3.]], dtype=float32)
         """
         check_choice("others", others, ("full", "frozen"))
+        if not isinstance(chosen, Mapping):
+            raise TypeError(
+                "chosen must be a dict from path to channels, such as {'head/kernel': [0, 5]}, got "
+                f"{chosen!r:.80}."
+            )
         params = parameters_of(params)
+        channels.check_matches("chosen", chosen, channels.paths_of(params))
         layout = channels.resolve(params, _also_vectors(channel_axes), only=tuple(chosen))
         layers = _by_pattern(layout, chosen)
         groups = [_chosen_group(layer, layers[layer.path]) for layer in layout.layers]
@@ -372,13 +378,17 @@ def _checked_channels(layer: channels.Leaf, chosen: Any) -> jax.Array | np.ndarr
     """The channels of a layer as an int array, checked if their values are known."""
     is_traced = isinstance(chosen, jax.core.Tracer)
     place = chosen if is_traced else np.asarray(chosen)
+    if not is_traced and place.dtype.kind == "u":
+        place = place.astype(np.int64)
     if not is_traced and place.size == 0:
         return np.zeros((0,), np.int32)
     shapes = {place.shape[-1:], (*layer.stack_shape, *place.shape[-1:])}
     if not jnp.issubdtype(place.dtype, jnp.integer) or not place.shape or place.shape not in shapes:
         raise TypeError(
             f"chosen: the channels of {layer.path!r} must be ints of shape "
-            f"{' or '.join(str(shape[:-1] + ('k',)) for shape in sorted(shapes))}, got {chosen!r}."
+            f"{' or '.join(str(shape[:-1] + ('k',)) for shape in sorted(shapes))}, got {chosen!r}; "
+            "use [3] for one channel, range(4) for the first four, and np.flatnonzero(mask) for "
+            "a mask."
         )
     if is_traced:
         return place

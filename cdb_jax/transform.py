@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from cdb_jax import _draw, channels
@@ -24,6 +23,8 @@ from cdb_jax.policy import (
     Rescale,
 )
 from cdb_jax.selection import Group, Selection, check_selection, fraction_of, mask_leaves
+
+Given = Selection | Sequence[Selection] | None  # The extra argument `selection`.
 
 
 class ChannelDropBackState(NamedTuple):
@@ -42,8 +43,8 @@ class ChannelDropBackState(NamedTuple):
 
 def channel_drop_back(
     rate: Rate | Policy,
-    *,
     key: Key | None = None,
+    *,
     channel_axes: channels.ChannelAxes = channels.output_channels,
     layer_rate: Rate = 1.0,
     layer_choice: LayerChoice = "bernoulli",
@@ -116,7 +117,7 @@ def channel_drop_back(
         state: ChannelDropBackState,
         params: Any = None,
         *,
-        selection: Selection | None = None,
+        selection: Given = None,
         **extra_args: Any,
     ) -> tuple[Any, ChannelDropBackState]:
         del extra_args
@@ -125,7 +126,7 @@ def channel_drop_back(
         channels.check_parameters(updates, params, policy.root)
         layout, source = layout_and_source(policy, selection, updates)
         leaves, treedef = jax.tree.flatten(updates)
-        touched = touched_leaves(policy, layout, leaves)
+        touched = touched_leaves(source, layout, leaves)
         masked, count, fraction = _mask(layout, source, touched, state.count)
         leaves = [x if y is None else y for x, y in zip(leaves, masked, strict=True)]
         return jax.tree.unflatten(treedef, leaves), ChannelDropBackState(count, fraction)
@@ -143,27 +144,24 @@ def _mask(
 
 
 def layout_and_source(
-    policy: Policy, selection: Selection | None, updates: Any
+    policy: Policy, given: Given, updates: Any
 ) -> tuple[channels.Layout, Policy | Selection]:
-    """Returns the leaves, and the given selection if its policy is equal, otherwise the policy.
+    """The leaves, and what decides about them: the selection that was given, or the policy.
 
-    Two masks in one chain have different policies and must not use the same selection.
+    Several masks in one chain have different policies, and each uses its own selection.
     """
-    if selection is None or not _are_equal(policy, check_selection(selection).policy):
+    if given is None:
         return policy.layout(updates), policy
-    return selection.layout_of(updates), selection
-
-
-def _are_equal(policy: Policy, other: Policy | None) -> bool:
-    """Whether two policies draw the same; False if that depends on the values of tracers."""
-    leaves, others = jax.tree.leaves(policy), jax.tree.leaves(other)
-    structures: list[Any] = [jax.tree.structure(x) for x in (policy, other)]
-
-    def are_same(x: jax.Array, y: jax.Array) -> bool:
-        is_traced = isinstance(x, jax.core.Tracer) or isinstance(y, jax.core.Tracer)
-        return x is y or (not is_traced and bool(np.array_equal(x, y)))
-
-    return structures[0] == structures[1] and all(map(are_same, leaves, others))
+    several = given if isinstance(given, (tuple, list)) else (given,)
+    for selection in map(check_selection, several):
+        if selection.policy is None or policy.draws_like(selection.policy):
+            return selection.layout_of(updates), selection
+    raise ValueError(
+        "selection: it was drawn from another policy than that of channel_drop_back or "
+        "freeze_dropped, so each would drop different channels; use the same Policy object for "
+        "both (two schedules are equal only if they are one object). If a chain has several "
+        "policies, pass a tuple with a selection of each; without a selection, each is drawn."
+    )
 
 
 def groups_from(
@@ -173,15 +171,18 @@ def groups_from(
     return (source if isinstance(source, Selection) else _draw.draw(source, layout, count)).groups
 
 
-def touched_leaves(policy: Policy, layout: channels.Layout, leaves: Sequence[Any]) -> list[Any]:
+def touched_leaves(
+    source: Policy | Selection, layout: channels.Layout, leaves: Sequence[Any]
+) -> list[Any]:
     """The leaves that a selection may change, and None in place of the others."""
-
-    def is_touched(leaf: channels.Leaf) -> bool:
-        return leaf.layer is not None or _draw.is_frozen(policy, leaf)
-
+    if isinstance(source, Selection):
+        paths = {layer.path for group in source.groups for layer in group.layers}
+    else:
+        frozen = {leaf.path for leaf in layout.leaves if _draw.is_frozen(source, leaf)}
+        layers = {leaf.path for leaf in layout.layers}
+        paths = set() if source.drops_nothing else layers | frozen
     return [
-        x if not policy.drops_nothing and is_touched(leaf) else None
-        for x, leaf in zip(leaves, layout.leaves, strict=True)
+        x if leaf.source in paths else None for x, leaf in zip(leaves, layout.leaves, strict=True)
     ]
 
 
@@ -194,7 +195,7 @@ def _as_policy(rate: Any, **settings: Any) -> Policy:
         )
     if not isinstance(rate, Policy):
         return Policy(rate, **settings)
-    for field in dataclasses.fields(Policy)[2:]:
+    for field in dataclasses.fields(Policy)[1:]:
         value = settings[field.name]
         if type(value) is not type(field.default) or value != field.default:
             raise TypeError(

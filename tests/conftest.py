@@ -32,6 +32,12 @@ def standard_promotion():
         yield
 
 
+@pytest.fixture(autouse=True)
+def mistakes_in_rules_are_errors(monkeypatch):
+    """For users, an equation that a rule does not understand is one that is not skipped."""
+    monkeypatch.setattr("cdb_jax._skipping.follow.FORM_ERRORS", ())
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """Where the examples keep their data sets."""

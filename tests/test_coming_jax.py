@@ -130,6 +130,7 @@ def moved(*args):
     ],
 )
 def test_parameters_of_other_names(table, primitive, path, monkeypatch):
+    monkeypatch.setattr(following, "FORM_ERRORS", (KeyError,))
     monkeypatch.setitem(getattr(following, table), primitive, moved)
 
     def first(x, w):

@@ -46,25 +46,52 @@ def test_a_selection_of_an_equal_policy_is_used(make):
     np.testing.assert_allclose(state.dropped_fraction, selection.dropped_fraction, rtol=1e-6)
 
 
-def test_a_selection_of_another_policy_is_not_used():
-    """Two masks in one chain stay two masks, whichever selection is given."""
-    first, second = policy(), policy(key=1)
-    tx = optax.chain(cdb_jax.channel_drop_back(first), cdb_jax.channel_drop_back(second))
-    selection = first.select(PARAMS, 7)
-    updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, selection=selection)
-    expected = second.select(PARAMS, 0).mask(selection.mask(PARAMS))
-    chex.assert_trees_all_equal(updates, expected)
+def test_each_mask_of_a_chain_uses_its_own_selection():
+    policies = policy(), policy(key=1)
+    tx = optax.chain(*map(cdb_jax.channel_drop_back, policies))
+    first, second = (x.select(PARAMS, 7) for x in policies)
+    expected = second.mask(first.mask(PARAMS))
+    for given in ((first, second), [second, first]):
+        updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, selection=given)
+        chex.assert_trees_all_equal(updates, expected)
+    with pytest.raises(ValueError, match="selection.*another policy"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, selection=first)
+
+
+@pytest.mark.parametrize("others", ["full", "frozen"])
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+@pytest.mark.parametrize("make", [cdb_jax.channel_drop_back, None], ids=["mask", "freeze"])
+def test_chosen_channels_are_used_by_any_transformation(make, rate, others):
+    fallback = cdb_jax.Policy(rate, key=0)
+    tx = make(fallback) if make else cdb_jax.freeze_dropped(optax.identity(), fallback)
+    chosen = cdb_jax.Selection.of(PARAMS, {"first/kernel": [1, 2]}, others=others)
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, selection=chosen)
+    chex.assert_trees_all_equal(updates, chosen.mask(PARAMS))
 
 
 def test_policies_with_arrays_are_compared_by_value():
     rates = [policy(layer_rate=jnp.float32(x)) for x in (0.5, 0.5, 0.25)]
     selection = rates[0].select(PARAMS, 7)
-    updates = []
-    for other in rates:
+    for other in rates[:2]:
         tx = cdb_jax.channel_drop_back(other)
-        updates.append(tx.update(PARAMS, tx.init(PARAMS), selection=selection)[0])
-    chex.assert_trees_all_equal(updates[0], selection.mask(PARAMS), updates[1])
-    chex.assert_trees_all_equal(updates[2], rates[2].select(PARAMS, 0).mask(PARAMS))
+        updates, _ = tx.update(PARAMS, tx.init(PARAMS), selection=selection)
+        chex.assert_trees_all_equal(updates, selection.mask(PARAMS))
+    with pytest.raises(ValueError, match="selection"):
+        tx = cdb_jax.channel_drop_back(rates[2])
+        tx.update(PARAMS, tx.init(PARAMS), selection=selection)
+
+
+def test_the_leaves_of_a_policy_may_be_replaced():
+    """As trees of axes for `vmap` and of types for `eval_shape`."""
+    traced = policy(layer_rate=jnp.float32(1.0))
+    axes = jax.tree.map(lambda _: 0, traced)
+    several = jax.tree.map(lambda x: jnp.stack([x, x]), traced)
+    masked = jax.vmap(lambda p: p.select(PARAMS, 0).mask(PARAMS), in_axes=(axes,))(several)
+    chex.assert_trees_all_equal(
+        jax.tree.map(lambda x: x[1], masked), traced.select(PARAMS, 0).mask(PARAMS)
+    )
+    types = jax.eval_shape(lambda: traced.select(PARAMS, 0))
+    chex.assert_trees_all_equal_structs(types, traced.select(PARAMS, 0))
 
 
 def test_wrappers_of_optax_and_nnx_pass_it_on():

@@ -35,6 +35,17 @@ def test_a_report_takes_a_model_of_nnx():
     }
 
 
+def test_kept_channels_and_what_cannot_be_skipped():
+    def loss(params, x):
+        return jnp.sum(x @ params["a"]["kernel"])
+
+    for rate, kept in ((0.5, "~4.03"), (1.0, "~0"), (jnp.float32(0.5), "an array")):
+        row = cdb_jax.channel_report(PARAMS, Policy(rate, key=0)).rows[1]
+        assert (row.path, row.kept) == ("a/kernel", kept)
+    rows = cdb_jax.channel_report(PARAMS, Policy(0.5, key=0), loss, jnp.ones((2, 3))).rows
+    assert rows[0].gradient == "in full" and "not static" in rows[1].gradient
+
+
 @pytest.mark.bad_input
 def test_mistakes():
     with pytest.raises(TypeError, match="policy.*0.5"):

@@ -57,6 +57,13 @@ def test_schedules_on_every_nth_epoch():
 
 
 @pytest.mark.bad_input
+@pytest.mark.parametrize("value", [np.float32(5.0), jnp.float32(-0.1), jnp.nan, jnp.ones(3)])
+def test_values_that_are_no_probabilities(value):
+    with pytest.raises(ValueError, match="layer_rate: the schedule returned"):
+        Policy(0.5, key=0, layer_rate=lambda step: value).select(dense(2, 8), 0)
+
+
+@pytest.mark.bad_input
 def test_mistakes():
     with pytest.raises(ValueError, match="total_steps.*0"):
         cdb_jax.presets.released_layer_rate(0)

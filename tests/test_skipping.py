@@ -184,11 +184,7 @@ CHOSEN = window().select(KERNEL, 0)
             ValueError,
             "without arrays",
         ),
-        (
-            lambda: cdb_jax.channel_report(KERNEL, cdb_jax.Policy(0.5, key=0), scalar, X),
-            ValueError,
-            "bernoulli",
-        ),
+        (lambda: cdb_jax.grad(scalar, KERNEL), TypeError, "argnums"),
     ],
 )
 def test_mistakes(call, error, words):

@@ -101,18 +101,37 @@ def test_nnx_filters_and_mistakes(standard_promotion):
     with pytest.raises(TypeError, match="params is an nnx.Module.*use cdb_jax.nnx.channel_report"):
         cdb_jax.channel_report(model, policy, loss)
 
-    def adds(model, x):
-        model.extra = nnx.Param(jnp.ones(3))
-        return jnp.mean(model(x))
-
-    with pytest.raises(ValueError, match="new variables"):
-        drawn.nnx_grad(adds, policy)(model, x, step=0)
     with pytest.raises(ValueError, match="argnums=0 .*model"):
         cdb_jax.nnx.grad(loss)(2.0, model, x, selection=policy.select(model, 0))
     with pytest.raises(ValueError, match="argnums=0"):
         cdb_jax.nnx.grad(loss)((model, 2.0), model, x, selection=policy.select(model, 0))
     with pytest.raises(TypeError, match="argument called selection"):
         drawn.nnx_grad(lambda model, selection: 0.0, policy)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, nnx.jit], ids=["eager", "jit"])
+def test_what_a_loss_changes_in_a_model(wrap, standard_promotion):
+    model, x, policy = Noisy(nnx.Rngs(0)), normal(0, 4, 6, 6, 3), window()
+    kernel = model.head.kernel
+    doubled = 2 * kernel[...]
+
+    def loss(model, x):
+        model.eval()
+        model.head.kernel[...] = 2 * model.head.kernel[...]
+        model.calls = 1
+        model.extra = nnx.Param(jnp.ones(3))
+        model.cache = nnx.Cache(jnp.mean(x))
+        return jnp.mean(model(x) ** 2)
+
+    @wrap
+    def gradient(model, x):
+        return cdb_jax.nnx.grad(loss)(model, x, selection=policy.select(model, 0))
+
+    assert set(gradient(model, x)) == {"conv", "head", "norm"}
+    assert model.head.kernel is kernel and model.calls == 1 and model.norm.use_running_average
+    np.testing.assert_array_equal(kernel[...], doubled)
+    np.testing.assert_array_equal(model.extra[...], 1.0)
+    np.testing.assert_allclose(model.cache[...], jnp.mean(x), rtol=1e-6)
 
 
 def test_eager_nnx_shares_one_program(caplog, standard_promotion):

@@ -76,6 +76,7 @@ def value_and_grad(
       `arXiv 2412.18027 <https://arxiv.org/abs/2412.18027>`_.
     """
     check_function(fun)
+    _argnums_as_list(argnums)
 
     @wraps(fun)
     def value_and_gradient(*args: Any, selection: Selection | None = None, **kwargs: Any) -> Any:
@@ -134,14 +135,18 @@ def check_function(fun: Any) -> None:
         )
 
 
+def can_skip(selection: Selection) -> bool:
+    """Whether the number of channels that each layer keeps is static."""
+    return all(group.part or Mode.PARTIAL not in group.modes for group in selection.groups)
+
+
 def check_can_skip(selection: Any) -> Selection:
-    """Returns the selection; raises an error for one that cannot save any work."""
+    """Returns the selection; raises an error for one with which no work can be saved."""
     if selection is None:
         raise TypeError(
             "selection is missing; pass it by name: selection=policy.select(params, step)."
         )
-    check_selection(selection)
-    if all(group.part or Mode.PARTIAL not in group.modes for group in selection.groups):
+    if can_skip(check_selection(selection)):
         return selection
     rate = selection.policy.rate
     if not isinstance(rate, float):
@@ -177,12 +182,19 @@ def _differentiated(
     return params, call
 
 
-def _checked_argnums(argnums: Any, num_args: int) -> list[int]:
+def _argnums_as_list(argnums: Any) -> list[int]:
     try:
         several = argnums if isinstance(argnums, Sequence) else [argnums]
-        numbers = [operator.index(number) for number in several]
+        return [operator.index(number) for number in several]
     except TypeError:
-        raise TypeError(f"argnums must be an int or several ints, got {argnums!r}.") from None
+        raise TypeError(
+            f"argnums must be an int or several, got {argnums!r:.80}; pass the parameters to the "
+            "function that is returned: value_and_grad(fun)(params, selection=selection)."
+        ) from None
+
+
+def _checked_argnums(argnums: Any, num_args: int) -> list[int]:
+    numbers = _argnums_as_list(argnums)
     for number in numbers:
         if not -num_args <= number < num_args:
             raise ValueError(

@@ -10,6 +10,7 @@ import jax
 
 from cdb_jax import channels
 from cdb_jax._skipping import api, follow, products, program
+from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax.selection import Mode, Selection
 
 
@@ -21,7 +22,10 @@ def explain(
     The function is traced, not run; arrays may be `jax.ShapeDtypeStruct`s.
     """
     api.check_function(fun)
-    api.check_can_skip(selection)
+    if not api.can_skip(selection):
+        layers = {layer.path for group in selection.groups for layer in group.layers}
+        masked = f"masked only: {Obstacle(Reason.NOT_STATIC)}"
+        return [masked if x.source in layers else "in full" for x in selection.layout.leaves]
     leaves, treedef = jax.tree.flatten((params, args, kwargs))
     is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
     explained: list[str] = []

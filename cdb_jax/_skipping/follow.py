@@ -226,6 +226,11 @@ def _in_scopes_of(eqn: core.JaxprEqn, step: Step) -> Step:
     return scoped
 
 
+# What a rule raises for an equation of a form that it does not know.
+FORM_ERRORS: tuple[type[Exception], ...] = (
+    *(AttributeError, IndexError, KeyError, TypeError, ValueError),
+)
+
 # What replaces an equation, and what is known about its results, if that is more than their needs.
 Found = tuple[Step | None, list[Fact] | None]
 
@@ -240,7 +245,7 @@ def _understood(
     num_products, num_others = len(context.products), len(context.others)
     try:
         return _replaced(eqn, program, facts, context)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except FORM_ERRORS:
         del context.products[num_products:], context.others[num_others:]
         context.used_otherwise(facts, Reason.UNKNOWN_FORM, eqn.primitive.name)
         return None, None

@@ -15,6 +15,10 @@ class Reason(enum.Enum):
     TWO_WEIGHTS = "multiplied by another weight"
     SHARDED_JIT = "inside a jit with explicit shardings"
     EXPLICIT_SHARDING = "its sharding is explicit"
+    NOT_STATIC = (
+        "the number of kept channels is not static; use a number as the rate, and "
+        'channel_choice="window" or "exact"'
+    )
     RESULT = "a result of {}"
     CARRIED = "carried through a loop"
     LOOP_OVER_CHANNELS = "a loop runs over its channels"
