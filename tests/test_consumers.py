@@ -231,6 +231,12 @@ def test_chosen_channels_may_be_traced_and_name_many_leaves():
     np.testing.assert_array_equal(kept(found, "second"), [False, True])
 
 
+def test_chosen_channels_of_any_int_dtype():
+    wide = {"kernel": jnp.ones((2, 300))}
+    chosen = cdb_jax.Selection.of(wide, {"kernel": np.array([1, 255], np.uint8)})
+    assert np.flatnonzero(chosen.factors["kernel"]).tolist() == [1, 255]
+
+
 def test_chosen_channels_of_stacked_layers():
     params = {"kernel": jnp.ones((3, 2, 4))}
     axes = cdb_jax.Axes(-1, stack=0)
@@ -261,7 +267,8 @@ def test_chosen_channels_save_work():
 @pytest.mark.parametrize(
     ("chosen", "settings", "error", "message"),
     [
-        ({"third": [0]}, {}, ValueError, "'third'"),
+        ({"third": [0]}, {}, ValueError, "chosen: .*'third'"),
+        (["first/kernel"], {}, TypeError, "chosen must be a dict.*first/kernel"),
         ({"first/kernel": [6]}, {}, ValueError, r"'first/kernel'.*6 channels.*\[6\]"),
         ({"first/kernel": [0, -6]}, {}, ValueError, r"'first/kernel'.*\[0, -6\]"),
         ({"first/kernel": [0.5]}, {}, TypeError, r"'first/kernel'.*\[0.5\]"),

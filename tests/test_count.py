@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -32,6 +33,14 @@ def test_selection_count(tx, standard_promotion):
         assert cdb_jax.selection_count(state) == count
         assert jax.jit(cdb_jax.selection_count)(state) == count
         _, state = tx.update(params, state, params)
+
+
+@pytest.mark.bad_input
+def test_selection_count_of_several_optimizers():
+    state = jax.vmap(lambda x: DROP.init({"kernel": x}))(jnp.ones((3, 2, 4)))
+    with pytest.raises(ValueError, match=r"opt_state.*\(3,\)"):
+        cdb_jax.selection_count(state)
+    np.testing.assert_array_equal(jax.vmap(cdb_jax.selection_count)(state), [0, 0, 0])
 
 
 def test_selection_count_of_nnx():

@@ -197,6 +197,8 @@ def test_mistakes_with_a_policy():
     policy = Policy(0.5, key=0)
     with pytest.raises(TypeError, match="layer_rate=0.5.*Policy"):
         channel_drop_back(policy, layer_rate=0.5)
+    with pytest.raises(TypeError, match="key=1.*Policy"):
+        channel_drop_back(policy, key=1)
     with pytest.raises(ValueError, match="rate.*got 30"):
         Policy(30, key=0)
     with pytest.raises(TypeError, match="layer_rate=.*inject_hyperparams"):

@@ -132,6 +132,15 @@ def test_one_layer_a_step():
         assert_rate(masked[:, column : column + 1], share)
 
 
+@pytest.mark.parametrize("others", ["full", "frozen"])
+def test_the_expected_update_of_whole_layers_is_unbiased(others):
+    tree = {name: dense(2, 6) for name in "ab"}
+    settings = dict(layer_rate=0.5, layer_choice="one", other_layers=others, rescale="expected")
+    factors = draws(Policy(1.0, key=0, **settings), tree)["a/kernel"][:, :1]
+    assert_rate(factors > 0, learns := 0.75 if others == "full" else 0.25)
+    np.testing.assert_allclose(factors.max(), 1 / learns, rtol=1e-6)
+
+
 def test_one_layer_of_a_part_is_the_one_of_the_whole():
     tree = {name: dense(2, 6) for name in "abc"}
     weights = {f"{name}/kernel": 1.0 for name in "abc"}

@@ -96,7 +96,9 @@ def test_nnx_filters_and_mistakes(standard_promotion):
     (several,) = drawn.nnx_grad(loss, policy, argnums=(1,))(2.0, model, x, step=0)
     assert set(several) == {"conv", "head", "norm"}
     for argnums, args in ((1, (model,)), (1, ({"student": model},)), ((0, 1), (model,))):
-        with pytest.raises(TypeError, match="names an nnx.Module.*use cdb_jax.nnx.value_and_grad"):
+        with pytest.raises(
+            TypeError, match="refers to an nnx.Module.*use cdb_jax.nnx.value_and_grad"
+        ):
             drawn.grad(loss, policy, argnums=argnums)(2.0, *args, x, step=0)
     with pytest.raises(TypeError, match="params is an nnx.Module.*use cdb_jax.nnx.channel_report"):
         cdb_jax.channel_report(model, policy, loss)

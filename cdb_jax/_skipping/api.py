@@ -177,7 +177,7 @@ def _differentiated(
             given[i] = value
         return fun(*given, **kwargs)
 
-    check_no_module(params, f"argnums={argnums!r} names", "cdb_jax.nnx.value_and_grad")
+    check_no_module(params, f"argnums={argnums!r} refers to", "cdb_jax.nnx.value_and_grad")
     _check_floats(params, argnums)
     return params, call
 
