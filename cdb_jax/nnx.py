@@ -211,8 +211,8 @@ def _check_models(argnum: int, args: tuple[Any, ...]) -> None:
     leaves = jax.tree.leaves(found, is_leaf=_is_model)
     if not leaves or not all(_is_model(x) for x in leaves):
         raise ValueError(
-            f"argnums={argnum} refers to neither an NNX model nor a tree of models; pass the model by "
-            "position, or use cdb_jax.value_and_grad for a tree of arrays."
+            f"argnums={argnum} refers to neither an NNX model nor a tree of models; pass the model "
+            "by position, or use cdb_jax.value_and_grad for a tree of arrays."
         )
 
 
