@@ -16,6 +16,7 @@ from cdb_jax.freezing import (
     FreezeDroppedState as FreezeDroppedState,
     freeze_dropped as freeze_dropped,
 )
+from cdb_jax.inference import infer_channel_axes as infer_channel_axes
 from cdb_jax.policy import Policy as Policy
 from cdb_jax.report import channel_report as channel_report
 from cdb_jax.selection import Mode as Mode, Selection as Selection

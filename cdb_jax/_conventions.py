@@ -55,6 +55,12 @@ def sibling(path: str, name: str) -> str:
     return f"{path.rpartition('/')[0]}/{name}".lstrip("/")
 
 
+def is_token(path: str) -> bool:
+    """Whether the name of a leaf says that it is a position, a token or a query, not a weight."""
+    layer, name = last_names(path)
+    return bool(_POSITION.search(name) or _TOKEN.search(name) or _POSITION.search(layer))
+
+
 def channel_axes(
     direction: str, path: str, shape: Shape, stack: Axes, shapes: Mapping[str, Shape]
 ) -> Axes | Reason:
@@ -90,7 +96,7 @@ def _by_name(direction: str, path: str, shape: Shape) -> Axes | Reason:
         return Reason.SCALE
     if _NORM.search(layer) and name in ("kernel", "weight"):
         return Reason.NORMALISATION
-    if _POSITION.search(name) or _TOKEN.search(name) or _POSITION.search(layer):
+    if is_token(path):
         return Reason.TOKEN
     is_table = name == "weight" and len(shape) == 2 and _TABLE.search(layer)
     if name == "embedding" or (is_table and "patch" not in layer.lower()):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
 
-from cdb_jax import report
+from cdb_jax import inference, report
 from cdb_jax._checks import check_bool, check_call_rate, is_exactly
 from cdb_jax._skipping import api
 from cdb_jax.backdrop import backdrop, check_axes
+from cdb_jax.inference import InferredAxes
 from cdb_jax.policy import Policy
 from cdb_jax.selection import Selection
 from cdb_jax.stochastic_depth import drop_path, in_evaluation, run_branch
@@ -128,14 +129,41 @@ def channel_report(
       >>> [(row.path, row.gradient) for row in report.rows]
       [('bias', 'in full'), ('kernel', 'skipped')]
     """
-    graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
     if f is None:
-        return report.channel_report(params, policy)
+        return report.channel_report(model, policy)
+    fun, params = _of_parameters(f, model)
+    return report.channel_report(params, policy, fun, *args, **kwargs)
+
+
+def infer_channel_axes(
+    f: Callable[..., Any],
+    model: nnx.Module,
+    *args: Any,
+    channels: Literal["output", "input"] = "output",
+    **kwargs: Any,
+) -> InferredAxes:
+    """`cdb_jax.infer_channel_axes` for a model and a loss `f(model, *args, **kwargs)`.
+
+    Examples:
+      >>> import cdb_jax.nnx, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> model = nnx.Linear(2, 4, rngs=nnx.Rngs(0))
+      >>> loss = lambda model, x: jnp.mean(model(x))
+      >>> cdb_jax.nnx.infer_channel_axes(loss, model, jnp.ones((3, 2)))
+      {'bias': None, 'kernel': Axes(channel=1, stack=())}
+    """
+    fun, params = _of_parameters(f, model)
+    return inference.infer_channel_axes(fun, params, *args, channels=channels, **kwargs)
+
+
+def _of_parameters(f: Callable[..., Any], model: nnx.Module) -> tuple[Callable[..., Any], Any]:
+    """A loss as a function of the parameters of a model, and these parameters."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
 
     def fun(params: Any, *args: Any, **kwargs: Any) -> Any:
         return f(nnx.merge(graph, params, rest, copy=True), *args, **kwargs)
 
-    return report.channel_report(params, policy, fun, *args, **kwargs)
+    return fun, params
 
 
 def _without(given: Any, params: Any) -> Any:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +129,7 @@ class Policy:
     share_with_bias: bool = False
     hold: int | jax.Array = 1
     root: str = ""
+    _arrays: ClassVar[tuple[str, ...]] = ()  # The settings that are leaves of the pytree.
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

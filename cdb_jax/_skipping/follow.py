@@ -534,7 +534,7 @@ class _Scan(NamedTuple):
 
 
 def _scan(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
-    num_consts, num_carry = _scan_arity(eqn.params)
+    num_consts, num_carry = jaxprs.scan_arity(eqn.params)
     first = num_consts + num_carry
     consts, carried, scanned = facts[:num_consts], facts[num_consts:first], facts[first:]
     context.used_otherwise(carried, Reason.CARRIED)
@@ -587,14 +587,6 @@ def _run_scan(scan: _Scan, operands: Sequence[Value], flags: Flags) -> list[Valu
     carry, xs = ([x.array for x in carried], needed_below), ([x.array for x in scanned], changes)
     (arrays, _), ys = lax.scan(body, carry, xs, **scan.settings)
     return [Value(x) for x in (*arrays, *ys)]
-
-
-def _scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
-    """The numbers of constants and of carried values, which come before the sliced ones."""
-    if "num_consts" in params:  # Before JAX 0.11.
-        return params["num_consts"], params["num_carry"]
-    num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
-    return num_consts, num_carry
 
 
 def _slice(fact: Fact, context: _Context) -> Weight | None:

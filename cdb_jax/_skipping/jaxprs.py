@@ -66,6 +66,14 @@ def programs_in(params: Mapping[str, Any]) -> list[core.Jaxpr]:
     return [opened(x)[0] for x in values if isinstance(opened(x)[0], core.Jaxpr)]
 
 
+def scan_arity(params: Mapping[str, Any]) -> tuple[int, int]:
+    """The numbers of constants and of carried values, which come before the sliced ones."""
+    if "num_consts" in params:  # Before JAX 0.11.
+        return params["num_consts"], params["num_carry"]
+    num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
+    return num_consts, num_carry
+
+
 # Parameters that hold the rules of `jax.custom_jvp` and `jax.custom_vjp`.
 _RULES = ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees")
 

@@ -1,0 +1,431 @@
+"""Finds what a traced program does with each axis of its weights.
+
+Every value that stems from a weight carries, for each of its axes, the axes of the weight that it
+runs over. Layout operations rearrange them, and elementwise operations keep them, as long as the
+weight is combined with constants or other weights. Products, convolutions, table look-ups, loops
+and indexing then say what each axis is for.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import core
+
+from cdb_jax._skipping import jaxprs
+
+
+class Use(enum.Enum):
+    """What a program does with an axis of a weight."""
+
+    FREE = "free in a product"
+    SUMMED = "summed over in a product"
+    BATCH = "a batch axis of a product"
+    SPATIAL = "spatial in a convolution"
+    LOOKUP = "looked up"
+    FEATURE = "a feature of a table that is looked up"
+    STACK = "a loop runs over it"
+    INDEXED = "indexed"
+
+
+class Uses(NamedTuple):
+    """What a program does with a weight.
+
+    Attributes:
+      axes: for each axis its uses.
+      unknown: the primitives that read the weight in a way that is not understood.
+      shape: the shape of the weight.
+    """
+
+    axes: tuple[set[Use], ...]
+    unknown: set[str]
+    shape: tuple[int, ...]
+
+
+class Factor(NamedTuple):
+    """A part of an axis of a value: some axes of a weight, or none for a broadcast."""
+
+    axes: frozenset[int]
+    size: int
+
+
+class Origin(NamedTuple):
+    """A weight that a value stems from, and the factors of each axis of the value, major first."""
+
+    leaf: int
+    axes: tuple[tuple[Factor, ...], ...]
+
+    @property
+    def covered(self) -> frozenset[int]:
+        return frozenset().union(*(f.axes for factors in self.axes for f in factors))
+
+
+class Fact(NamedTuple):
+    """What is known about a value.
+
+    Attributes:
+      origins: the weights that it stems from.
+      is_data: whether it depends on the data.
+      varies: the axes along which its entries may differ.
+    """
+
+    origins: tuple[Origin, ...]
+    is_data: bool
+    varies: frozenset[int]
+
+
+def find(program: Any, is_weight: Sequence[bool]) -> list[Uses]:
+    """The uses of each weight of a program; its other inputs are data."""
+    jaxpr, _ = jaxprs.opened(program)
+    shapes = [v.aval.shape for v in jaxpr.invars]
+    leaves = [i for i, chosen in enumerate(is_weight) if chosen]
+    finder = _Finder({i: Uses(tuple(set() for _ in shapes[i]), set(), shapes[i]) for i in leaves})
+    facts = [
+        _weight(i, shape) if is_weight[i] else _plain(shape, is_data=True)
+        for i, shape in enumerate(shapes)
+    ]
+    finder.program(program, facts)
+    return [finder.uses[i] for i in leaves]
+
+
+def _weight(leaf: int, shape: tuple[int, ...]) -> Fact:
+    # A vector has no channels of its own, and would only be mistaken for what it scales.
+    is_followed = sum(size > 1 for size in shape) > 1
+    axes = tuple((Factor(frozenset([axis]), size),) for axis, size in enumerate(shape))
+    origins = (Origin(leaf, axes),) if is_followed else ()
+    return Fact(origins, False, _all_axes(shape))
+
+
+def _plain(shape: Sequence[int], is_data: bool) -> Fact:
+    return Fact((), is_data, _all_axes(shape))
+
+
+def _all_axes(shape: Sequence[int]) -> frozenset[int]:
+    return frozenset(axis for axis, size in enumerate(shape) if size > 1)
+
+
+class _Finder:
+    """Collects the uses of weights while it walks through a program."""
+
+    def __init__(self, uses: dict[int, Uses]):
+        self.uses = uses
+
+    def program(self, program: Any, inputs: Sequence[Fact]) -> list[Fact]:
+        """Returns what is known about the results of a program."""
+        jaxpr, _ = jaxprs.opened(program)
+        facts: dict[core.Var, Fact] = dict(zip(jaxpr.invars, inputs, strict=True))
+
+        def known(v: jaxprs.Atom) -> Fact:
+            if isinstance(v, core.Literal) or v not in facts:  # A constant.
+                return _plain(_shape(v), is_data=False)
+            return facts[v]
+
+        for eqn in jaxpr.eqns:
+            given = [known(v) for v in eqn.invars]
+            results = self._equation(eqn, given)
+            facts.update(zip(eqn.outvars, results, strict=True))
+        return [known(v) for v in jaxpr.outvars]
+
+    def _equation(self, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Fact]:
+        is_data = any(fact.is_data for fact in facts)
+        otherwise = [_plain(_shape(v), is_data) for v in eqn.outvars]
+        name = eqn.primitive.name
+        if name == "optimization_barrier":
+            return facts
+        if name == "broadcast_in_dim":
+            return [_broadcast(eqn, facts[0])]
+        if jaxprs.programs_in(eqn.params):
+            return self._call(eqn, facts, otherwise)
+        if not any(fact.origins for fact in facts):
+            return otherwise
+        if name in _RULES:
+            origins = _RULES[name](self, eqn, facts)
+        elif name in _ELEMENTWISE:
+            origins = _elementwise(eqn, facts)
+        else:
+            self._unknown(facts, name)
+            origins = []
+        return [x._replace(origins=tuple(_merged(origins))) for x in otherwise]
+
+    def use(self, origin: Origin, axis: int, use: Use) -> None:
+        """Notes a use of the weight's axes that run along an axis of a value."""
+        for factor in origin.axes[axis]:
+            for leaf_axis in factor.axes:
+                self.uses[origin.leaf].axes[leaf_axis].add(use)
+
+    def _unknown(self, facts: Iterable[Fact], name: str) -> None:
+        for fact in facts:
+            for origin in fact.origins:
+                self.uses[origin.leaf].unknown.add(name)
+
+    def _call(self, eqn: core.JaxprEqn, facts: list[Fact], otherwise: list[Fact]) -> list[Fact]:
+        """Equations that contain programs."""
+        name, params = eqn.primitive.name, eqn.params
+        if name == "scan":
+            return self._scan(eqn, facts, otherwise)
+        if name == "while":
+            num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
+            consts, state = facts[num_cond : num_cond + num_body], facts[num_cond + num_body :]
+            self._unknown(state, name)
+            self.program(params["body_jaxpr"], [*consts, *map(_as_data, state)])
+            return list(map(_as_data, otherwise))
+        if name == "cond":
+            results = [self.program(branch, facts[1:]) for branch in params["branches"]]
+            return [_either(several) for several in zip(*results, strict=True)]
+        programs = [
+            x
+            for key in ("jaxpr", "call_jaxpr", "fun_jaxpr")
+            if (x := params.get(key)) is not None
+            and [v.aval.shape for v in jaxprs.opened(x)[0].invars] == [*map(_shape, eqn.invars)]
+        ]
+        if name == "shard_map" or not programs:
+            self._unknown(facts, name)
+            return otherwise
+        return self.program(programs[0], facts)
+
+    def _scan(self, eqn: core.JaxprEqn, facts: list[Fact], otherwise: list[Fact]) -> list[Fact]:
+        num_consts, num_carry = jaxprs.scan_arity(eqn.params)
+        first = num_consts + num_carry
+        self._unknown(facts[num_consts:first], "scan")
+        for fact in facts[first:]:
+            for origin in fact.origins:
+                self.use(origin, 0, Use.STACK)
+        carried = [_as_data(fact) for fact in facts[num_consts:first]]
+        sliced = [_without_axis(fact, 0) for fact in facts[first:]]
+        self.program(eqn.params["jaxpr"], [*facts[:num_consts], *carried, *sliced])
+        return list(map(_as_data, otherwise))
+
+
+def _shape(v: jaxprs.Atom) -> tuple[int, ...]:
+    return tuple(getattr(v.aval, "shape", ()))
+
+
+def _as_data(fact: Fact) -> Fact:
+    return Fact((), True, fact.varies)
+
+
+def _either(facts: Sequence[Fact]) -> Fact:
+    origins = _merged([origin for fact in facts for origin in fact.origins])
+    varies = frozenset().union(*(fact.varies for fact in facts))
+    return Fact(tuple(origins), True, varies)
+
+
+def _without_axis(fact: Fact, removed: int) -> Fact:
+    origins = tuple(x._replace(axes=x.axes[:removed] + x.axes[removed + 1 :]) for x in fact.origins)
+    varies = frozenset(axis - (axis > removed) for axis in fact.varies if axis != removed)
+    return fact._replace(origins=origins, varies=varies)
+
+
+def _merged(origins: Iterable[Origin]) -> list[Origin]:
+    """One origin for each weight: that which covers most of its axes.
+
+    A statistic of a weight that scales the weight covers fewer.
+    """
+    best: dict[int, Origin] = {}
+    for origin in origins:
+        other = best.get(origin.leaf)
+        if other is None or len(origin.covered) > len(other.covered):
+            best[origin.leaf] = origin
+    return list(best.values())
+
+
+# Operations on layout: what becomes of the axes.
+
+
+def _broadcast(eqn: core.JaxprEqn, fact: Fact) -> Fact:
+    new_axes, shape = eqn.params["broadcast_dimensions"], _shape(eqn.outvars[0])
+    old_shape = _shape(eqn.invars[0])
+    origins = []
+    for origin in fact.origins:
+        axes = [(Factor(frozenset(), size),) for size in shape]
+        for axis, new_axis in enumerate(new_axes):
+            if old_shape[axis] == shape[new_axis]:
+                axes[new_axis] = origin.axes[axis]  # type: ignore[assignment]
+        origins.append(origin._replace(axes=tuple(axes)))
+    varies = frozenset(new_axes[axis] for axis in fact.varies)
+    return Fact(tuple(origins), fact.is_data, varies)
+
+
+def _transposed(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
+    order = eqn.params["permutation"]
+    return [x._replace(axes=tuple(x.axes[axis] for axis in order)) for x in facts[0].origins]
+
+
+def _reshaped(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
+    shape = _shape(eqn.outvars[0])
+    origins = []
+    for origin in facts[0].origins:
+        flat = [factor for factors in origin.axes for factor in factors if factor.size > 1]
+        axes = _regrouped(flat, shape)
+        if axes is None:
+            finder.uses[origin.leaf].unknown.add("reshape")
+        else:
+            origins.append(origin._replace(axes=axes))
+    return origins
+
+
+def _regrouped(flat: list[Factor], shape: tuple[int, ...]) -> tuple[tuple[Factor, ...], ...] | None:
+    """Deals factors in row-major order to the axes of a new shape; None if that cuts one oddly."""
+    flat, axes = list(flat), []
+    for size in shape:
+        group: list[Factor] = []
+        left = size
+        while left > 1:
+            factor = flat.pop(0)
+            taken = math.gcd(left, factor.size)
+            if taken == 1 or (taken < factor.size and taken < left):
+                return None
+            # The major part of an axis that is split comes first.
+            group.append(factor._replace(size=taken))
+            if taken < factor.size:
+                flat.insert(0, factor._replace(size=factor.size // taken))
+            left //= taken
+        axes.append(tuple(group))
+    return tuple(axes)
+
+
+def _resized(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
+    """Slices, pads and concatenations: other sizes along the same axes; size 1 is an index."""
+    if eqn.primitive.name == "concatenate" and any(fact.is_data for fact in facts):
+        return []  # Tokens, not weights.
+    old_shapes, new_shape = [_shape(v) for v in eqn.invars], _shape(eqn.outvars[0])
+    origins = []
+    for fact, old_shape in zip(facts, old_shapes, strict=True):
+        for origin in fact.origins:
+            axes = []
+            for axis, factors in enumerate(origin.axes):
+                if old_shape[axis] == new_shape[axis]:
+                    axes.append(factors)
+                    continue
+                union = frozenset().union(*(f.axes for f in factors))
+                if new_shape[axis] == 1:
+                    finder.use(origin, axis, Use.INDEXED)
+                    union = frozenset()
+                axes.append((Factor(union, new_shape[axis]),))
+            origins.append(origin._replace(axes=tuple(axes)))
+    return origins
+
+
+def _reduced(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
+    axes = eqn.params["axes"]
+    return [
+        x._replace(axes=tuple(y for axis, y in enumerate(x.axes) if axis not in axes))
+        for x in facts[0].origins
+    ]
+
+
+def _kept(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
+    return list(facts[0].origins)
+
+
+def _elementwise(eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
+    """A weight stays one if it is combined with weights and constants, or is scaled by data.
+
+    Data may only scale it: the data that a scale or a bias is applied to varies along all of the
+    axes of the weight, and the result is data.
+    """
+    shape = _shape(eqn.outvars[0])
+    data = [fact for fact in facts if fact.is_data]
+    origins = []
+    for fact, v in zip(facts, eqn.invars, strict=True):
+        for origin in (_spread(x, shape) for x in fact.origins):
+            own = {axis for axis, fs in enumerate(origin.axes) if any(f.axes for f in fs)}
+            own &= _all_axes(shape)
+            scaled = eqn.primitive.name in ("mul", "div")
+            if all(x is fact or (scaled and own - x.varies) for x in data):
+                origins.append(origin)
+    return origins
+
+
+def _spread(origin: Origin, shape: tuple[int, ...]) -> Origin:
+    """Elementwise operations broadcast axes of size 1."""
+    axes = tuple(
+        x if math.prod(f.size for f in x) == size else (Factor(frozenset(), size),)
+        for x, size in zip(origin.axes, shape, strict=True)
+    )
+    return origin._replace(axes=axes)
+
+
+# Operations that say what the axes are for.
+
+
+def _product(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
+    contract, batch = eqn.params["dimension_numbers"]
+    for side, fact in enumerate(facts):
+        for origin in fact.origins:
+            for axis in range(len(origin.axes)):
+                use = Use.FREE
+                if axis in contract[side]:
+                    use = Use.SUMMED
+                elif axis in batch[side]:
+                    use = Use.BATCH
+                finder.use(origin, axis, use)
+    return []
+
+
+def _convolution(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
+    out_axis, in_axis, *spatial = eqn.params["dimension_numbers"][1]
+    for origin in facts[1].origins:
+        finder.use(origin, out_axis, Use.FREE)
+        finder.use(origin, in_axis, Use.SUMMED)
+        for axis in spatial:
+            finder.use(origin, axis, Use.SPATIAL)
+    finder._unknown(facts[:1], eqn.primitive.name)
+    return []
+
+
+def _gather(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    operand_shape = _shape(eqn.invars[0])
+    batching = tuple(numbers.operand_batching_dims)
+    removed = (*numbers.collapsed_slice_dims, *batching)
+    is_index = len(_shape(eqn.invars[1])) == 1
+    origins = []
+    for origin in facts[0].origins:
+        for axis, size in enumerate(sizes):
+            is_whole = size == operand_shape[axis]
+            if is_index and not is_whole:
+                finder.use(origin, axis, Use.INDEXED)
+            elif axis in batching:
+                finder.use(origin, axis, Use.BATCH)
+            elif not is_index:
+                finder.use(origin, axis, Use.FEATURE if is_whole else Use.LOOKUP)
+        if is_index:
+            left = [
+                x if sizes[axis] == operand_shape[axis] else (Factor(frozenset(), sizes[axis]),)
+                for axis, x in enumerate(origin.axes)
+                if axis not in removed
+            ]
+            origins.append(origin._replace(axes=tuple(left)))
+    return origins
+
+
+_Rule = Callable[[_Finder, core.JaxprEqn, list[Fact]], list[Origin]]
+_RULES: dict[str, _Rule] = {
+    "transpose": _transposed,
+    "reshape": _reshaped,
+    "squeeze": _reshaped,
+    "expand_dims": _reshaped,
+    "slice": _resized,
+    "pad": _resized,
+    "concatenate": _resized,
+    "dynamic_slice": _resized,
+    "rev": _kept,
+    "sharding_constraint": _kept,
+    "reshard": _kept,
+    "dot_general": _product,
+    "conv_general_dilated": _convolution,
+    "gather": _gather,
+    **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod"), _reduced),
+    **dict.fromkeys(("argmax", "argmin", "reduce_and", "reduce_or"), _reduced),
+}
+
+_ELEMENTWISE = frozenset(
+    "abs add atan2 cbrt ceil clamp complex conj convert_element_type copy copy_p cos cosh div erf "
+    "erf_inv exp exp2 expm1 floor imag integer_pow log log1p logistic max min mul name neg pow "
+    "real reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub "
+    "tan tanh pvary eq ne lt le gt ge is_finite and or not xor".split()
+)

@@ -1,0 +1,148 @@
+"""`infer_channel_axes`: the channels of a model by what its loss does with each weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from cdb_jax import _conventions as conventions, channels
+from cdb_jax._checks import check_choice, check_no_module
+from cdb_jax._skipping import api, axis_uses
+from cdb_jax._skipping.axis_uses import Use
+
+InferredAxes = dict[str, channels.Axes | channels.Convention | None]
+
+_STACKS = {Use.BATCH, Use.STACK, Use.INDEXED}
+_CONVENTIONS = {"output": channels.output_channels, "input": channels.input_channels}
+
+
+def infer_channel_axes(
+    fun: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    channels: Literal["output", "input"] = "output",
+    **kwargs: Any,
+) -> InferredAxes:
+    """Finds the channel axes of every weight from how a loss uses it, whatever its name.
+
+    In a product, the free axes of a weight are its output channels, and the axes that are summed
+    over are its input channels; axes of a batch, of a loop and of an index stack several layers. A
+    table that is only looked up has its features as output channels. A weight in no product
+    (normalisation, biases, position embeddings) is left alone.
+
+    Args:
+      fun: the loss, `fun(params, *args, **kwargs)`. It may return a pair with auxiliary data. It is
+        traced, not run.
+      params: the parameters: a tree of arrays or `jax.ShapeDtypeStruct`. For a Flax NNX model, use
+        `cdb_jax.nnx.infer_channel_axes`.
+      *args: the other arguments; arrays may be `jax.ShapeDtypeStruct` too. Pass the batch here,
+        since arrays that `fun` closes over are taken for constants, such as masks of weights.
+      channels: which channels to find, "output" or "input".
+      **kwargs: other arguments by name.
+
+    Returns:
+      A dict from the path of each leaf to its `Axes`, or to None if it has no channels. Where the
+      loss does not settle a leaf, its entry is a convention, `output_channels` or
+      `input_channels`, which goes by its name. Use the dict as `channel_axes`. It prints as
+      the code that makes it, so you can keep it in a configuration.
+
+    Raises:
+      TypeError, ValueError: for a bad argument, or if `fun` does not return a float scalar.
+
+    Examples:
+      >>> import cdb_jax, jax, jax.numpy as jnp
+      >>> params = {"q": jnp.ones((8, 2, 4)), "b": jnp.ones((2, 4)), "table": jnp.ones((9, 8))}
+      >>> def loss(params, tokens):
+      ...     x = params["table"][tokens]
+      ...     return jnp.mean(jnp.einsum("bi,ihd->bhd", x, params["q"]) + params["b"][None])
+      >>> cdb_jax.infer_channel_axes(loss, params, jax.ShapeDtypeStruct((5,), jnp.int32))
+      {'b': None, 'q': Axes(channel=(1, 2), stack=()), 'table': Axes(channel=1, stack=())}
+    """
+    check_choice("channels", channels, ("output", "input"))
+    api.check_function(fun)
+    check_no_module(params, "params is", "cdb_jax.nnx.infer_channel_axes")
+    return _axes(channels, _uses(fun, params, args, kwargs))
+
+
+def _uses(
+    fun: Callable[..., Any], params: Any, args: Any, kwargs: Any
+) -> dict[str, axis_uses.Uses | None]:
+    """The uses of each leaf by its path; None for a leaf without float values."""
+    leaves, treedef = jax.tree.flatten((params, args, kwargs))
+    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
+
+    def call(arrays: list[Any]) -> Any:
+        remaining = iter(arrays)
+        filled = [next(remaining) if is_array[i] else x for i, x in enumerate(leaves)]
+        traced_params, traced_args, traced_kwargs = jax.tree.unflatten(treedef, filled)
+        result = fun(traced_params, *traced_args, **traced_kwargs)
+        return result[0] if isinstance(result, tuple) else result
+
+    keyed = jax.tree_util.tree_leaves_with_path(params)
+    is_weight = [
+        i < len(keyed) and jnp.issubdtype(x.dtype, jnp.inexact)
+        for i, x in enumerate(leaves)
+        if is_array[i]
+    ]
+    program = jax.make_jaxpr(call)(
+        [x for x, chosen in zip(leaves, is_array, strict=True) if chosen]
+    )
+    found = iter(axis_uses.find(program, is_weight))
+    uses = {}
+    for keys, x in keyed:
+        is_float = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+        uses[channels.canonical_path(keys)] = next(found) if is_float else None
+    return uses
+
+
+def _axes(direction: str, uses: Mapping[str, axis_uses.Uses | None]) -> InferredAxes:
+    stacked = _stack_sizes(uses)
+    return {
+        path: None if use is None else _axes_of(direction, path, use, stacked)
+        for path, use in uses.items()
+    }
+
+
+def _axes_of(
+    direction: str, path: str, uses: axis_uses.Uses, stacked: set[str]
+) -> channels.Axes | channels.Convention | None:
+    if conventions.is_token(path):
+        return None
+    by_use = {
+        use: tuple(axis for axis, found in enumerate(uses.axes) if use in found) for use in Use
+    }
+    outputs, inputs = by_use[Use.FREE], by_use[Use.SUMMED]
+    stack = tuple(axis for axis, found in enumerate(uses.axes) if found & _STACKS)
+    if set(outputs) & set(inputs):  # Used in both directions, as in an autoencoder.
+        return _CONVENTIONS[direction]
+    if not inputs and by_use[Use.FEATURE]:
+        outputs = by_use[Use.FEATURE]
+    elif not inputs:
+        return _CONVENTIONS[direction] if uses.unknown else None
+    first = min(inputs, default=0)
+    if outputs and outputs[0] == 0 < first and outputs[-1] > first and _parent(path) in stacked:
+        stack, outputs = (0, *stack), outputs[1:]  # An ensemble whose input is not stacked.
+    found = outputs if direction == "output" else inputs
+    found = tuple(axis for axis in found if axis not in stack)
+    if math.prod(uses.shape[axis] for axis in found) == 1:
+        return None
+    channel = found if len(found) > 1 else found[0]
+    return channels.Axes(channel, stack if len(stack) != 1 else stack[0])
+
+
+def _parent(path: str) -> str:
+    """The path of the module that holds the layer of a leaf."""
+    return "/".join(path.split("/")[:-2])
+
+
+def _stack_sizes(uses: Mapping[str, axis_uses.Uses | None]) -> set[str]:
+    """The modules with a layer that is stacked along its first axis."""
+    return {
+        _parent(path)
+        for path, use in uses.items()
+        if use is not None and use.axes and use.axes[0] & _STACKS
+    }
