@@ -128,7 +128,7 @@ def _axes_of(
         stack, outputs = (0, *stack), outputs[1:]  # An ensemble whose input is not stacked.
     found = outputs if direction == "output" else inputs
     found = tuple(axis for axis in found if axis not in stack)
-    if math.prod(uses.shape[axis] for axis in found) == 1:
+    if not found or (direction == "input" and math.prod(uses.shape[axis] for axis in found) == 1):
         return None
     channel = found if len(found) > 1 else found[0]
     return channels.Axes(channel, stack if len(stack) != 1 else stack[0])

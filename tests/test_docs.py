@@ -52,7 +52,16 @@ gated_loss = lambda gates, x, y: jnp.mean((x * gates.sum() - y) ** 2)
 GIVEN = {
     "README.md": A_MODEL,
     "skipping.md": A_MODEL,
-    "part-of-an-array.md": A_MODEL + "tx = optax.adamw(1e-3)",
+    "part-of-an-array.md": A_MODEL
+    + """tx = optax.adamw(1e-3)
+from flax import nnx
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.head = nnx.Linear(8, 10, rngs=rngs)
+model = Model(nnx.Rngs(0))
+def loss_of_model(model, batch):
+    return jnp.mean(model.head(jnp.ones((2, 8))) ** 2)
+""",
     "methods.md": A_MODEL + LAYERS,
 }
 

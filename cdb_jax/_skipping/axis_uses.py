@@ -80,7 +80,7 @@ class Fact(NamedTuple):
 def find(program: Any, is_weight: Sequence[bool]) -> list[Uses]:
     """The uses of each weight of a program; its other inputs are data."""
     jaxpr, _ = jaxprs.opened(program)
-    shapes = [v.aval.shape for v in jaxpr.invars]
+    shapes = [_shape(v) for v in jaxpr.invars]
     leaves = [i for i, chosen in enumerate(is_weight) if chosen]
     finder = _Finder({i: Uses(tuple(set() for _ in shapes[i]), set(), shapes[i]) for i in leaves})
     facts = [
@@ -179,7 +179,7 @@ class _Finder:
             x
             for key in ("jaxpr", "call_jaxpr", "fun_jaxpr")
             if (x := params.get(key)) is not None
-            and [v.aval.shape for v in jaxprs.opened(x)[0].invars] == [*map(_shape, eqn.invars)]
+            and list(map(_shape, jaxprs.opened(x)[0].invars)) == list(map(_shape, eqn.invars))
         ]
         if name == "shard_map" or not programs:
             self._unknown(facts, name)
@@ -330,7 +330,7 @@ def _elementwise(eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
     shape = _shape(eqn.outvars[0])
     data = [fact for fact in facts if fact.is_data]
     origins = []
-    for fact, v in zip(facts, eqn.invars, strict=True):
+    for fact in facts:
         for origin in (_spread(x, shape) for x in fact.origins):
             own = {axis for axis, fs in enumerate(origin.axes) if any(f.axes for f in fs)}
             own &= _all_axes(shape)
