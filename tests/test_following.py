@@ -65,7 +65,7 @@ def test_what_a_loop_keeps_carries_and_slices():
     def f(x, carry, rows):
         return lax.scan(lambda c, row: ((c[0] + row @ x, c[1] + 1), row), (carry, 0), rows)
 
-    assert following._scan_arity(equation(f, W, jnp.ones(4), X).params) == (1, 2)
+    assert jaxprs.scan_arity(equation(f, W, jnp.ones(4), X).params) == (1, 2)
 
 
 def test_conditionals():
