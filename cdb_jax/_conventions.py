@@ -1,7 +1,8 @@
-"""Finds the channels of a parameter by its rank and its name in Flax or Equinox.
+"""Finds the channels of a parameter by its name, its shape, and the shape of its bias.
 
-Names settle what rank cannot: a kernel of shape (3, 8, 8) may be a 1-D convolution, a stack of
-three dense layers, or a dense layer over inputs of shape (3, 8).
+Names settle what shapes cannot: a kernel of shape (3, 8, 8) may be a 1-D convolution, a stack of
+three dense layers, or a dense layer over inputs of shape (3, 8). What neither settles is left
+alone, and an error if it is much of a model.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import enum
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 Shape = tuple[int, ...]
 Axes = tuple[int, ...]
@@ -23,14 +25,15 @@ class Reason(enum.Enum):
     NO_VALUES = "no floating-point values"
     SPEC_IS_NONE = "channel_axes says None"
     FEW_DIMENSIONS = "fewer than two dimensions"
+    VECTOR = "all axes but one have size 1"
     BIAS = "a bias"
     SCALE = "a scale"
     NORMALISATION = "normalisation"
     TOKEN = "position or class token"
     EMBEDDING = "an embedding has no input channels"
     ONE_INPUT = "one input channel"
-    UNSETTLED_OUTPUT = "name and rank do not settle its output channels"
-    UNSETTLED_INPUT = "name and rank do not settle its input channels"
+    UNSETTLED_OUTPUT = "names and shapes do not show its output channels"
+    UNSETTLED_INPUT = "names and shapes do not show its input channels"
 
 
 UNSETTLED = {"output": Reason.UNSETTLED_OUTPUT, "input": Reason.UNSETTLED_INPUT}
@@ -42,11 +45,42 @@ _NORM = re.compile(r"norm|^ln|^bn", re.IGNORECASE)
 _CONV = re.compile(r"conv", re.IGNORECASE)
 _EINSUM = re.compile(r"einsum", re.IGNORECASE)
 _DENSE = re.compile(r"dense|linear|einsum|^fc|proj|^(query|key|value|out)$", re.IGNORECASE)
+_UNCLEAR = re.compile(r"basis|coef|spline", re.IGNORECASE)
+_IMAGE = re.compile(r"conv|patch|stem", re.IGNORECASE)
+_BIASES = ("bias", "b", "beta", "offset")
+_WEIGHTS = ("kernel", "weight", "w")
+_TABLES = ("embedding", "embeddings", "table", "input_embedding")
+_WRAPPERS = ("value", "data_array", "array", "args")  # Of arrays in boxes.
+
+
+class Roles(NamedTuple):
+    """The axes of a weight."""
+
+    outputs: Axes
+    inputs: Axes
+    stack: Axes = ()
+
+
+# Weights of three and four dimensions: attention heads, experts, and the einsums of Gemma.
+_HEADS_OUT, _HEADS_IN = Roles((1, 2), (0,)), Roles((2,), (0, 1))
+_EXPERTS = Roles((2,), (1,), stack=(0,))
+_BY_NAME = {
+    3: {
+        **dict.fromkeys("q k v wq wk wv query key value q_proj k_proj v_proj".split(), _HEADS_OUT),
+        **dict.fromkeys(
+            "o out o_proj out_proj attn_out_proj attn_vec_einsum".split(), _HEADS_IN
+        ),
+        **dict.fromkeys("wi wi_0 wi_1 gate_proj up_proj down_proj".split(), _EXPERTS),
+        **dict.fromkeys("w_gate w_up w_down".split(), _EXPERTS),
+        "q_einsum": Roles((0, 2), (1,)),
+    },
+    4: dict.fromkeys(("kv_einsum", "qkv_einsum"), Roles((0, 1, 3), (2,))),
+}  # fmt: skip
 
 
 def last_names(path: str) -> tuple[str, str]:
     """The name of a layer, which is empty at the top level, and the name of its parameter."""
-    *_, layer, name = ["", *path.split("/")]
+    *_, layer, name = ["", *_unwrapped(path)]
     return layer, name
 
 
@@ -55,42 +89,100 @@ def sibling(path: str, name: str) -> str:
     return f"{path.rpartition('/')[0]}/{name}".lstrip("/")
 
 
+def _unwrapped(path: str) -> list[str]:
+    """The parts of a path without those that a box of an array adds."""
+    parts = path.split("/")
+    end = len(parts)
+    while end > 1 and (parts[end - 1] in _WRAPPERS or parts[end - 1].isdigit()):
+        end -= 1
+    # A number is part of a box only if the name of a parameter comes before it.
+    is_boxed = parts[end - 1] in (*_WEIGHTS, *_BIASES) or parts[-1] in _WRAPPERS
+    while is_boxed and parts[-1] in _WRAPPERS:
+        parts = parts[:-1]
+    return parts[:end] if parts[end - 1] in (*_WEIGHTS, *_BIASES) else parts
+
+
+class Tree:
+    """What the arrays of a tree say about each other: biases about weights."""
+
+    def __init__(self, shapes: Mapping[str, Shape]):
+        self.shapes = shapes
+        self._biases = {}
+        for path, shape in shapes.items():
+            *prefix, name = _unwrapped(path)
+            if name in _BIASES:
+                self._biases["/".join(prefix)] = shape
+        self._transposed = {
+            last_names(path) for path, shape in shapes.items() if self._contradicts(path, shape)
+        }
+
+    def bias_shape(self, path: str) -> Shape:
+        """The shape of the bias of a layer; empty if it has none."""
+        *prefix, name = _unwrapped(path)
+        bias = self._biases.get("/".join(prefix), ())
+        if name.isdigit() and not bias:  # Lists of weights and biases in turn.
+            bias = self.shapes.get("/".join([*prefix, str(int(name) + 1)]), ())
+            if len(bias) >= len(self.shapes[path]) or bias != self.shapes[path][-len(bias) :]:
+                return ()
+        return bias
+
+    def is_bias(self, path: str, shape: Shape) -> bool:
+        """Whether an array is the bias of the weight before it in a list."""
+        *prefix, name = _unwrapped(path)
+        if not name.isdigit() or name == "0":
+            return False
+        weight = self.shapes.get("/".join([*prefix, str(int(name) - 1)]), ())
+        return len(weight) > len(shape) and weight[-len(shape) :] == shape
+
+    def is_transposed(self, path: str) -> bool:
+        """Whether layers of this name hold their kernels as (output, input), as biases show."""
+        return last_names(path) in self._transposed
+
+    def _contradicts(self, path: str, shape: Shape) -> bool:
+        bias = self.bias_shape(path)
+        is_kernel = len(shape) == 2 and last_names(path)[1] == "kernel" and len(bias) == 1
+        return is_kernel and bias[0] == shape[0] != shape[1]
+
+
 def is_token(path: str) -> bool:
-    """Whether the name of a leaf says that it is a position, a token or a query, not a weight."""
+    """Whether the name of a leaf says that it is a position or a token, not a weight."""
     layer, name = last_names(path)
     return bool(_POSITION.search(name) or _TOKEN.search(name) or _POSITION.search(layer))
 
 
 def channel_axes(
-    direction: str, path: str, shape: Shape, stack: Axes, shapes: Mapping[str, Shape]
-) -> Axes | Reason:
-    """The channel axes of a leaf, or why it has none.
+    direction: str, path: str, shape: Shape, stack: Axes, tree: Tree
+) -> tuple[Axes, Axes] | Reason:
+    """The channel axes of a leaf and the axes of its stack, or why it has none.
 
     Args:
       direction: "output" or "input".
       path: the path of the leaf.
       shape: the shape of the leaf.
-      stack: axes along which layers are stacked.
-      shapes: the shapes of all leaves of the tree, by path; a bias can contradict the name of its
-        kernel.
+      stack: axes along which layers are known to be stacked.
+      tree: the tree that the leaf is in.
     """
     rest = [axis for axis in range(len(shape)) if axis not in stack]
-    found = _by_name(direction, path, tuple(shape[axis] for axis in rest))
-    if isinstance(found, Reason):
-        return found
-    bias = _bias_shape(path, shapes)
-    if not stack and (
-        _looks_stacked(path, shape, bias) or _output_by_bias(path, shape, bias) is not None
-    ):
+    inner = tuple(shape[axis] for axis in rest)
+    reason = _without_channels(path, inner, tree)
+    if reason:
+        return reason
+    if _is_table(path, inner):
+        return ((rest[-1],), stack) if direction == "output" else Reason.EMBEDDING
+    roles = _roles(path, inner, tree, () if stack else tree.bias_shape(path))
+    if roles is None:
         return UNSETTLED[direction]
-    return tuple(rest[axis] for axis in found)
+    axes = roles.outputs if direction == "output" else roles.inputs
+    if direction == "input" and math.prod(inner[axis] for axis in axes) == 1:
+        return Reason.ONE_INPUT
+    return tuple(rest[axis] for axis in axes), (*stack, *(rest[axis] for axis in roles.stack))
 
 
-def _by_name(direction: str, path: str, shape: Shape) -> Axes | Reason:
+def _without_channels(path: str, shape: Shape, tree: Tree) -> Reason | None:
     layer, name = last_names(path)
     if len(shape) < 2:
         return Reason.FEW_DIMENSIONS
-    if name == "bias" or name.endswith("_bias"):
+    if name in _BIASES or name.endswith("_bias") or tree.is_bias(path, shape):
         return Reason.BIAS
     if name == "scale":
         return Reason.SCALE
@@ -98,114 +190,115 @@ def _by_name(direction: str, path: str, shape: Shape) -> Axes | Reason:
         return Reason.NORMALISATION
     if is_token(path):
         return Reason.TOKEN
-    is_table = name == "weight" and len(shape) == 2 and _TABLE.search(layer)
-    if name == "embedding" or (is_table and "patch" not in layer.lower()):
-        return (len(shape) - 1,) if direction == "output" else Reason.EMBEDDING
-    axes = _kernel_axes(layer, name, len(shape))
-    if axes is None:
-        return UNSETTLED[direction]
-    output_axes, input_axes = axes
-    if direction == "output":
-        return output_axes
-    if math.prod(shape[axis] for axis in input_axes) == 1:
-        return Reason.ONE_INPUT
-    return input_axes
+    if name not in _WEIGHTS and sum(size > 1 for size in shape) < 2:
+        return Reason.VECTOR
+    return None
 
 
-def _kernel_axes(layer: str, name: str, rank: int) -> tuple[Axes, Axes] | None:
-    """The output and the input axes of a weight, or None if names and rank do not settle them.
+def _is_table(path: str, shape: Shape) -> bool:
+    layer, name = last_names(path)
+    by_layer = name == "weight" and len(shape) == 2 and _TABLE.search(layer)
+    return len(shape) == 2 and name in _TABLES or bool(by_layer and "patch" not in layer.lower())
+
+
+def _roles(path: str, shape: Shape, tree: Tree, bias: Shape) -> Roles | None:
+    """The axes of a weight, or None if nothing settles them."""
+    layer, name = last_names(path)
+    if _UNCLEAR.search(name):
+        return None
+    known = _known(layer, name, len(shape))
+    inner = _known(layer, name, len(shape) - 1)
+    found = _by_bias(shape, bias, inner, name)
+    if not found and bias[-1:] == (1,):  # Equinox convolutions: (out, 1, 1).
+        found = _by_bias(shape, _without_ones(bias), inner, name)
+    if known and len(found) <= 1:
+        fits = not bias or math.prod(shape[axis] for axis in known.outputs) == math.prod(bias)
+        is_stacked = bool(found) and bool(found[0].stack) and not fits
+        if not found or (fits and not is_stacked):
+            return Roles(known.inputs, known.outputs) if tree.is_transposed(path) else known
+    if len(found) == 1:
+        return found[0]
+    if found or known:
+        return None
+    if _EINSUM.search(layer) or _EINSUM.search(name):
+        return None
+    if len(shape) == 2:
+        return Roles((1,), (0,))
+    is_image = bool(_IMAGE.search(layer)) or shape[0] <= 7
+    if len(shape) == 4 and shape[0] == shape[1] and is_image and shape[0] <= 32:
+        return Roles((2,), (3,)) if shape[3] == 1 < shape[2] else Roles((3,), (2,))
+    return None
+
+
+def _known(layer: str, name: str, rank: int) -> Roles | None:
+    """The axes of a weight of a name that is known.
 
     The kernel of a grouped convolution holds the inputs of one group, so each of its input channels
     stands for one channel of every group.
     """
     conv, dense = _CONV.search(layer), _DENSE.search(layer)
+    by_name = _BY_NAME.get(rank, {}).get(layer if name in _WEIGHTS else name)
+    if by_name:
+        return by_name
     is_product = rank == 2 and not _EINSUM.search(layer)
     is_conv = rank in (3, 4, 5) and (conv or (rank == 4 and not dense))
-    if name == "kernel":
-        if is_product or is_conv:
-            return (rank - 1,), (rank - 2,)
-        if rank == 3 and layer in ("query", "key", "value"):  # (in, heads, head_dim)
-            return (1, 2), (0,)
-        if rank == 3 and layer == "out":  # (heads, head_dim, out)
-            return (2,), (0, 1)
-    if name in ("weight", "weight_ih", "weight_hh") and (is_product or is_conv):
-        return (0,), (1,)
+    if not is_product and not is_conv:
+        return None
+    if name == "kernel" or (name == "w" and (is_product or conv)):
+        return Roles((rank - 1,), (rank - 2,))
+    if name in ("weight", "weight_ih", "weight_hh"):
+        return Roles((0,), (1,))
     return None
 
 
-def _looks_stacked(path: str, shape: Shape, bias: Shape) -> bool:
-    """Whether the shape of the bias shows that axis 0 of the kernel and the bias stacks layers.
+def _by_bias(shape: Shape, bias: Shape, inner: Roles | None, name: str) -> list[Roles]:
+    """The axes that the shape of a bias allows: none if it says nothing, several if it is unclear.
 
-    From its shape alone, a stack of convolutions looks like one convolution with an extra spatial
-    dimension. Kernels of rank 3 are checked only if their name says that they are convolutions,
-    because others have biases of rank 2.
+    `inner` are the axes of one layer of a stack, if the name tells them.
     """
-    if len(shape) <= 3 and not _CONV.search(last_names(path)[0]):
-        return False
-    return len(bias) == 2 and bias[0] == shape[0] and bias[1] in shape[1:]
+    rank, size = len(shape), len(bias)
+    found = []
+    if 0 < size < rank and bias == shape[-size:]:
+        is_image = rank >= 4 and size == 1 and not _is_heads(shape)
+        inputs = (rank - 2,) if rank == 2 or is_image else tuple(range(rank - size))
+        found.append(Roles(tuple(range(rank - size, rank)), inputs))
+    elif size == 1 and bias[0] == shape[0]:
+        found.append(Roles((0,), (1,)))
+    if size >= 2 and rank > size and bias[0] == shape[0]:
+        is_weight = name.startswith("weight")
+        rest = shape[1:size] if is_weight else shape[-(size - 1) :]
+        if bias[1:] == rest:
+            start = 1 if is_weight else rank - size + 1
+            outputs = tuple(range(start, start + size - 1))
+            others = tuple(axis for axis in range(1, rank) if axis not in outputs)
+            if inner and tuple(axis + 1 for axis in inner.outputs) == outputs:
+                others = tuple(axis + 1 for axis in inner.inputs)
+            found.append(Roles(outputs, others, stack=(0,)))
+    return found
 
 
-def _bias_shape(path: str, shapes: Mapping[str, Shape]) -> Shape:
-    """The shape of the bias of a layer; empty if it has none."""
-    bias = shapes.get(sibling(path, "bias"), ())
-    while len(bias) > 1 and bias[-1] == 1:  # Equinox keeps the spatial dimensions: (out, 1, 1).
-        bias = bias[:-1]
-    return bias
+def _without_ones(shape: Shape) -> Shape:
+    """A shape without trailing ones."""
+    while len(shape) > 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
-def _output_by_bias(path: str, shape: Shape, bias: Shape) -> int | None:
-    """The output axis that the size of the bias suggests, if it contradicts the name; else None.
-
-    Some layers store their kernel as (output, input) and transpose it.
-    """
-    axes = _kernel_axes(*last_names(path), len(shape))
-    if axes is None or len(bias) != 1 or bias[0] == math.prod(shape[axis] for axis in axes[0]):
-        return None
-    return next((axis for axis, size in enumerate(shape) if size == bias[0]), None)
+def _is_heads(shape: Shape) -> bool:
+    return shape[0] != shape[1]
 
 
 def unsettled_message(
-    direction: str, paths: Sequence[str], shapes: Mapping[str, Shape], most: int = 12
+    direction: str, paths: Sequence[str], shapes: Mapping[str, Shape], most: int = 4
 ) -> str:
-    """The error message for unsettled leaves, with the rules that the user may mean."""
-    rules = _possible_rules(direction, paths[0], shapes)
-    width = max(map(len, rules))
-    rows = "".join(f"    cdb_jax.{rule:{width}}  # {x}\n" for rule, x in rules.items())
+    """The error message for unsettled leaves; its first line is the mend."""
+    side = "" if direction == "output" else ', channels="input"'
     listing = "".join(f"    {path!r} of shape {shapes[path]}\n" for path in paths[:most])
     if len(paths) > most:
         listing += f"    and {len(paths) - most} more\n"
-    condition = f"in {tuple(paths)}" if len(paths) > 1 else f"== {paths[0]!r}"
     return (
-        f"channel_axes: name and rank do not settle which axis holds the {direction} channels of\n"
-        f"{listing}Name the axis with a rule:\n"
-        f"    channel_axes=lambda path, leaf: RULE if path {condition} else "
-        f"cdb_jax.{direction}_channels\n"
-        f"where RULE is one of\n{rows}"
-        "(or, if one is right for the whole tree, channel_axes=RULE). To leave them alone because "
-        f"they have no channels, use exempt={tuple(paths)}."
+        f"channel_axes=cdb_jax.infer_channel_axes(loss_fn, params, batch{side}) finds the "
+        f"{direction} channels, which names and shapes do not show for\n{listing}"
+        "Or name their axes, in a dict from path to cdb_jax.Axes or a rule (path, leaf) -> Axes; "
+        "None leaves an array alone."
     )
-
-
-def _possible_rules(direction: str, path: str, shapes: Mapping[str, Shape]) -> dict[str, str]:
-    """Rules that the user may mean for an unsettled leaf, with their meanings."""
-    shape, bias = shapes[path], _bias_shape(path, shapes)
-    is_weight = last_names(path)[1].startswith("weight")
-    # Weights begin with (output, input); kernels end with (input, output).
-    weight_axis, kernel_axis = {"output": (0, -1), "input": (1, -2)}[direction]
-    axis = weight_axis if is_weight else kernel_axis
-    rules = {f"Axes({axis})": f"channels on axis {axis}"}
-    by_bias = _output_by_bias(path, shape, bias)
-    if by_bias is not None:
-        if direction == "input":
-            by_bias = max(i for i in range(len(shape)) if i != by_bias)
-        meaning = f"channels on axis {by_bias}, which the bias of shape {bias} suggests"
-        return {f"Axes({by_bias})": meaning} | rules
-    if len(shape) > 2:
-        if not is_weight:
-            heads = (axis - 1, axis)
-            rules[f"Axes({heads})"] = f"channels on axes {heads}: heads and their features"
-        inner: object = f"cdb_jax.{direction}_channels"
-        if isinstance(_by_name(direction, path, shape[1:]), Reason):
-            inner = axis + 1 if is_weight else axis
-        rules[f"Axes({inner}, stack=0)"] = "layers stacked on axis 0"
-    return rules

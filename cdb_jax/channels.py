@@ -23,6 +23,8 @@ from cdb_jax._conventions import Reason as Reason
 
 Ints = int | tuple[int, ...]
 
+_MOST_UNSETTLED = 0.1  # The fraction of the weights that may be left alone without an error.
+
 
 @dataclasses.dataclass(frozen=True)
 class Convention:
@@ -201,10 +203,9 @@ def _resolve(updates: Any, rules: _Rules) -> Layout:
         check_matches("only", rules.only or (), [*arrays, *absent])
         _check_specs(rules.channel_axes, list(arrays), [*masked, *absent])
     shapes = {path: tuple(getattr(x, "shape", ())) for path, (x, *_) in arrays.items()}
-    leaves = [_resolve_leaf(path, x, rules, shapes) for path, (x, *_) in arrays.items()]
-    for direction, reason in conventions.UNSETTLED.items():
-        if unsettled := [leaf.path for leaf in leaves if leaf.reason is reason]:
-            raise ValueError(conventions.unsettled_message(direction, unsettled, shapes))
+    tree = conventions.Tree(shapes)
+    leaves = [_resolve_leaf(path, x, rules, tree) for path, (x, *_) in arrays.items()]
+    _check_settled(leaves, shapes)
     if rules.share_with_bias:
         by_path = {leaf.path: leaf for leaf in leaves}
         leaves = [_follow_kernel(leaf, by_path, masked) for leaf in leaves]
@@ -451,8 +452,19 @@ def _spec_of(path: str, x: Any, channel_axes: AxisSpec | Rule | SpecTree) -> tup
 # Leaves.
 
 
-def _resolve_leaf(path: str, x: Any, rules: _Rules, shapes: Mapping[str, tuple[int, ...]]) -> Leaf:
-    leaf = Leaf(path, shapes[path])
+def _check_settled(leaves: Sequence[Leaf], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises a ValueError if much of a tree is not settled; a single odd leaf is left alone."""
+    settled = sum(leaf.size for leaf in leaves if leaf.layer is not None)
+    for direction, reason in conventions.UNSETTLED.items():
+        unsettled = [leaf for leaf in leaves if leaf.reason is reason]
+        size = sum(leaf.size for leaf in unsettled)
+        if size > _MOST_UNSETTLED * (settled + size) and (len(unsettled) > 1 or not settled):
+            paths = [leaf.path for leaf in unsettled]
+            raise ValueError(conventions.unsettled_message(direction, paths, shapes))
+
+
+def _resolve_leaf(path: str, x: Any, rules: _Rules, tree: conventions.Tree) -> Leaf:
+    leaf = Leaf(path, tree.shapes[path])
     dtype = getattr(x, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact) or 0 in leaf.shape:
         return leaf._replace(reason=Reason.NO_VALUES)
@@ -472,9 +484,10 @@ def _resolve_leaf(path: str, x: Any, rules: _Rules, shapes: Mapping[str, tuple[i
     stack = _normalise(axes.stack, leaf)
     if isinstance(axes.channel, Convention):
         direction = axes.channel.direction
-        found = conventions.channel_axes(direction, path, leaf.shape, stack, shapes)
-        if isinstance(found, Reason):
-            return leaf._replace(reason=found)
+        by_name = conventions.channel_axes(direction, path, leaf.shape, stack, tree)
+        if isinstance(by_name, Reason):
+            return leaf._replace(reason=by_name)
+        found, stack = by_name
     elif len(leaf.shape) - len(stack) < 2 and not is_for_leaf and axes.channel != ():
         return leaf._replace(reason=Reason.FEW_DIMENSIONS)
     else:
