@@ -259,7 +259,7 @@ def _by_bias(shape: Shape, bias: Shape, inner: Roles | None, name: str) -> list[
     rank, size = len(shape), len(bias)
     found = []
     if 0 < size < rank and bias == shape[-size:]:
-        is_image = rank >= 4 and size == 1 and not _is_heads(shape)
+        is_image = rank >= 4 and size == 1 and shape[0] == shape[1]
         inputs = (rank - 2,) if rank == 2 or is_image else tuple(range(rank - size))
         found.append(Roles(tuple(range(rank - size, rank)), inputs))
     elif size == 1 and bias[0] == shape[0]:
@@ -282,10 +282,6 @@ def _without_ones(shape: Shape) -> Shape:
     while len(shape) > 1 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
-
-
-def _is_heads(shape: Shape) -> bool:
-    return shape[0] != shape[1]
 
 
 def unsettled_message(

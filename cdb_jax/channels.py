@@ -28,7 +28,7 @@ _MOST_UNSETTLED = 0.1  # The fraction of the weights that may be left alone with
 
 @dataclasses.dataclass(frozen=True)
 class Convention:
-    """Finds channels by the parameter names and ranks of Flax (NNX, Linen) and Equinox.
+    """Finds channels by the names and shapes of parameters and biases.
 
     An object rather than a function, because `optax.inject_hyperparams` treats every callable
     argument as a schedule.

@@ -51,7 +51,7 @@ def infer_channel_axes(
       the code that makes it, so you can keep it in a configuration.
 
     Raises:
-      TypeError, ValueError: for a bad argument, or if `fun` does not return a float scalar.
+      TypeError, ValueError: for a bad argument.
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp
@@ -72,35 +72,29 @@ def _uses(
     fun: Callable[..., Any], params: Any, args: Any, kwargs: Any
 ) -> dict[str, axis_uses.Uses | None]:
     """The uses of each leaf by its path; None for a leaf without float values."""
-    leaves, treedef = jax.tree.flatten((params, args, kwargs))
-    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
+    arrays, rebuild = api.split_arrays((params, args, kwargs))
 
     def call(arrays: list[Any]) -> Any:
-        remaining = iter(arrays)
-        filled = [next(remaining) if is_array[i] else x for i, x in enumerate(leaves)]
-        traced_params, traced_args, traced_kwargs = jax.tree.unflatten(treedef, filled)
+        traced_params, traced_args, traced_kwargs = rebuild(arrays)
         result = fun(traced_params, *traced_args, **traced_kwargs)
         return result[0] if isinstance(result, tuple) else result
 
     keyed = jax.tree_util.tree_leaves_with_path(params)
+    is_float = [hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact) for _, x in keyed]
+    in_params = len(api.split_arrays(params)[0])
     is_weight = [
-        i < len(keyed) and jnp.issubdtype(x.dtype, jnp.inexact)
-        for i, x in enumerate(leaves)
-        if is_array[i]
+        i < in_params and jnp.issubdtype(x.dtype, jnp.inexact) for i, x in enumerate(arrays)
     ]
-    program = jax.make_jaxpr(call)(
-        [x for x, chosen in zip(leaves, is_array, strict=True) if chosen]
-    )
+    program = jax.make_jaxpr(call)(arrays)
     found = iter(axis_uses.find(program, is_weight))
-    uses = {}
-    for keys, x in keyed:
-        is_float = hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
-        uses[channels.canonical_path(keys)] = next(found) if is_float else None
-    return uses
+    return {
+        channels.canonical_path(keys): next(found) if chosen else None
+        for (keys, _), chosen in zip(keyed, is_float, strict=True)
+    }
 
 
 def _axes(direction: str, uses: Mapping[str, axis_uses.Uses | None]) -> InferredAxes:
-    stacked = _stack_sizes(uses)
+    stacked = _stacked_modules(uses)
     return {
         path: None if use is None else _axes_of(direction, path, use, stacked)
         for path, use in uses.items()
@@ -139,7 +133,7 @@ def _parent(path: str) -> str:
     return "/".join(path.split("/")[:-2])
 
 
-def _stack_sizes(uses: Mapping[str, axis_uses.Uses | None]) -> set[str]:
+def _stacked_modules(uses: Mapping[str, axis_uses.Uses | None]) -> set[str]:
     """The modules with a layer that is stacked along its first axis."""
     return {
         _parent(path)

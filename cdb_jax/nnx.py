@@ -77,7 +77,7 @@ def value_and_grad(
             value, aux = result if has_aux else (result, None)
             with nnx.split_context(_UPDATE) as context:
                 new_graph, new_params, new_rest = call.split(context, models)
-            return value, (aux, new_graph, _without(given, new_params), new_rest)
+            return value, (aux, new_graph, _changes(given, new_params), new_rest)
 
         (value, (aux, new_graph, changed, new_rest)), gradient = api.value_and_grad(
             loss, has_aux=True
@@ -166,7 +166,7 @@ def _of_parameters(f: Callable[..., Any], model: nnx.Module) -> tuple[Callable[.
     return fun, params
 
 
-def _without(given: Any, params: Any) -> Any:
+def _changes(given: Any, params: Any) -> Any:
     """The parameters with None in place of those that were given: results cost memory traffic."""
     known = dict(jax.tree_util.tree_leaves_with_path(given))
     return jax.tree_util.tree_map_with_path(
@@ -175,7 +175,7 @@ def _without(given: Any, params: Any) -> Any:
 
 
 def _filled(given: Any, changed: Any) -> Any:
-    """The inverse of `_without`."""
+    """The inverse of `_changes`."""
     known = dict(jax.tree_util.tree_leaves_with_path(given))
     return jax.tree_util.tree_map_with_path(
         lambda path, x: known[path] if x is None else x, changed, is_leaf=lambda x: x is None

@@ -118,6 +118,22 @@ def without_value(value_and_gradient: Callable[..., Any], has_aux: bool) -> Call
     return gradient
 
 
+def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The arrays of a tree, and a function that puts others in their place.
+
+    All other leaves, such as Python numbers and functions, stay as they are.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
+
+    def rebuild(arrays: list[Any]) -> Any:
+        remaining = iter(arrays)
+        filled = [next(remaining) if is_array[i] else x for i, x in enumerate(leaves)]
+        return jax.tree.unflatten(treedef, filled)
+
+    return [x for x, chosen in zip(leaves, is_array, strict=True) if chosen], rebuild
+
+
 def check_function(fun: Any) -> None:
     if not callable(fun):
         raise TypeError(

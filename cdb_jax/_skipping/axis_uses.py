@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core
+from jax.extend.core import primitives
 
 from cdb_jax._skipping import jaxprs
 
@@ -135,18 +136,19 @@ class _Finder:
         name = eqn.primitive.name
         if name == "optimization_barrier":
             return facts
-        if name == "broadcast_in_dim":
+        if eqn.primitive is primitives.broadcast_in_dim_p:
             return [_broadcast(eqn, facts[0])]
         if jaxprs.programs_in(eqn.params):
             return self._call(eqn, facts, otherwise)
         if not any(fact.origins for fact in facts):
             return otherwise
-        if name in _RULES:
-            origins = _RULES[name](self, eqn, facts)
+        rule = _RULES.get(eqn.primitive) or _RULES_BY_NAME.get(name)
+        if rule:
+            origins = rule(self, eqn, facts)
         elif name in _ELEMENTWISE:
             origins = _elementwise(eqn, facts)
         else:
-            self._unknown(facts, name)
+            self.unknown(facts, name)
             origins = []
         return [x._replace(origins=tuple(_merged(origins))) for x in otherwise]
 
@@ -156,23 +158,24 @@ class _Finder:
             for leaf_axis in factor.axes:
                 self.uses[origin.leaf].axes[leaf_axis].add(use)
 
-    def _unknown(self, facts: Iterable[Fact], name: str) -> None:
+    def unknown(self, facts: Iterable[Fact], name: str) -> None:
+        """Notes that a primitive reads weights in a way that is not understood."""
         for fact in facts:
             for origin in fact.origins:
                 self.uses[origin.leaf].unknown.add(name)
 
     def _call(self, eqn: core.JaxprEqn, facts: list[Fact], otherwise: list[Fact]) -> list[Fact]:
         """Equations that contain programs."""
-        name, params = eqn.primitive.name, eqn.params
-        if name == "scan":
+        primitive, name, params = eqn.primitive, eqn.primitive.name, eqn.params
+        if primitive is primitives.scan_p:
             return self._scan(eqn, facts, otherwise)
-        if name == "while":
+        if primitive is primitives.while_p:
             num_cond, num_body = params["cond_nconsts"], params["body_nconsts"]
             consts, state = facts[num_cond : num_cond + num_body], facts[num_cond + num_body :]
-            self._unknown(state, name)
+            self.unknown(state, name)
             self.program(params["body_jaxpr"], [*consts, *map(_as_data, state)])
             return list(map(_as_data, otherwise))
-        if name == "cond":
+        if primitive is primitives.cond_p:
             results = [self.program(branch, facts[1:]) for branch in params["branches"]]
             return [_either(several) for several in zip(*results, strict=True)]
         programs = [
@@ -182,14 +185,14 @@ class _Finder:
             and list(map(_shape, jaxprs.opened(x)[0].invars)) == list(map(_shape, eqn.invars))
         ]
         if name == "shard_map" or not programs:
-            self._unknown(facts, name)
+            self.unknown(facts, name)
             return otherwise
         return self.program(programs[0], facts)
 
     def _scan(self, eqn: core.JaxprEqn, facts: list[Fact], otherwise: list[Fact]) -> list[Fact]:
         num_consts, num_carry = jaxprs.scan_arity(eqn.params)
         first = num_consts + num_carry
-        self._unknown(facts[num_consts:first], "scan")
+        self.unknown(facts[num_consts:first], "scan")
         for fact in facts[first:]:
             for origin in fact.origins:
                 self.use(origin, 0, Use.STACK)
@@ -289,7 +292,7 @@ def _regrouped(flat: list[Factor], shape: tuple[int, ...]) -> tuple[tuple[Factor
 
 def _resized(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
     """Slices, pads and concatenations: other sizes along the same axes; size 1 is an index."""
-    if eqn.primitive.name == "concatenate" and any(fact.is_data for fact in facts):
+    if eqn.primitive is primitives.concatenate_p and any(fact.is_data for fact in facts):
         return []  # Tokens, not weights.
     old_shapes, new_shape = [_shape(v) for v in eqn.invars], _shape(eqn.outvars[0])
     origins = []
@@ -334,7 +337,7 @@ def _elementwise(eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
         for origin in (_spread(x, shape) for x in fact.origins):
             own = {axis for axis, fs in enumerate(origin.axes) if any(f.axes for f in fs)}
             own &= _all_axes(shape)
-            scaled = eqn.primitive.name in ("mul", "div")
+            scaled = eqn.primitive in (primitives.mul_p, primitives.div_p)
             if all(x is fact or (scaled and own - x.varies) for x in data):
                 origins.append(origin)
     return origins
@@ -373,7 +376,7 @@ def _convolution(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list
         finder.use(origin, in_axis, Use.SUMMED)
         for axis in spatial:
             finder.use(origin, axis, Use.SPATIAL)
-    finder._unknown(facts[:1], eqn.primitive.name)
+    finder.unknown(facts[:1], eqn.primitive.name)
     return []
 
 
@@ -404,24 +407,29 @@ def _gather(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Orig
 
 
 _Rule = Callable[[_Finder, core.JaxprEqn, list[Fact]], list[Origin]]
-_RULES: dict[str, _Rule] = {
-    "transpose": _transposed,
-    "reshape": _reshaped,
-    "squeeze": _reshaped,
-    "expand_dims": _reshaped,
-    "slice": _resized,
-    "pad": _resized,
-    "concatenate": _resized,
-    "dynamic_slice": _resized,
-    "rev": _kept,
-    "sharding_constraint": _kept,
-    "reshard": _kept,
-    "dot_general": _product,
-    "conv_general_dilated": _convolution,
-    "gather": _gather,
-    **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min", "reduce_prod"), _reduced),
-    **dict.fromkeys(("argmax", "argmin", "reduce_and", "reduce_or"), _reduced),
+_RULES: dict[core.Primitive, _Rule] = {
+    primitives.transpose_p: _transposed,
+    primitives.reshape_p: _reshaped,
+    primitives.squeeze_p: _reshaped,
+    primitives.slice_p: _resized,
+    primitives.pad_p: _resized,
+    primitives.concatenate_p: _resized,
+    primitives.dynamic_slice_p: _resized,
+    primitives.rev_p: _kept,
+    primitives.sharding_constraint_p: _kept,
+    primitives.reduce_sum_p: _reduced,
+    primitives.reduce_max_p: _reduced,
+    primitives.reduce_min_p: _reduced,
+    primitives.reduce_prod_p: _reduced,
+    primitives.reduce_and_p: _reduced,
+    primitives.reduce_or_p: _reduced,
+    primitives.argmax_p: _reduced,
+    primitives.argmin_p: _reduced,
+    primitives.dot_general_p: _product,
+    primitives.conv_general_dilated_p: _convolution,
+    primitives.gather_p: _gather,
 }
+_RULES_BY_NAME: dict[str, _Rule] = {"reshard": _kept}  # `jax.extend` does not export it.
 
 _ELEMENTWISE = frozenset(
     "abs add atan2 cbrt ceil clamp complex conj convert_element_type copy copy_p cos cosh div erf "

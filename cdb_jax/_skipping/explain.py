@@ -26,14 +26,11 @@ def explain(
         layers = {layer.path for group in selection.groups for layer in group.layers}
         masked = f"masked only: {Obstacle(Reason.NOT_STATIC)}"
         return [masked if x.source in layers else "in full" for x in selection.layout.leaves]
-    leaves, treedef = jax.tree.flatten((params, args, kwargs))
-    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
+    arrays, rebuild = api.split_arrays((params, args, kwargs))
     explained: list[str] = []
 
     def trace(arrays: list[Any]) -> None:
-        remaining = iter(arrays)
-        filled = [next(remaining) if is_array[i] else x for i, x in enumerate(leaves)]
-        traced_params, traced_args, traced_kwargs = jax.tree.unflatten(treedef, filled)
+        traced_params, traced_args, traced_kwargs = rebuild(arrays)
 
         def value(params: Any) -> Any:
             result = fun(params, *traced_args, **traced_kwargs)
@@ -46,7 +43,7 @@ def explain(
                 _gradient(traced.layout.leaves[i], found.targets[i], found.uses.get(i), x)
             )
 
-    jax.eval_shape(trace, [x for x, chosen in zip(leaves, is_array, strict=True) if chosen])
+    jax.eval_shape(trace, arrays)
     return explained
 
 
