@@ -50,6 +50,7 @@ _IMAGE = re.compile(r"conv|patch|stem", re.IGNORECASE)
 _BIASES = ("bias", "b", "beta", "offset")
 _WEIGHTS = ("kernel", "weight", "w")
 _TABLES = ("embedding", "embeddings", "table", "input_embedding")
+_BOXED = ("kernel", "weight", "bias")
 _WRAPPERS = ("value", "data_array", "array", "args")  # Of arrays in boxes.
 
 
@@ -90,16 +91,12 @@ def sibling(path: str, name: str) -> str:
 
 
 def _unwrapped(path: str) -> list[str]:
-    """The parts of a path without those that a box of an array adds."""
+    """The parts of a path without those that a box adds to a parameter: `weight/args/1`."""
     parts = path.split("/")
     end = len(parts)
     while end > 1 and (parts[end - 1] in _WRAPPERS or parts[end - 1].isdigit()):
         end -= 1
-    # A number is part of a box only if the name of a parameter comes before it.
-    is_boxed = parts[end - 1] in (*_WEIGHTS, *_BIASES) or parts[-1] in _WRAPPERS
-    while is_boxed and parts[-1] in _WRAPPERS:
-        parts = parts[:-1]
-    return parts[:end] if parts[end - 1] in (*_WEIGHTS, *_BIASES) else parts
+    return parts[:end] if parts[end - 1] in _BOXED else parts
 
 
 class Tree:
@@ -122,17 +119,23 @@ class Tree:
         bias = self._biases.get("/".join(prefix), ())
         if name.isdigit() and not bias:  # Lists of weights and biases in turn.
             bias = self.shapes.get("/".join([*prefix, str(int(name) + 1)]), ())
-            if len(bias) >= len(self.shapes[path]) or bias != self.shapes[path][-len(bias) :]:
+            if len(bias) >= len(self.shapes[path]) or not _ends_with(self.shapes[path], bias):
                 return ()
         return bias
 
     def is_bias(self, path: str, shape: Shape) -> bool:
-        """Whether an array is the bias of the weight before it in a list."""
+        """Whether an array is the bias of a weight: by name, or because of what is next to it."""
         *prefix, name = _unwrapped(path)
-        if not name.isdigit() or name == "0":
-            return False
-        weight = self.shapes.get("/".join([*prefix, str(int(name) - 1)]), ())
-        return len(weight) > len(shape) and weight[-len(shape) :] == shape
+
+        def shape_of(other: str) -> Shape:
+            return self.shapes.get("/".join([*prefix, other]), ())
+
+        if name == "b":  # Also half of a low-rank pair, or any matrix.
+            return any(len(shape_of(weight)) > len(shape) for weight in _WEIGHTS)
+        if name.isdigit():
+            weight = shape_of(str(int(name) - 1))
+            return len(weight) > len(shape) and _ends_with(weight, shape)
+        return name in _BIASES or name.endswith("_bias")
 
     def is_transposed(self, path: str) -> bool:
         """Whether layers of this name hold their kernels as (output, input), as biases show."""
@@ -182,7 +185,7 @@ def _without_channels(path: str, shape: Shape, tree: Tree) -> Reason | None:
     layer, name = last_names(path)
     if len(shape) < 2:
         return Reason.FEW_DIMENSIONS
-    if name in _BIASES or name.endswith("_bias") or tree.is_bias(path, shape):
+    if tree.is_bias(path, shape):
         return Reason.BIAS
     if name == "scale":
         return Reason.SCALE
@@ -275,6 +278,10 @@ def _by_bias(shape: Shape, bias: Shape, inner: Roles | None, name: str) -> list[
                 others = tuple(axis + 1 for axis in inner.inputs)
             found.append(Roles(outputs, others, stack=(0,)))
     return found
+
+
+def _ends_with(shape: Shape, end: Shape) -> bool:
+    return shape[len(shape) - len(end) :] == end
 
 
 def _without_ones(shape: Shape) -> Shape:

@@ -209,6 +209,18 @@ def test_tables_are_dropped_by_features(name):
     assert axes_of({name: {"weight": jnp.zeros((50, 8))}}) == {f"{name}/weight": ((1,), ())}
 
 
+@pytest.mark.parametrize("name", ["value", "args/0", "a/b", "b/0"])
+def test_a_matrix_of_any_name_is_a_weight(name):
+    assert axes_of({name: jnp.zeros((6, 4))}) == {name: ((1,), ())}
+
+
+def test_a_bias_of_several_dimensions():
+    layer = {"w": jnp.zeros((16, 4, 8)), "b": jnp.zeros((4, 8))}
+    assert axes_of({"q": layer}) == {"q/w": ((1, 2), ()), "q/b": None}
+    stacked = {"w": jnp.zeros((3, 16, 8)), "b": jnp.zeros((3, 8))}
+    assert axes_of({"up": stacked}) == {"up/w": ((2,), (0,)), "up/b": None}
+
+
 def test_a_bias_that_contradicts_the_name():
     square = {"c_proj": {"kernel": jnp.zeros((6, 6)), "bias": jnp.zeros(6)}}
     wide = {"c_proj": {"kernel": jnp.zeros((6, 3)), "bias": jnp.zeros(6)}}
