@@ -110,7 +110,11 @@ def _axes_of(
         use: tuple(axis for axis, found in enumerate(uses.axes) if use in found) for use in Use
     }
     outputs, inputs = by_use[Use.FREE], by_use[Use.SUMMED]
-    stack = tuple(axis for axis, found in enumerate(uses.axes) if found & _STACKS)
+    stack = tuple(
+        axis
+        for axis, found in enumerate(uses.axes)
+        if found & _STACKS and Use.COMBINED not in found
+    )
     if set(outputs) & set(inputs):  # Used in both directions, as in an autoencoder.
         return _CONVENTIONS[direction]
     if not inputs and by_use[Use.FEATURE]:

@@ -283,7 +283,7 @@ def complex_pairs():
         y = (b @ x.T.astype(jnp.complex64)).real
         return jnp.mean(y * jnp.exp(params["log_step"]))
 
-    return params, loss, (normal(4, 5, 16),), {"B": (0, 2)}
+    return params, loss, (normal(4, 5, 16),), {"B": (0, ())}
 
 
 def rematerialised():

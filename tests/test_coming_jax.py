@@ -11,7 +11,7 @@ from jax.experimental import hijax, pallas
 from jax.extend.core import primitives
 from toy_models import check, normal, window
 
-from cdb_jax._skipping import follow as following
+from cdb_jax._skipping import follow as following, moves
 from cdb_jax._skipping.reasons import Obstacle, Reason
 
 PARAMS = {
@@ -124,14 +124,14 @@ def moved(*args):
 @pytest.mark.parametrize(
     ("table", "primitive", "path"),
     [
-        ("_CALLS", primitives.scan_p, "stacked/kernel"),
-        ("_CALLS", primitives.jit_p, "first/kernel"),
-        ("_LAYOUT", primitives.transpose_p, "last/kernel"),
+        (following._CALLS, primitives.scan_p, "stacked/kernel"),
+        (following._CALLS, primitives.jit_p, "first/kernel"),
+        (moves._LAYOUT, primitives.transpose_p, "last/kernel"),
     ],
 )
 def test_parameters_of_other_names(table, primitive, path, monkeypatch):
     monkeypatch.setattr(following, "FORM_ERRORS", (KeyError,))
-    monkeypatch.setitem(getattr(following, table), primitive, moved)
+    monkeypatch.setitem(table, primitive, moved)
 
     def first(x, w):
         return jax.jit(jnp.matmul)(x, w)

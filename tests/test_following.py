@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import PartitionSpec as P
 
-from cdb_jax._skipping import follow as following, jaxprs
+from cdb_jax._skipping import follow as following, jaxprs, moves
 
 X = jnp.ones((2, 3))
 W = jnp.ones((3, 4))
@@ -76,13 +76,10 @@ def test_conditionals():
 
 
 def test_shardings_of_a_jit():
-    eqn = equation(jax.jit(jnp.sin), X)
-    assert not following._has_shardings(eqn)
-    with_sharding = jax.jit(
-        jnp.sin, in_shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    )
-    eqn = equation(with_sharding, X)
-    assert following._has_shardings(eqn)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = equation(jax.jit(jnp.sin, in_shardings=device), X).params
+    assert params["in_shardings"] == (device,)
+    assert not following._is_sharding(*params["out_shardings"])
 
 
 @pytest.mark.parametrize(
@@ -101,7 +98,7 @@ def test_shardings_of_a_jit():
 )
 def test_layout(f):
     primitive = jax.make_jaxpr(f)(X).jaxpr.eqns[-1].primitive
-    assert primitive in following._LAYOUT or primitive.name in following._LAYOUT_BY_NAME
+    assert primitive in moves._LAYOUT or primitive.name in moves._LAYOUT_BY_NAME
 
 
 def test_replicated_over_a_mesh_axis():
@@ -115,7 +112,7 @@ def test_replicated_over_a_mesh_axis():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     jax.shard_map(inside, mesh=mesh, in_specs=P(), out_specs=P())(X)
     ((name, axes),) = found
-    assert name in following._LAYOUT_BY_NAME and axes == ("data",)
+    assert name in moves._LAYOUT_BY_NAME and axes == ("data",)
 
 
 def test_name_scopes_and_metadata():
@@ -144,4 +141,4 @@ def test_name_scopes_and_metadata():
     ],
 )
 def test_matched_axes_of_a_reshape(before, after, matched):
-    assert following._matched_axes(before, after) == matched
+    assert moves._matched_axes(before, after) == matched

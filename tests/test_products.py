@@ -10,6 +10,7 @@ list of cases that run as one compiled program.
 """
 
 import functools
+import itertools
 import math
 import operator
 from typing import Any, NamedTuple
@@ -94,7 +95,8 @@ def weight_gradient(layer, x, dy, place, mode):
 
 def weighted(layer, x, w, change, place, mode, needed):
     """The product with a weight, whose gradient is that of `change`."""
-    return products.multiply(described(layer), x, w, products.Change(change, place, mode), needed)
+    change = products.Change(change, place, mode)
+    return products.multiply((described(layer),), x, w, (change,), needed)
 
 
 def unweighted(product, lhs, rhs, needed):
@@ -321,16 +323,24 @@ def dots(draw, modes=((PARTIAL,),)):
     batch, contracting, w_free, x_free = (
         tuple(draw(st.lists(st.integers(1, 3), max_size=2))) for _ in range(4)
     )
-    # The axes of the weight by kind, before they are permuted.
-    kinds = {"stack": stack_shape, "batch": batch, "contracting": contracting, "free": w_free}
+    # The axes of the weight by kind, before they are permuted. Stacks of layers with the same input
+    # are free too.
+    is_batched = kind != "free" or draw(st.booleans())
+    kinds = {"batch": batch, "contracting": contracting, "stack": stack_shape, "free": w_free}
     kinds[kind] = channel_shape + kinds[kind]
+    if is_batched:
+        kinds = {"stack": kinds.pop("stack")} | kinds
     w_sizes = sum(kinds.values(), ())
-    num_batch = len(stack_shape) + len(kinds["batch"])
+    starts = dict(
+        zip(kinds, itertools.accumulate(map(len, kinds.values()), initial=0), strict=False)
+    )
+    num_batch = starts["contracting"]
     num_shared = num_batch + len(kinds["contracting"])
     x_sizes = w_sizes[:num_shared] + x_free
     w_axes = tuple(draw(st.permutations(range(len(w_sizes)))))
     x_axes = tuple(draw(st.permutations(range(len(x_sizes)))))
-    start = {"batch": len(stack_shape), "contracting": num_batch, "free": num_shared}[kind]
+    channel_axes = w_axes[starts[kind] :][: len(channel_shape)]
+    stack_axes = w_axes[starts["stack"] :][: len(stack_shape)]
 
     # The dimension numbers list pairs of axes in any order.
     pairs = list(zip(w_axes, x_axes, strict=False))
@@ -346,9 +356,8 @@ def dots(draw, modes=((PARTIAL,),)):
     side = draw(st.integers(0, 1))
     if side == 1:
         product = Dot(*(pair[::-1] for pair in product))
-    channel_axes = w_axes[start : start + len(channel_shape)]
     place = draw(stacked_places(part, stack_shape))
-    return Layer(product, side, channel_axes, w_axes[: len(stack_shape)], part, place, modes)
+    return Layer(product, side, channel_axes, stack_axes, part, place, modes)
 
 
 @st.composite
@@ -466,9 +475,11 @@ def test_channels_of_several_kinds_are_refused(side, channel_axes):
 
 
 @pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("stack_axes", [(1,), (2,), (0, 1)])
-def test_layers_that_meet_in_one_product_are_refused(side, stack_axes):
-    assert is_refused(DOT, side, (), stack_axes)
+@pytest.mark.parametrize(
+    ("channel_axes", "stack_axes"), [((1,), (2,)), ((2,), (1,)), ((2,), (0, 1))]
+)
+def test_layers_that_meet_in_one_product_are_refused(side, channel_axes, stack_axes):
+    assert is_refused(DOT, side, channel_axes, stack_axes)
 
 
 @pytest.mark.parametrize("modes", [(PARTIAL, FULL), (FROZEN, PARTIAL), (FULL,), (FROZEN,)])

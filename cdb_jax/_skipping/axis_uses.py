@@ -9,8 +9,9 @@ and indexing then say what each axis is for.
 from __future__ import annotations
 
 import enum
+import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core
@@ -30,6 +31,7 @@ class Use(enum.Enum):
     FEATURE = "a feature of a table that is looked up"
     STACK = "a loop runs over it"
     INDEXED = "indexed"
+    COMBINED = "its entries are combined into one weight"
 
 
 class Uses(NamedTuple):
@@ -54,10 +56,18 @@ class Factor(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """A weight that a value stems from, and the factors of each axis of the value, major first."""
+    """A weight that a value stems from.
+
+    Attributes:
+      leaf: the position of the weight.
+      axes: the factors of each axis of the value, major first.
+      entries: the axes of the weight that were indexed, each with something that differs between
+        different entries.
+    """
 
     leaf: int
     axes: tuple[tuple[Factor, ...], ...]
+    entries: frozenset[tuple[int, Hashable]] = frozenset()
 
     @property
     def covered(self) -> frozenset[int]:
@@ -145,8 +155,8 @@ class _Finder:
         rule = _RULES.get(eqn.primitive) or _RULES_BY_NAME.get(name)
         if rule:
             origins = rule(self, eqn, facts)
-        elif name in _ELEMENTWISE:
-            origins = _elementwise(eqn, facts)
+        elif name in jaxprs.ELEMENTWISE:
+            origins = _elementwise(self, eqn, facts)
         else:
             self.unknown(facts, name)
             origins = []
@@ -298,7 +308,7 @@ def _resized(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Ori
     origins = []
     for fact, old_shape in zip(facts, old_shapes, strict=True):
         for origin in fact.origins:
-            axes = []
+            axes, entries = [], origin.entries
             for axis, factors in enumerate(origin.axes):
                 if old_shape[axis] == new_shape[axis]:
                     axes.append(factors)
@@ -306,10 +316,16 @@ def _resized(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Ori
                 union = frozenset().union(*(f.axes for f in factors))
                 if new_shape[axis] == 1:
                     finder.use(origin, axis, Use.INDEXED)
+                    entries |= {(i, _entry(eqn, axis)) for i in union}
                     union = frozenset()
                 axes.append((Factor(union, new_shape[axis]),))
-            origins.append(origin._replace(axes=tuple(axes)))
+            origins.append(origin._replace(axes=tuple(axes), entries=entries))
     return origins
+
+
+def _entry(eqn: core.JaxprEqn, axis: int) -> Hashable:
+    """Something that differs between different entries along an axis."""
+    return eqn.params["start_indices"][axis] if eqn.primitive is primitives.slice_p else object()
 
 
 def _reduced(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
@@ -324,7 +340,7 @@ def _kept(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin
     return list(facts[0].origins)
 
 
-def _elementwise(eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
+def _elementwise(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
     """A weight stays one if it is combined with weights and constants, or is scaled by data.
 
     Data may only scale it: the data that a scale or a bias is applied to varies along all of the
@@ -340,6 +356,10 @@ def _elementwise(eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
             scaled = eqn.primitive in (primitives.mul_p, primitives.div_p)
             if all(x is fact or (scaled and own - x.varies) for x in data):
                 origins.append(origin)
+    for first, second in itertools.combinations(origins, 2):
+        if first.leaf == second.leaf:
+            for axis, _ in first.entries ^ second.entries:
+                finder.uses[first.leaf].axes[axis].add(Use.COMBINED)
     return origins
 
 
@@ -430,10 +450,3 @@ _RULES: dict[core.Primitive, _Rule] = {
     primitives.gather_p: _gather,
 }
 _RULES_BY_NAME: dict[str, _Rule] = {"reshard": _kept}  # `jax.extend` does not export it.
-
-_ELEMENTWISE = frozenset(
-    "abs add atan2 cbrt ceil clamp complex conj convert_element_type copy copy_p cos cosh div erf "
-    "erf_inv exp exp2 expm1 floor imag integer_pow log log1p logistic max min mul name neg pow "
-    "real reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub "
-    "tan tanh pvary eq ne lt le gt ge is_finite and or not xor".split()
-)

@@ -1,8 +1,8 @@
 """Follows weights through a traced program to the products that read them.
 
-A product that a weight reaches only through changes of layout and dtype is replaced by one that
-computes the kept part of its weight gradient (`products.multiply`). All other operations stay as
-they are, and JAX computes what they contribute to the gradient of a weight.
+A product that a weight reaches through operations that keep its channels apart (`moves`) is
+replaced by one that computes the kept part of its weight gradient (`products.multiply`). All other
+operations stay as they are, and JAX computes what they contribute to the gradient of a weight.
 
 If everything but one layer is frozen, the gradient of an activation is needed only if something
 below it learns in this step. Such a program is *gated*: tracing finds the leaves that each value
@@ -24,21 +24,9 @@ from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
-from cdb_jax._skipping import jaxprs, products
+from cdb_jax._skipping import jaxprs, moves, products
 from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax.selection import Mode
-
-
-class Weight(NamedTuple):
-    """A value that is a leaf of the parameters with its axes rearranged.
-
-    `channel` and `stack` are the axes of the value that hold the leaf's channels, major first, and
-    its stacked layers.
-    """
-
-    leaf: int
-    channel: tuple[int, ...]
-    stack: tuple[int, ...]
 
 
 class Loop:
@@ -53,22 +41,29 @@ NOTHING: Needs = frozenset()
 class Fact(NamedTuple):
     """What is known about a value when a program is traced."""
 
-    weight: Weight | None = None
+    weights: tuple[moves.Weight, ...] = ()
     needs: Needs = NOTHING
 
 
 class Uses(NamedTuple):
-    """What a program does with a leaf: the number of its products, and what else reads it."""
+    """What a program does with a leaf.
+
+    Attributes:
+      products: the number of products that read it.
+      is_moved: whether it reaches all of them through changes of layout only.
+      others: what else reads it.
+    """
 
     products: int
+    is_moved: bool
     others: tuple[Obstacle, ...]
 
 
 class Value(NamedTuple):
-    """A value at run time; a weight whose gradient is skipped comes with a change."""
+    """A value at run time, with a change for each of its weights whose gradient is skipped."""
 
     array: Any
-    change: products.Change | None = None
+    changes: tuple[products.Change | None, ...] = ()
 
 
 class Flags(NamedTuple):
@@ -117,12 +112,13 @@ class Program(NamedTuple):
 class _Context(NamedTuple):
     targets: Sequence[products.Target]
     is_gated: bool
-    products: list[int]  # Leaves, once for each product.
+    products: list[moves.Weight]  # One for each product.
     others: list[tuple[int, Obstacle]]
+    is_gradient: bool = False  # Whether the program is a gradient, and needs none itself.
 
     def used_otherwise(self, facts: Sequence[Fact], reason: Reason, detail: object = "") -> None:
         obstacle = Obstacle(reason, detail)
-        self.others.extend((fact.weight.leaf, obstacle) for fact in facts if fact.weight)
+        self.others.extend((weight.leaf, obstacle) for fact in facts for weight in fact.weights)
 
 
 def follow(
@@ -142,9 +138,11 @@ def follow(
     context = _Context(targets, is_gated, [], [])
     followed, _ = _follow(program, facts, context)
     uses = {}
-    for leaf in (fact.weight.leaf for fact in facts if fact.weight):
+    for leaf in (weight.leaf for fact in facts for weight in fact.weights):
         others = dict.fromkeys(obstacle for other, obstacle in context.others if other == leaf)
-        uses[leaf] = Uses(context.products.count(leaf), tuple(others))
+        found = [weight for weight in context.products if weight.leaf == leaf]
+        is_moved = not any(weight.is_whole for weight in found)
+        uses[leaf] = Uses(len(found), is_moved, tuple(others))
     return followed, uses
 
 
@@ -181,7 +179,7 @@ def _follow(program: Any, inputs: Sequence[Fact], context: _Context) -> tuple[Pr
         step, results = _understood(eqn, jaxpr, given, context)
         if step:
             steps[i] = _in_scopes_of(eqn, step)
-        results = results or [Fact(None, _union(given))] * len(eqn.outvars)
+        results = results or [Fact((), _union(given))] * len(eqn.outvars)
         facts.update(zip(eqn.outvars, results, strict=True))
     pieces = _pieces(jaxpr, steps)
     return Program(jaxpr, consts, pieces, bool(steps)), [known(v) for v in jaxpr.outvars]
@@ -254,27 +252,39 @@ def _understood(
 def _replaced(
     eqn: core.JaxprEqn, program: core.Jaxpr, facts: list[Fact], context: _Context
 ) -> Found:
-    primitive, name = eqn.primitive, eqn.primitive.name
+    primitive = eqn.primitive
     if primitive in _CALLS:
         return _CALLS[primitive](eqn, facts, context)
     if primitive in _PRODUCTS:
         return _product(eqn, facts, context), None
-    if not any(fact.weight for fact in facts):
+    if not any(fact.weights for fact in facts):
         return None, None
-    rule = _LAYOUT.get(primitive) or _LAYOUT_BY_NAME.get(name)
-    if rule and len(facts) == 1 and facts[0].weight:
-        moved = rule(eqn, facts[0].weight, context.targets[facts[0].weight.leaf])
-        if moved:
-            weight, change_z = moved
-            step = functools.partial(_move, eqn, program, change_z)
-            return step, [Fact(weight, facts[0].needs)]
-    reason = Reason.INSIDE if jaxprs.programs_in(eqn.params) else Reason.READ_BY
-    context.used_otherwise(facts, reason, name)
-    return None, None
+    weights, learns = [fact.weights for fact in facts], [bool(fact.needs) for fact in facts]
+    if jaxprs.programs_in(eqn.params):
+        move = _move_in_call(eqn, program, facts, context)
+    else:
+        move = moves.find(eqn, weights, learns, context.targets)
+    if move is None:
+        context.used_otherwise(facts, *_obstacle(eqn, facts))
+        return None, None
+    step = functools.partial(_move, move, eqn, program, weights, context.targets)
+    return step, [Fact(weights, _union(facts)) for weights in move.weights]
+
+
+def _obstacle(eqn: core.JaxprEqn, facts: Sequence[Fact]) -> Obstacle:
+    if any(fact.needs and not fact.weights for fact in facts):
+        return Obstacle(Reason.COMBINED, eqn.primitive.name)
+    is_call = bool(jaxprs.programs_in(eqn.params))
+    return Obstacle(Reason.INSIDE if is_call else Reason.READ_BY, eqn.primitive.name)
 
 
 def _shape(v: jaxprs.Atom) -> tuple[int, ...]:
-    return v.aval.shape  # type: ignore[attr-defined]
+    return _type_of(v).shape
+
+
+def _type_of(v: jaxprs.Atom) -> jax.ShapeDtypeStruct:
+    aval: Any = v.aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
 # Products.
@@ -284,33 +294,61 @@ _PRODUCTS = (primitives.dot_general_p, primitives.conv_general_dilated_p)
 
 def _product(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Step | None:
     op = products.Operation.of_equation(eqn)
-    shapes = [_shape(v) for v in eqn.invars]
     needs = (facts[0].needs, facts[1].needs) if context.is_gated else None
     for side in (1, 0):
-        weight = facts[side].weight
-        if weight is None:
+        weights = facts[side].weights
+        if not weights:
             continue
-        layer = weight.channel, weight.stack, context.targets[weight.leaf]
-        if eqn.primitive is primitives.dot_general_p:
-            found = products.dot_product(op, side, (len(shapes[0]), len(shapes[1])), *layer)
-        else:
-            found = products.convolution(op, side, shapes[side], *layer)
-        if isinstance(found, Obstacle):
-            context.others.append((weight.leaf, found))
+        found: list[products.Product] = []
+        obstacle = None
+        for weight in weights:
+            product = _product_with(eqn, op, side, weight, context)
+            if isinstance(product, Obstacle):
+                obstacle = product
+            else:
+                found.append(product)
+        if obstacle:
+            context.used_otherwise([facts[side]], *obstacle)
             continue
-        context.products.append(weight.leaf)
+        context.products.extend(weights)
         context.used_otherwise([facts[1 - side]], Reason.TWO_WEIGHTS)
-        return functools.partial(_multiply, found, needs and needs[1 - side])
+        return functools.partial(_multiply, found, weights, needs and needs[1 - side])
     return functools.partial(_gate, op, needs) if needs else None
 
 
+def _product_with(
+    eqn: core.JaxprEqn,
+    op: products.Operation,
+    side: int,
+    weight: moves.Weight,
+    context: _Context,
+) -> products.Product | Obstacle:
+    shapes = [_shape(v) for v in eqn.invars]
+    layer = weight.channel, weight.stack, context.targets[weight.leaf], weight.box
+    if eqn.primitive is primitives.dot_general_p:
+        return products.dot_product(op, side, (len(shapes[0]), len(shapes[1])), *layer)
+    return products.convolution(op, side, shapes[side], *layer)
+
+
 def _multiply(
-    product: products.Product, needs: Needs | None, operands: Sequence[Value], flags: Flags
+    found: Sequence[products.Product],
+    weights: Sequence[moves.Weight],
+    needs: Needs | None,
+    operands: Sequence[Value],
+    flags: Flags,
 ) -> list[Value]:
-    x, w = operands[1 - product.side], operands[product.side]
-    assert w.change is not None
+    side = found[0].side
+    x, w = operands[1 - side], operands[side]
+    changes = []
+    for product, weight, change in zip(found, weights, w.changes, strict=True):
+        assert change is not None
+        if weight.is_whole:
+            change = change._replace(
+                z=product.target.take(change.z, weight.channel, weight.stack, change.place)
+            )
+        changes.append(change)
     needed = True if needs is None else flags.any(needs)
-    return [Value(products.multiply(product, x.array, w.array, w.change, needed))]
+    return [Value(products.multiply(tuple(found), x.array, w.array, changes, needed))]
 
 
 def _gate(
@@ -321,160 +359,167 @@ def _gate(
     return [Value(products.gate(op, lhs.array, rhs.array, needed))]
 
 
-# Layout: operations that rearrange the entries of a weight or change their dtype. Each rule returns
-# the moved weight and what happens to `Change.z`, or None if the weight cannot be followed.
-
-Moved = tuple[Weight, Callable[[jax.Array], jax.Array]] | None
+# Moves.
 
 
 def _move(
+    move: moves.Move,
     eqn: core.JaxprEqn,
     program: core.Jaxpr,
-    change_z: Callable[[jax.Array], jax.Array],
+    weights: Sequence[tuple[moves.Weight, ...]],
+    targets: Sequence[products.Target],
     operands: Sequence[Value],
     flags: Flags,
 ) -> list[Value]:
-    (w,) = operands
-    (array,) = jaxprs.apply(eqn, program, [w.array])
-    # A weight that reaches no product comes without a change.
-    change = w.change and w.change._replace(z=change_z(w.change.z))
-    return [Value(array, change)]
+    def compute(arrays: Sequence[Any]) -> list[Any]:
+        return jaxprs.apply(eqn, program, arrays)
+
+    arrays = [x.array for x in operands]
+    if move.parts is None:
+        changes = _change_of_whole(move, compute, weights, targets, operands)
+    else:
+        olds = [
+            pair
+            for x, own in zip(operands, weights, strict=True)
+            for pair in zip(own, x.changes, strict=True)
+        ]
+        changes = [
+            tuple(
+                change and _change_of_part(move, compute, i, old, change, arrays)
+                for i, (old, change) in enumerate(olds)
+            )
+        ]
+    return [Value(*pair) for pair in zip(compute(arrays), changes, strict=True)]
 
 
-def _same(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    return weight, lambda z: z
+def _change_of_part(
+    move: moves.Move,
+    compute: Callable[[Sequence[Any]], list[Any]],
+    i: int,
+    weight: moves.Weight,
+    change: products.Change,
+    arrays: Sequence[Any],
+) -> products.Change:
+    """The new change of the weight at position `i`."""
+    assert move.parts is not None
+    if weight.is_whole and not move.weights[0][i].box:
+        (z,) = compute([change.z, *arrays[1:]])
+    else:
+        z = move.parts[i](change.z, arrays)
+    place, mode = change.place, change.mode
+    if move.layers:
+        place, mode = (move.layers(x, arrays) for x in (place, mode))
+    return products.Change(z, place, mode)
 
 
-def _constrained(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    """The gradient is sharded like the weight, unless its channel axes are sharded."""
-    sharding = eqn.params["sharding"]
-    if not isinstance(sharding, jax.sharding.NamedSharding):
-        return weight, lambda z: z
-    spec = (*sharding.spec, *[None] * (len(_shape(eqn.invars[0])) - len(sharding.spec)))
-    if any(spec[axis] is not None for axis in weight.channel):
-        return weight, lambda z: z
-    return weight, lambda z: lax.with_sharding_constraint(z, sharding)
+def _change_of_whole(
+    move: moves.Move,
+    compute: Callable[[Sequence[Any]], list[Any]],
+    weights: Sequence[tuple[moves.Weight, ...]],
+    targets: Sequence[products.Target],
+    operands: Sequence[Value],
+) -> list[tuple[products.Change | None, ...]]:
+    """The changes of the results of an equation that is computed for the whole weight."""
+    wholes, found = [], None
+    for x, own in zip(operands, weights, strict=True):
+        array = x.array
+        if own and (change := x.changes[0]):
+            found, layer = change, (own[0].channel, own[0].stack, targets[own[0].leaf])
+            array = change.z if own[0].is_whole else products.whole(array, change, *layer)
+        wholes.append(array)
+    if found is None:  # The weight reaches no product.
+        return [(None,) * len(x) for x in move.weights]
+    return [
+        (found._replace(z=z),) if x else ()
+        for z, x in zip(compute(wholes), move.weights, strict=True)
+    ]
 
 
-def _varied(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    """In a `shard_map`, the gradient of a value replicated over an axis is summed over the axis."""
-    return weight, lambda z: lax.pcast(z, eqn.params["axes"], to="varying")
+def _move_in_call(
+    eqn: core.JaxprEqn, program: core.Jaxpr, facts: Sequence[Fact], context: _Context
+) -> moves.Move | None:
+    """A call that only moves a weight, such as a custom derivative; None for any other call.
 
-
-def _converted(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    dtype = eqn.params["new_dtype"]
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return None
-    return weight, lambda z: lax.convert_element_type(z, dtype)
-
-
-def _transposed(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    order = eqn.params["permutation"]
-    channel = tuple(order.index(axis) for axis in weight.channel)
-    stack = tuple(order.index(axis) for axis in weight.stack)
-    return Weight(weight.leaf, channel, stack), lambda z: jnp.transpose(z, order)
-
-
-def _reversed(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    axes = eqn.params["dimensions"]
-    if set(axes) & {*weight.channel, *weight.stack}:
-        return None
-    return weight, lambda z: lax.rev(z, axes)
-
-
-def _broadcast(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    new_axes = eqn.params["broadcast_dimensions"]
-    old_shape, new_shape = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    if any(
-        old_shape[axis] != new_shape[new_axes[axis]] for axis in (*weight.channel, *weight.stack)
-    ):
-        return None
-    channel = tuple(new_axes[axis] for axis in weight.channel)
-    stack = tuple(new_axes[axis] for axis in weight.stack)
-    shape = target.shape(new_shape, channel)
-    moved = Weight(weight.leaf, channel, stack)
-    return moved, lambda z: lax.broadcast_in_dim(z, shape, new_axes)
-
-
-def _reshaped(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    old_shape, new_shape = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    if 0 in old_shape or eqn.params.get("dimensions") and eqn.primitive is primitives.reshape_p:
-        return None
-    by_first = {old[0]: (old, new) for old, new in _matched_axes(old_shape, new_shape)}
-    stack = []
-    for axis in weight.stack:
-        old, new = by_first.get(axis, ([], []))
-        if len(old) != 1 or len(new) != 1:
-            return None
-        stack += new
-    channel, left = [], list(weight.channel)
-    while left:
-        # Channel axes may be split and joined among themselves, in order.
-        old, new = by_first.get(left[0], ([], []))
-        if not old or left[: len(old)] != old:
-            return None
-        channel += new
-        left = left[len(old) :]
-    shape = target.shape(new_shape, tuple(channel))
-    return Weight(weight.leaf, tuple(channel), tuple(stack)), lambda z: z.reshape(shape)
-
-
-def _matched_axes(
-    old_shape: Sequence[int], new_shape: Sequence[int]
-) -> list[tuple[list[int], list[int]]]:
-    """Splits a reshape into the smallest groups of axes whose sizes have the same product.
-
-    Axes of size 1 belong to no group.
+    The rules of derivatives can be anything, so the gradient is followed too.
     """
-    olds = [axis for axis, size in enumerate(old_shape) if size != 1]
-    news = [axis for axis, size in enumerate(new_shape) if size != 1]
-    matched = []
-    while olds and news:
-        old, new = [olds.pop(0)], [news.pop(0)]
-        old_size, new_size = old_shape[old[0]], new_shape[new[0]]
-        while old_size != new_size:
-            if old_size < new_size:
-                old.append(olds.pop(0))
-                old_size *= old_shape[old[-1]]
-            else:
-                new.append(news.pop(0))
-                new_size *= new_shape[new[-1]]
-        matched.append((old, new))
-    return matched
+    weights = [fact.weights for fact in facts]
+    if not moves.is_alone(weights, [bool(fact.needs) for fact in facts]):
+        return None
+    inner = eqn.params.get("call_jaxpr")
+    if inner is None:
+        return None
+    results = _moved_by(inner, facts, context)
+    if results is None or not any(fact.weights for fact in results):
+        return None
+    if context.is_gradient or _has_local_gradient(eqn, program, facts, results, context):
+        return moves.whole([fact.weights[0] if fact.weights else None for fact in results])
+    return None
 
 
-_LayoutRule = Callable[[core.JaxprEqn, Weight, products.Target], Moved]
-_LAYOUT: dict[core.Primitive, _LayoutRule] = {
-    primitives.copy_p: _same,
-    primitives.name_p: _same,
-    primitives.sharding_constraint_p: _constrained,
-    primitives.convert_element_type_p: _converted,
-    primitives.transpose_p: _transposed,
-    primitives.rev_p: _reversed,
-    primitives.broadcast_in_dim_p: _broadcast,
-    primitives.reshape_p: _reshaped,
-    primitives.squeeze_p: _reshaped,
-}
-# `jax.extend` does not export these.
-_LAYOUT_BY_NAME: dict[str, _LayoutRule] = {"optimization_barrier": _same, "pvary": _varied}
+def _has_local_gradient(
+    eqn: core.JaxprEqn,
+    program: core.Jaxpr,
+    facts: Sequence[Fact],
+    results: Sequence[Fact],
+    context: _Context,
+) -> bool:
+    """Whether the gradient of an equation keeps the channels of its weight apart."""
+    given = [v for v in dict.fromkeys(eqn.invars) if jaxprs.is_variable(v)]
+    function = jaxprs.as_function([eqn], given, eqn.outvars, program)
+    fact_of = dict(zip(eqn.invars, facts, strict=True))
+    moved = [i for i, v in enumerate(given) if fact_of[v].weights]
+
+    def gradient(inputs: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+        def of_weights(*own: Any) -> list[Any]:
+            filled = list(inputs)
+            for i, x in zip(moved, own, strict=True):
+                filled[i] = x
+            return function(*filled)
+
+        return list(jax.vjp(of_weights, *(inputs[i] for i in moved))[1](list(cotangents)))
+
+    types = [list(map(_type_of, vs)) for vs in (given, eqn.outvars)]
+    backward = jax.make_jaxpr(gradient)(*types)
+    inputs = [*(fact_of[v] for v in given), *results]
+    found = _moved_by(backward, inputs, context._replace(is_gradient=True))
+    return found is not None and all(
+        x.weights and x.weights[0].has_same_channels(fact_of[given[i]].weights[0])
+        for i, x in zip(moved, found, strict=True)
+    )
+
+
+def _moved_by(program: Any, facts: Sequence[Fact], context: _Context) -> list[Fact] | None:
+    """Where a program leaves weights; None if it does anything else with them."""
+    inside = context._replace(is_gated=False, products=[], others=[])
+    _, results = _follow(program, facts, inside)
+    return None if inside.products or inside.others else results
 
 
 # Calls: equations that contain programs.
 
 
 def _jit(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
-    if _has_shardings(eqn):
-        context.used_otherwise(facts, Reason.SHARDED_JIT)
-        return None, None
-    program, results = _follow(eqn.params["jaxpr"], facts, context)
     # The operations of a nested jit join those around it.
-    is_changed = program.is_changed or any(fact.weight for fact in results)
-    return functools.partial(evaluate, program) if is_changed else None, results
+    program, results = _follow(eqn.params["jaxpr"], facts, context)
+    is_changed = program.is_changed or any(fact.weights for fact in results)
+    shardings = eqn.params["in_shardings"], eqn.params["out_shardings"]
+
+    def step(operands: Sequence[Value], flags: Flags) -> list[Value]:
+        return _placed(evaluate(program, _placed(operands, shardings[0]), flags), shardings[1])
+
+    return step if is_changed else None, results
 
 
-def _has_shardings(eqn: core.JaxprEqn) -> bool:
-    shardings = [*eqn.params["in_shardings"], *eqn.params["out_shardings"]]
-    return not all(type(x).__name__ == "UnspecifiedValue" for x in shardings)
+def _placed(values: Sequence[Value], shardings: Sequence[Any]) -> list[Value]:
+    return [
+        x._replace(array=lax.with_sharding_constraint(x.array, where)) if _is_sharding(where) else x
+        for x, where in zip(values, shardings, strict=True)
+    ]
+
+
+def _is_sharding(x: Any) -> bool:
+    """Whether the user gave a sharding; JAX has an internal type for one that was not given."""
+    return type(x).__name__ != "UnspecifiedValue"
 
 
 def _checkpoint(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
@@ -504,14 +549,14 @@ def _cond(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
     return step if is_changed else None, None
 
 
-def _arrays_and_changes(values: Sequence[Value]) -> tuple[list[Any], list[products.Change | None]]:
-    return [x.array for x in values], [x.change for x in values]
+def _arrays_and_changes(values: Sequence[Value]) -> tuple[list[Any], list[Any]]:
+    return [x.array for x in values], [x.changes for x in values]
 
 
 def _on_arrays(program: Program, flags: Flags) -> Callable[..., list[Any]]:
     """A program as a function of arrays and changes."""
 
-    def function(arrays: Sequence[Any], changes: Sequence[products.Change | None]) -> list[Any]:
+    def function(arrays: Sequence[Any], changes: Sequence[Any]) -> list[Any]:
         values = [Value(*pair) for pair in zip(arrays, changes, strict=True)]
         return [x.array for x in evaluate(program, values, flags)]
 
@@ -528,7 +573,7 @@ class _Scan(NamedTuple):
     num_consts: int
     num_carry: int
     facts: Sequence[Fact]  # Of its operands.
-    sliced: Sequence[Weight | None]  # The weights that it slices, as one iteration sees them.
+    sliced: Sequence[tuple[moves.Weight, ...]]  # What it slices, as one iteration sees it.
     settings: Mapping[str, Any]
     loop: Loop | None  # None without gates.
 
@@ -538,13 +583,13 @@ def _scan(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
     first = num_consts + num_carry
     consts, carried, scanned = facts[:num_consts], facts[num_consts:first], facts[first:]
     context.used_otherwise(carried, Reason.CARRIED)
-    sliced = [fact.weight and _slice(fact, context) for fact in scanned]
+    sliced = [_slice(fact, context) for fact in scanned]
     loop = Loop() if context.is_gated else None
     inner_needs = frozenset([loop]) if loop else NOTHING
     inputs = [
         *consts,
-        *(Fact(None, inner_needs) for _ in carried),
-        *(Fact(weight, fact.needs) for weight, fact in zip(sliced, scanned, strict=True)),
+        *(Fact((), inner_needs) for _ in carried),
+        *(Fact(weights, fact.needs) for weights, fact in zip(sliced, scanned, strict=True)),
     ]
     body, results = _follow(eqn.params["jaxpr"], inputs, context)
     context.used_otherwise(results, Reason.RESULT, "a loop")
@@ -559,16 +604,22 @@ def _run_scan(scan: _Scan, operands: Sequence[Value], flags: Flags) -> list[Valu
     consts, carried = operands[: scan.num_consts], operands[scan.num_consts : first]
     scanned = operands[first:]
     changes = [
-        _per_iteration(x.change, fact.weight, scan.settings["length"]) if weight else None
-        for x, fact, weight in zip(scanned, scan.facts[first:], scan.sliced, strict=True)
+        tuple(
+            change and _per_iteration(change, weight, scan.settings["length"])
+            for change, weight in zip(x.changes, fact.weights, strict=True)
+        )
+        if weights
+        else ()
+        for x, fact, weights in zip(scanned, scan.facts[first:], scan.sliced, strict=True)
     ]
 
     def body(carry: Any, slices: Any) -> tuple[Any, Any]:
         (arrays, needed_below), (xs, changes) = carry, slices
         learning: dict[int | Loop, jax.Array] = {
             weight.leaf: jnp.any(change.mode != Mode.FROZEN)
-            for weight, change in zip(scan.sliced, changes, strict=True)
-            if weight and change
+            for pairs in map(zip, scan.sliced, changes)
+            for weight, change in pairs
+            if change
         }
         inner = flags
         if scan.loop:
@@ -580,32 +631,31 @@ def _run_scan(scan: _Scan, operands: Sequence[Value], flags: Flags) -> list[Valu
 
     # What constants and carries depend on, and slices without separate flags.
     outside = [*scan.facts[:first]]
-    outside += [
-        fact for fact, change in zip(scan.facts[first:], changes, strict=True) if change is None
-    ]
+    outside += [fact for fact, own in zip(scan.facts[first:], changes, strict=True) if not any(own)]
     needed_below = jnp.asarray(flags.any(_union(outside)) if scan.loop else False)
     carry, xs = ([x.array for x in carried], needed_below), ([x.array for x in scanned], changes)
     (arrays, _), ys = lax.scan(body, carry, xs, **scan.settings)
     return [Value(x) for x in (*arrays, *ys)]
 
 
-def _slice(fact: Fact, context: _Context) -> Weight | None:
-    """A weight as one iteration of a loop over its first axis sees it."""
-    weight = fact.weight
-    assert weight is not None
-    if 0 in weight.channel:
+def _slice(fact: Fact, context: _Context) -> tuple[moves.Weight, ...]:
+    """Weights as one iteration of a loop over their first axis sees them."""
+    if any(0 in weight.channel or (weight.box and weight.box.axis == 0) for weight in fact.weights):
         context.used_otherwise([fact], Reason.LOOP_OVER_CHANNELS)
-        return None
-    return weight._replace(
-        channel=tuple(axis - 1 for axis in weight.channel),
-        stack=tuple(axis - 1 for axis in weight.stack if axis),
+        return ()
+    return tuple(
+        weight._replace(
+            channel=tuple(axis - 1 for axis in weight.channel),
+            stack=tuple(axis - 1 for axis in weight.stack if axis),
+            layers=(*weight.layers, object()) if 0 in weight.stack else weight.layers,
+            box=weight.box and weight.box._replace(axis=weight.box.axis - 1),
+        )
+        for weight in fact.weights
     )
 
 
-def _per_iteration(change: products.Change | None, weight: Weight | None, length: int) -> Any:
+def _per_iteration(change: products.Change, weight: moves.Weight, length: int) -> products.Change:
     """A change in the form that a scan slices."""
-    if change is None or weight is None:
-        return None
 
     def per_iteration(x: jax.Array) -> jax.Array:
         if 0 in weight.stack:

@@ -17,6 +17,14 @@ from jax.extend import core
 
 Atom = core.Var | core.Literal  # What an equation reads.
 
+# The names of operations on corresponding entries; operands without axes go with every entry.
+ELEMENTWISE = frozenset(
+    "abs add atan2 cbrt ceil clamp complex conj convert_element_type copy copy_p cos cosh div erf "
+    "erf_inv exp exp2 expm1 floor imag integer_pow log log1p logistic max min mul name neg pow "
+    "real reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub "
+    "tan tanh pvary eq ne lt le gt ge is_finite and or not xor".split()
+)
+
 
 @contextlib.contextmanager
 def scopes_of(eqn: core.JaxprEqn) -> Iterator[None]:

@@ -24,6 +24,8 @@ from cdb_jax._skipping import jaxprs, parts
 from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax.selection import Mode, Part
 
+Axes = tuple[int, ...]
+
 
 class Operation(NamedTuple):
     """A primitive with two operands, and its parameters. Hashable, so that it can be static."""
@@ -59,6 +61,24 @@ class Target(NamedTuple):
             return tuple(shape)
         return self.part.shape(shape, channel)
 
+    def take(self, w: jax.Array, channel: Axes, stack: Axes, place: jax.Array) -> jax.Array:
+        """The part of a weight that has a gradient."""
+        if self.part is None or not self.is_compact:
+            return w
+        return parts.take(w, channel, stack, self.part, place)
+
+
+class Box(NamedTuple):
+    """A part of an array: `size` entries of `axis` from `start`."""
+
+    axis: int
+    start: int
+    size: int
+
+    @classmethod
+    def cut(cls, x: jax.Array, box: Box | None) -> jax.Array:
+        return lax.slice_in_dim(x, box.start, box.start + box.size, axis=box.axis) if box else x
+
 
 class Product(NamedTuple):
     """A product with a weight w; x is its other operand, and y the result. Static.
@@ -71,6 +91,8 @@ class Product(NamedTuple):
       w_channel, x_channel, y_channel: the axes that hold the channels of w.
       w_stack, x_stack, y_stack: the axes along which several layers are stacked.
       x_part: the part of x that belongs to the kept part of w.
+      w_box, x_box, y_box: where w lies in an operand that joins several weights, and the parts of
+        x and y that belong to it; None for all of them.
     """
 
     op: Operation
@@ -84,6 +106,9 @@ class Product(NamedTuple):
     x_stack: tuple[int, ...] = ()
     y_stack: tuple[int, ...] = ()
     x_part: Part | None = None
+    w_box: Box | None = None
+    x_box: Box | None = None
+    y_box: Box | None = None
 
     @property
     def cuts_early(self) -> bool:
@@ -103,6 +128,7 @@ def dot_product(
     channel: tuple[int, ...],
     stack: tuple[int, ...],
     target: Target,
+    box: Box | None = None,
 ) -> Product | Obstacle:
     """Describes a `dot_general` with a weight, or says why it is not skipped."""
     contract, batch = dict(op.params)["dimension_numbers"]
@@ -111,27 +137,46 @@ def dot_product(
     ]
     # A result has the batch axes first, then the free axes of the first and the second operand.
     first_free = len(batch[0]) + (len(free[0]) if side == 1 else 0)
-    if any(axis not in batch[side] for axis in stack):
+    is_outer = set(channel) <= set(free[side]) and set(stack) <= {*batch[side], *free[side]}
+    if not is_outer and any(axis not in batch[side] for axis in stack):
         return Obstacle(Reason.STACK_IN_ONE_PRODUCT)
     if stack and target.modes != (Mode.PARTIAL,):
         return Obstacle(Reason.STACK_IN_ONE_BATCH)
 
-    def place(axes: tuple[int, ...], among: Sequence[int]) -> tuple[int, ...]:
-        return tuple(tuple(among).index(axis) for axis in axes)
+    def in_x(axes: Sequence[int]) -> tuple[int, ...]:
+        """Axes of x that go with batch axes, or axes that are summed over, of the weight."""
+        own, others = (*batch[side], *contract[side]), (*batch[1 - side], *contract[1 - side])
+        return tuple(others[own.index(axis)] for axis in axes)
 
-    product = Product(op, op, side, target, w_channel=channel, w_stack=stack, x_part=target.part)
-    y_stack = place(stack, batch[side])
-    product = product._replace(y_stack=y_stack, x_stack=tuple(batch[1 - side][i] for i in y_stack))
+    def in_y(axes: Sequence[int]) -> tuple[int, ...]:
+        """Axes of the result that go with batch axes, or free axes, of the weight."""
+        order = [*batch[side], *free[side]]
+        skipped = first_free - len(batch[side])
+        places = [order.index(axis) for axis in axes]
+        return tuple(i if i < len(batch[side]) else i + skipped for i in places)
+
+    y_box = x_box = None
+    if box and box.axis not in contract[side]:
+        y_box = box._replace(axis=in_y([box.axis])[0])
+    if box and box.axis not in free[side]:
+        x_box = box._replace(axis=in_x([box.axis])[0])
+    product = Product(
+        *(op, op, side, target),
+        w_channel=channel,
+        w_stack=stack,
+        y_stack=in_y(stack),
+        x_stack=() if is_outer else in_x(stack),
+        x_part=target.part,
+        w_box=box,
+        x_box=x_box,
+        y_box=y_box,
+    )
     if set(channel) <= set(free[side]):
-        y_channel = tuple(first_free + i for i in place(channel, free[side]))
-        return product._replace(y_channel=y_channel)
+        return product._replace(y_channel=in_y(channel))
     if set(channel) <= set(contract[side]):
-        x_channel = tuple(contract[1 - side][i] for i in place(channel, contract[side]))
-        return product._replace(x_channel=x_channel)
+        return product._replace(x_channel=in_x(channel))
     if set(channel) <= set(batch[side]):
-        y_channel = place(channel, batch[side])
-        x_channel = tuple(batch[1 - side][i] for i in y_channel)
-        return product._replace(x_channel=x_channel, y_channel=y_channel)
+        return product._replace(x_channel=in_x(channel), y_channel=in_y(channel))
     return Obstacle(Reason.MIXED_CHANNELS)
 
 
@@ -142,6 +187,7 @@ def convolution(
     channel: tuple[int, ...],
     stack: tuple[int, ...],
     target: Target,
+    box: Box | None = None,
 ) -> Product | Obstacle:
     """Describes a `conv_general_dilated` with a kernel, or says why it is not skipped."""
     params = dict(op.params)
@@ -150,6 +196,8 @@ def convolution(
     feature_groups = params["feature_group_count"]
     if side == 0:
         return Obstacle(Reason.CONVOLVED)
+    if box:
+        return Obstacle(Reason.JOINED)
     if stack or params["batch_group_count"] != 1:
         return Obstacle(Reason.SEVERAL_CONVOLUTIONS)
     part = target.part
@@ -176,7 +224,8 @@ class Change(NamedTuple):
 
     Attributes:
       z: an array of the shape of the weight's gradient, `Target.shape`, whose values do not matter.
-        It receives the gradient.
+        It receives the gradient. Or the whole weight, if operations other than changes of its
+        layout made it.
       place: where the kept part lies.
       mode: what the layer does in this step.
     """
@@ -187,22 +236,56 @@ class Change(NamedTuple):
 
 
 def multiply(
-    product: Product, x: jax.Array, w: jax.Array, change: Change, needed: jax.Array | bool
+    products: tuple[Product, ...],
+    x: jax.Array,
+    w: jax.Array,
+    changes: Sequence[Change],
+    needed: jax.Array | bool,
 ) -> jax.Array:
-    """The product of `x` and a weight, differentiable in `x` and `change.z` only.
+    """The product of `x` and `w`, differentiable in `x` and in `z` of each change only.
 
+    There is one product for each weight in `w`; only a value that joins several has more than one.
     `needed` is whether anything that `x` depends on learns in this step; if not, the gradient of
     `x` is zero. A Python bool saves a conditional.
     """
-    operands, flags = _ordered(product.side, w, x), _ordered(product.side, False, needed)
-    return _apply(_Call.of(product.op, operands, flags, product), *operands, change, flags)
+    op, side = products[0].op, products[0].side
+    operands, flags = _ordered(side, w, x), _ordered(side, False, needed)
+    return _apply(_Call.of(op, operands, flags, products), *operands, tuple(changes), flags)
 
 
 def gate(
     op: Operation, lhs: jax.Array, rhs: jax.Array, needed: tuple[jax.Array | bool, ...]
 ) -> jax.Array:
     """A product without a weight; `needed` has one flag per operand, as in `multiply`."""
-    return _apply(_Call.of(op, (lhs, rhs), needed, None), lhs, rhs, None, needed)
+    return _apply(_Call.of(op, (lhs, rhs), needed, ()), lhs, rhs, (), needed)
+
+
+def whole(w: jax.Array, change: Change, channel: Axes, stack: Axes, target: Target) -> jax.Array:
+    """A weight whose gradient goes to `change.z`."""
+    return _whole((channel, stack, target), w, change.z, change.place)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _whole(
+    static: tuple[Axes, Axes, Target], w: jax.Array, z: jax.Array, place: jax.Array
+) -> jax.Array:
+    return w
+
+
+def _whole_fwd(
+    static: tuple[Axes, Axes, Target], w: jax.Array, z: jax.Array, place: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return w, place
+
+
+def _whole_bwd(
+    static: tuple[Axes, Axes, Target], place: jax.Array, dw: jax.Array
+) -> tuple[Any, ...]:
+    channel, stack, target = static
+    return None, target.take(dw, channel, stack, place), None
+
+
+_whole.defvjp(_whole_fwd, _whole_bwd)
 
 
 def _ordered(side: int, operand: Any, other: Any) -> tuple[Any, Any]:
@@ -218,72 +301,89 @@ class _Call(NamedTuple):
       types: the types of the operands.
       needed: for each operand, whether its gradient is needed; None if that is known only at run
         time. False for a weight, whose gradient goes to its change.
-      product: the product with a weight; None for other products.
+      products: the product with each weight; empty if both operands are something else.
     """
 
     op: Operation
     types: tuple[Any, ...]
     needed: tuple[bool | None, ...]
-    product: Product | None
+    products: tuple[Product, ...]
 
     @classmethod
-    def of(cls, op: Operation, operands: Any, flags: Any, product: Product | None) -> _Call:
+    def of(cls, op: Operation, operands: Any, flags: Any, products: tuple[Product, ...]) -> _Call:
         needed = tuple(flag if isinstance(flag, bool) else None for flag in flags)
-        return cls(op, tuple(map(jax.typeof, operands)), needed, product)
+        return cls(op, tuple(map(jax.typeof, operands)), needed, products)
+
+
+class _Saved(NamedTuple):
+    """What the gradient of one weight needs; `x` is only a part if the product cuts early."""
+
+    x: jax.Array
+    place: jax.Array
+    mode: jax.Array
 
 
 class _Residuals(NamedTuple):
     operands: tuple[jax.Array | None, ...]  # None if the other one needs no gradient.
-    x: jax.Array | None  # x or its part, if the weight needs a gradient.
-    place: jax.Array | None
-    mode: jax.Array | None
+    weights: tuple[_Saved | None, ...]  # None for a weight that needs no gradient.
     needed: tuple[jax.Array, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(call: _Call, lhs: Any, rhs: Any, change: Any, needed: Any) -> jax.Array:
+def _apply(call: _Call, lhs: Any, rhs: Any, changes: Any, needed: Any) -> jax.Array:
     return call.op(lhs, rhs)
 
 
 def _apply_fwd(
-    call: _Call, lhs: Any, rhs: Any, change: Any, needed: Any
+    call: _Call, lhs: Any, rhs: Any, changes: Any, needed: Any
 ) -> tuple[jax.Array, _Residuals]:
-    saved = (
+    operands = (
         lhs.value if rhs.perturbed and call.needed[1] is not False else None,
         rhs.value if lhs.perturbed and call.needed[0] is not False else None,
     )
-    x = place = mode = None
-    if call.product and change.z.perturbed:
-        x, place, mode = (
-            (lhs, rhs)[1 - call.product.side].value,
-            change.place.value,
-            change.mode.value,
-        )
-        if call.product.cuts_early:
-            x = call.product.cut(x, place)
+    weights: list[_Saved | None] = []
+    for product, change in zip(call.products, changes, strict=True):
+        if not change.z.perturbed:
+            weights.append(None)
+            continue
+        x, place = (lhs, rhs)[1 - product.side].value, change.place.value
+        if product.cuts_early:
+            x = product.cut(Box.cut(x, product.x_box), place)
+        weights.append(_Saved(x, place, change.mode.value))
     flags = tuple(flag.value for flag in needed)
-    return call.op(lhs.value, rhs.value), _Residuals(saved, x, place, mode, flags)
+    return call.op(lhs.value, rhs.value), _Residuals(operands, tuple(weights), flags)
 
 
-def _apply_bwd(call: _Call, saved: _Residuals, dy: Any) -> tuple[Any, ...]:
+def _apply_bwd(call: _Call, residuals: _Residuals, dy: Any) -> tuple[Any, ...]:
     if isinstance(dy, SymbolicZero):
         return (None,) * 4
     gradients: list[jax.Array | None] = [None, None]
     for side in (0, 1):
-        other = saved.operands[1 - side]
+        other = residuals.operands[1 - side]
         if other is not None:
             gradient = Gradient(call.op, side, call.types[side])
             if call.needed[side]:
                 gradients[side] = gradient.compute(dy, other)
             else:
                 compute = functools.partial(gradient.compute, slow=_SLOW_IN_CONDITIONALS)
-                gradients[side] = _if(saved.needed[side], compute, call.types[side], dy, other)
-    change = None
-    if call.product and saved.x is not None:
-        w_type = call.types[call.product.side]
-        dz = weight_gradient(call.product, w_type, saved.x, dy, saved.place, saved.mode)
-        change = Change(dz, None, None)  # type: ignore[arg-type]
-    return *gradients, change, None
+                gradients[side] = _if(residuals.needed[side], compute, call.types[side], dy, other)
+    changes = tuple(
+        saved and _gradient_of_change(call, product, saved, dy)
+        for product, saved in zip(call.products, residuals.weights, strict=True)
+    )
+    return *gradients, changes, None
+
+
+def _gradient_of_change(call: _Call, product: Product, saved: _Saved, dy: jax.Array) -> Any:
+    w_type, x = call.types[product.side], saved.x
+    if product.w_box:
+        shape = list(w_type.shape)
+        shape[product.w_box.axis] = product.w_box.size
+        w_type = w_type.update(shape=tuple(shape))
+        dy = Box.cut(dy, product.y_box)
+        if not product.cuts_early:
+            x = Box.cut(x, product.x_box)
+    return Change(weight_gradient(product, w_type, x, dy, saved.place, saved.mode), None, None)  # type: ignore[arg-type]
 
 
 _apply.defvjp(_apply_fwd, _apply_bwd, symbolic_zeros=True)

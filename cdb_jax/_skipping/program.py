@@ -14,7 +14,7 @@ from jax.extend import core
 
 from cdb_jax import channels
 from cdb_jax._compiling import Keyed, compiled
-from cdb_jax._skipping import follow, jaxprs, parts, products
+from cdb_jax._skipping import follow, jaxprs, moves, parts, products
 from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax._xla import alone_on_cpu
 from cdb_jax.selection import Group, Mode, Selection, mask_leaves, per_layer
@@ -130,11 +130,13 @@ class Followed(NamedTuple):
     Attributes:
       program: the program with these products replaced.
       targets: for each leaf, what may happen to it.
+      is_followed: whether each leaf was followed.
       uses: what the program does with each leaf that may lose part of its gradient, by position.
     """
 
     program: follow.Program
     targets: tuple[products.Target, ...]
+    is_followed: tuple[bool, ...]
     uses: dict[int, follow.Uses]
 
 
@@ -151,16 +153,18 @@ def followed(traced: Traced, groups: Sequence[Group]) -> Followed:
     facts = [follow.Fact()] * len(traced.consts)
     hidden = []
     for i, (leaf, target) in enumerate(zip(leaves, targets, strict=True)):
-        weight = None
+        weights: tuple[moves.Weight, ...] = ()
         if leaf.layer == leaf.path and target.modes not in ((Mode.FULL,), (Mode.FROZEN,)):
             if i in traced.explicit:
                 hidden.append(i)
             else:
-                weight = follow.Weight(i, leaf.channel, leaf.stack)
-        facts.append(follow.Fact(weight, _needs(i, target)))
+                weights = (moves.Weight(i, leaf.channel, leaf.stack),)
+        facts.append(follow.Fact(weights, _needs(i, target)))
     program, uses = follow.follow(traced.jaxpr, facts, targets, traced.freezes_others)
     obstacle = Obstacle(Reason.EXPLICIT_SHARDING)
-    return Followed(program, targets, uses | {i: follow.Uses(0, (obstacle,)) for i in hidden})
+    is_followed = tuple(bool(fact.weights) for fact in facts[len(traced.consts) :])
+    uses |= {i: follow.Uses(0, True, (obstacle,)) for i in hidden}
+    return Followed(program, targets, is_followed, uses)
 
 
 def _needs(i: int, target: products.Target) -> follow.Needs:
@@ -186,6 +190,8 @@ class _Plan(NamedTuple):
       drawn: what happens to it in this step; None if that is known in advance.
       is_skipped: whether products compute the kept part of its gradient.
       is_direct: whether JAX computes its gradient directly, in addition or instead.
+      has_zeros: whether its gradient comes with zeros in dropped channels. Otherwise it has to be
+        masked: the gradient of a function of the weight can be infinite, and zero times that NaN.
     """
 
     leaf: channels.Leaf
@@ -193,6 +199,7 @@ class _Plan(NamedTuple):
     drawn: _Drawn | None
     is_skipped: bool
     is_direct: bool
+    has_zeros: bool
 
     @property
     def change_shape(self) -> tuple[int, ...]:
@@ -225,7 +232,7 @@ def _evaluate(
             change = None
             if plan.is_skipped and plan.drawn:
                 change = products.Change(changes[i], plan.drawn.place, plan.drawn.mode)
-            values.append(follow.Value(direct.get(i, x), change))
+            values.append(follow.Value(direct.get(i, x), (change,) * found.is_followed[i]))
         value, *aux = (x.array for x in follow.evaluate(found.program, values, flags))
         return value, aux
 
@@ -233,7 +240,7 @@ def _evaluate(
     (value, aux), (skipped, rest) = with_gradients(changes, direct)
     gradients = _put_back(skipped, plans, leaves), rest
     gradient = [_sum(i, gradients, x) for i, x in enumerate(leaves)]
-    masked = {plan.leaf.path for plan in plans if plan.is_skipped and not plan.is_direct}
+    masked = {plan.leaf.path for plan in plans if plan.has_zeros}
     gradient = mask_leaves(gradient, traced.layout, groups, rescale=False, done=masked)
     return [value, *aux], gradient
 
@@ -248,11 +255,12 @@ def _plans(
 ) -> tuple[_Plan, ...]:
     plans = []
     for i, (leaf, target) in enumerate(zip(layout.leaves, found.targets, strict=True)):
-        uses = found.uses.get(i, follow.Uses(0, ()))
+        uses = found.uses.get(i, follow.Uses(0, True, ()))
         is_skipped = uses.products > 0
         # A leaf that only products read needs no other gradient.
         is_direct = target.modes != (Mode.FROZEN,) and (not is_skipped or bool(uses.others))
-        plans.append(_Plan(leaf, target, drawn.get(leaf.source), is_skipped, is_direct))
+        has_zeros = is_skipped and uses.is_moved and not is_direct
+        plans.append(_Plan(leaf, target, drawn.get(leaf.source), is_skipped, is_direct, has_zeros))
     return tuple(plans)
 
 

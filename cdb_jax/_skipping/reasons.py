@@ -13,7 +13,7 @@ class Reason(enum.Enum):
     INSIDE = "inside {}, which cannot be followed"
     UNKNOWN_FORM = "{} has a form that this version does not know"
     TWO_WEIGHTS = "multiplied by another weight"
-    SHARDED_JIT = "inside a jit with explicit shardings"
+    COMBINED = "combined by {} with something else that learns"
     EXPLICIT_SHARDING = "its sharding is explicit"
     NOT_STATIC = (
         "the number of kept channels is not static; use a number as the rate, and "
@@ -26,6 +26,7 @@ class Reason(enum.Enum):
     STACK_IN_ONE_BATCH = "its stacked layers are computed together, but frozen one by one"
     MIXED_CHANNELS = "a product sums over only some of its channel axes"
     CONVOLVED = "a convolution reads it as its input, not as its kernel"
+    JOINED = "joined with other weights along an axis of a convolution"
     SEVERAL_CONVOLUTIONS = "one operation computes several convolutions"
     NO_FEATURE_AXIS = "its channels are not a feature axis of the convolution"
     FEATURE_GROUPS = (
