@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from device_meshes import BATCH, MESHES, collectives, loss, mesh, params, placed
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P, reshard
 
 import cdb_jax
 
@@ -103,22 +103,101 @@ def test_explicit_sharding_of_images():
     chex.assert_trees_all_close(gradient, step(kernel, images, step=0), rtol=1e-5, atol=1e-7)
 
 
-def test_explicitly_sharded_parameters_are_masked():
-    grid = mesh((8,), ("model",), AxisType.Explicit)
-    policy = window()
+def explicit_losses():
+    """Parameters, batches and losses with explicit shardings, and the axis of the channels."""
+    normal = jax.random.normal
+    key = jax.random.key
+
+    def tensor_parallel(params, x):
+        up, down = (x["kernel"] for x in params.values())
+        hidden = jnp.dot(x, reshard(up, P(None, "model")), out_sharding=P("data", "model"))
+        down = reshard(down, P("model", None))
+        return jnp.mean(jnp.dot(jnp.tanh(hidden), down, out_sharding=P("data", None)) ** 2)
+
+    def heads(params, x):
+        query, out = params["query"]["kernel"], params["out"]["kernel"]
+        y = jnp.einsum("btd,dhk->bthk", x, query, out_sharding=P("data", None, "model", None))
+        y = jnp.einsum("bthk,hkd->btd", jnp.tanh(y), out, out_sharding=P("data", None, None))
+        return jnp.mean(y**2)
+
+    def scanned(params, x):
+        @jax.checkpoint
+        def block(x, kernel):
+            kernel = 0.5 * reshard(kernel, P(None, "model"))
+            x = jnp.dot(x, kernel, out_sharding=P("data", "model"))
+            return jnp.tanh(reshard(x, P("data", None))), None
+
+        return jnp.mean(jax.lax.scan(block, x, params["layers"]["kernel"])[0] ** 2)
+
+    def tree(specs, *shapes):
+        return {
+            name: {"kernel": (normal(key(i), shape), spec)}
+            for i, ((name, spec), shape) in enumerate(zip(specs.items(), shapes, strict=True))
+        }
+
+    return {
+        "tensor parallel": (
+            tree({"dense0": P("data", "model"), "dense1": P("model", "data")}, (16, 32), (32, 16)),
+            (normal(key(5), (8, 16)), P("data", None)),
+            tensor_parallel,
+            (-1, -2),
+        ),
+        "heads": (
+            tree({"query": P(None, "model"), "out": P("model")}, (16, 4, 8), (4, 8, 16)),
+            (normal(key(5), (8, 5, 16)), P("data")),
+            heads,
+            None,
+        ),
+        "scanned": (
+            tree({"layers": P(None, "data", "model")}, (3, 16, 16)),
+            (normal(key(5), (8, 16)), P("data", None)),
+            scanned,
+            (cdb_jax.Axes(2, stack=0), cdb_jax.Axes(1, stack=0)),
+        ),
+    }
+
+
+EXPLICIT = {
+    "window": {},
+    "window in groups": {"window_groups": 4},
+    "exact": {"channel_choice": "exact"},
+    "some layers": {"layer_rate": 0.5},
+    "one": {"layer_choice": "one", "other_layers": "frozen"},
+}
+
+
+@pytest.mark.parametrize("direction", [0, 1], ids=["output", "input"])
+@pytest.mark.parametrize("settings", EXPLICIT.values(), ids=EXPLICIT)
+@pytest.mark.parametrize("name", explicit_losses())
+def test_explicitly_sharded_parameters(name, settings, direction):
+    tree, batch, loss, axes = explicit_losses()[name]
+    conventions = cdb_jax.output_channels, cdb_jax.input_channels
+    settings = {"channel_axes": axes[direction] if axes else conventions[direction], **settings}
+    policy = cdb_jax.Policy(0.5, key=0, **{"channel_choice": "window"} | settings)
+
+    def step(tree, batch):
+        selection = policy.select(tree, 1)
+        gradient = cdb_jax.value_and_grad(loss)(tree, batch, selection=selection)
+        return gradient, jax.value_and_grad(loss)(tree, batch), selection
+
+    grid = mesh((2, 4), ("data", "model"), AxisType.Explicit)
     with jax.set_mesh(grid):
-        tree = jax.tree.map(lambda x: jax.device_put(x, P("model", None)), params())
-
-        def one(p, x):
-            return jnp.mean(jnp.matmul(x, p["dense0"]["kernel"], out_sharding=P(None, None)) ** 2)
-
-        batch = jax.device_put(BATCH, P(None, "model"))
-        gradient = jax.jit(drawn.grad(one, policy))(tree, batch, step=0)
-        report = cdb_jax.channel_report(tree, policy, one, batch)
-    assert report.rows[0].gradient == "masked only: its sharding is explicit"
-    assert gradient["dense0"]["kernel"].sharding.spec == P("model", None)
-    alone = jax.jit(drawn.grad(lambda p, x: jnp.mean((x @ p["dense0"]["kernel"]) ** 2), policy))
-    chex.assert_trees_all_close(gradient, alone(params(), BATCH, step=0), rtol=1e-5, atol=1e-7)
+        placed = {
+            layer: {name: jax.device_put(*x) for name, x in arrays.items()}
+            for layer, arrays in tree.items()
+        }
+        batch = jax.device_put(*batch)
+        (value, gradient), (full_value, full), selection = jax.jit(step)(placed, batch)
+        expected = jax.jit(selection.mask)(full)
+        report = cdb_jax.channel_report(placed, policy, loss, batch)
+    assert all(row.gradient.startswith("skipped") for row in report.rows), str(report)
+    assert jax.tree.map(jax.typeof, gradient) == jax.tree.map(jax.typeof, placed)
+    chex.assert_trees_all_close(
+        jax.device_get((value, gradient)),
+        jax.device_get((full_value, expected)),
+        rtol=1e-5,
+        atol=1e-7,
+    )
 
 
 INSIDE = {

@@ -24,7 +24,7 @@ from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
-from cdb_jax._skipping import jaxprs, moves, products
+from cdb_jax._skipping import explicit, jaxprs, moves, products
 from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax.selection import Mode
 
@@ -385,7 +385,7 @@ def _move(
         ]
         changes = [
             tuple(
-                change and _change_of_part(move, compute, i, old, change, arrays)
+                change and _change_of_part(move, eqn, compute, targets, i, old, change, arrays)
                 for i, (old, change) in enumerate(olds)
             )
         ]
@@ -394,7 +394,9 @@ def _move(
 
 def _change_of_part(
     move: moves.Move,
+    eqn: core.JaxprEqn,
     compute: Callable[[Sequence[Any]], list[Any]],
+    targets: Sequence[products.Target],
     i: int,
     weight: moves.Weight,
     change: products.Change,
@@ -405,7 +407,13 @@ def _change_of_part(
     if weight.is_whole and not move.weights[0][i].box:
         (z,) = compute([change.z, *arrays[1:]])
     else:
-        z = move.parts[i](change.z, arrays)
+        new, result = move.weights[0][i], eqn.outvars[0].aval
+        z = explicit.call(
+            move.parts[i],
+            lambda: targets[new.leaf].spec(result, new.channel),
+            change.z,
+            arrays,
+        )
     place, mode = change.place, change.mode
     if move.layers:
         place, mode = (move.layers(x, arrays) for x in (place, mode))

@@ -340,7 +340,11 @@ _LAYOUT: dict[core.Primitive, _LayoutRule] = {
     primitives.dynamic_slice_p: _sliced,
 }
 # `jax.extend` does not export these.
-_LAYOUT_BY_NAME: dict[str, _LayoutRule] = {"optimization_barrier": _same, "pvary": _varied}
+_LAYOUT_BY_NAME: dict[str, _LayoutRule] = {
+    "optimization_barrier": _same,
+    "pvary": _varied,
+    "reshard": _same,  # `explicit` shards the part like the result.
+}
 _FOR_JOINED = (_same, _varied, _converted, _transposed)
 
 

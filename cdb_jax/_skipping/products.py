@@ -19,8 +19,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
+from jax.sharding import PartitionSpec
 
-from cdb_jax._skipping import jaxprs, parts
+from cdb_jax._skipping import explicit, jaxprs, parts
 from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax.selection import Mode, Part
 
@@ -39,6 +40,10 @@ class Operation(NamedTuple):
 
     def replace(self, **changes: Any) -> Operation:
         return self._replace(params=tuple((dict(self.params) | changes).items()))
+
+    @property
+    def without_sharding(self) -> Operation:
+        return self.replace(out_sharding=None)
 
     def __call__(self, lhs: Any, rhs: Any) -> jax.Array:
         return self.primitive.bind(lhs, rhs, **dict(self.params))
@@ -61,11 +66,20 @@ class Target(NamedTuple):
             return tuple(shape)
         return self.part.shape(shape, channel)
 
+    def spec(self, w: Any, channel: Axes) -> PartitionSpec:
+        """The explicit sharding of the gradient of a weight."""
+        return explicit.part_spec(w, channel, self.part if self.is_compact else None)
+
     def take(self, w: jax.Array, channel: Axes, stack: Axes, place: jax.Array) -> jax.Array:
         """The part of a weight that has a gradient."""
         if self.part is None or not self.is_compact:
             return w
-        return parts.take(w, channel, stack, self.part, place)
+        part = self.part
+
+        def take(w: jax.Array, place: jax.Array) -> jax.Array:
+            return parts.take(w, channel, stack, part, place)
+
+        return explicit.call(take, lambda: self.spec(w, channel), w, place)
 
 
 class Box(NamedTuple):
@@ -116,9 +130,19 @@ class Product(NamedTuple):
         return Mode.FULL not in self.target.modes and bool(self.x_channel)
 
     def cut(self, x: jax.Array, place: jax.Array) -> jax.Array:
+        """The part of x that belongs to the kept part of w."""
+        x = Box.cut(x, self.x_box)
         if self.x_part is None:
             return x
         return parts.take(x, self.x_channel, self.x_stack, self.x_part, place)
+
+    def cut_early(self, x: jax.Array, place: jax.Array) -> jax.Array:
+        """What has to be stored of x."""
+        if not self.cuts_early:
+            return x
+        return explicit.call(
+            self.cut, lambda: explicit.part_spec(x, self.x_channel, self.x_part), x, place
+        )
 
 
 def dot_product(
@@ -347,9 +371,7 @@ def _apply_fwd(
             weights.append(None)
             continue
         x, place = (lhs, rhs)[1 - product.side].value, change.place.value
-        if product.cuts_early:
-            x = product.cut(Box.cut(x, product.x_box), place)
-        weights.append(_Saved(x, place, change.mode.value))
+        weights.append(_Saved(product.cut_early(x, place), place, change.mode.value))
     flags = tuple(flag.value for flag in needed)
     return call.op(lhs.value, rhs.value), _Residuals(operands, tuple(weights), flags)
 
@@ -361,12 +383,10 @@ def _apply_bwd(call: _Call, residuals: _Residuals, dy: Any) -> tuple[Any, ...]:
     for side in (0, 1):
         other = residuals.operands[1 - side]
         if other is not None:
-            gradient = Gradient(call.op, side, call.types[side])
             if call.needed[side]:
-                gradients[side] = gradient.compute(dy, other)
+                gradients[side] = Gradient(call.op, side, call.types[side]).compute(dy, other)
             else:
-                compute = functools.partial(gradient.compute, slow=_SLOW_IN_CONDITIONALS)
-                gradients[side] = _if(residuals.needed[side], compute, call.types[side], dy, other)
+                gradients[side] = _gradient_if(call, side, residuals.needed[side], dy, other)
     changes = tuple(
         saved and _gradient_of_change(call, product, saved, dy)
         for product, saved in zip(call.products, residuals.weights, strict=True)
@@ -374,16 +394,40 @@ def _apply_bwd(call: _Call, residuals: _Residuals, dy: Any) -> tuple[Any, ...]:
     return *gradients, changes, None
 
 
-def _gradient_of_change(call: _Call, product: Product, saved: _Saved, dy: jax.Array) -> Any:
-    w_type, x = call.types[product.side], saved.x
+def _gradient_if(
+    call: _Call, side: int, needed: jax.Array, dy: jax.Array, other: jax.Array
+) -> jax.Array:
+    """The gradient of an operand if it is needed, which is known only at run time."""
+    operand_type = call.types[side]
+    plain = call.op, operand_type
+    if explicit.mesh_of(dy, other):
+        plain = call.op.without_sharding, explicit.plain(operand_type)
+    gradient = Gradient(plain[0], side, plain[1])
+    compute = functools.partial(gradient.compute, slow=_SLOW_IN_CONDITIONALS)
+
+    def computed(needed: jax.Array, dy: jax.Array, other: jax.Array) -> jax.Array:
+        return _if(needed, compute, operand_type, dy, other)
+
+    return explicit.call(computed, lambda: operand_type.sharding.spec, needed, dy, other)
+
+
+def _gradient_of_change(call: _Call, product: Product, saved: _Saved, dy: jax.Array) -> Change:
+    w_type = call.types[product.side]
     if product.w_box:
         shape = list(w_type.shape)
         shape[product.w_box.axis] = product.w_box.size
         w_type = w_type.update(shape=tuple(shape))
-        dy = Box.cut(dy, product.y_box)
-        if not product.cuts_early:
-            x = Box.cut(x, product.x_box)
-    return Change(weight_gradient(product, w_type, x, dy, saved.place, saved.mode), None, None)  # type: ignore[arg-type]
+    operands = saved.x, dy, saved.place, saved.mode
+    plain: tuple[Product, Any] = product, w_type
+    if explicit.mesh_of(operands):
+        op, part_op = (x.without_sharding for x in (product.op, product.part_op))
+        plain = product._replace(op=op, part_op=part_op), explicit.plain(w_type)
+    dz = explicit.call(
+        functools.partial(weight_gradient, *plain),
+        lambda: product.target.spec(w_type, product.w_channel),
+        *operands,
+    )
+    return Change(dz, None, None)  # type: ignore[arg-type]
 
 
 _apply.defvjp(_apply_fwd, _apply_bwd, symbolic_zeros=True)
@@ -421,7 +465,9 @@ def _kept_gradient(
     part = product.target.part
     assert part is not None
     kept_x = x if product.cuts_early else product.cut(x, place)
-    kept_dy = parts.take(dy, product.y_channel, product.y_stack, part, place)
+    kept_dy = parts.take(
+        Box.cut(dy, product.y_box), product.y_channel, product.y_stack, part, place
+    )
     kept_shape = part.shape(w_type.shape, product.w_channel)
     kept_type = jax.typeof(jnp.zeros_like(dy, w_type.dtype, kept_shape))  # Varies like `dy`.
     gradient = Gradient(product.part_op, product.side, kept_type)
@@ -435,6 +481,7 @@ def _full_gradient(
     product: Product, w_type: Any, x: jax.Array, dy: jax.Array, place: jax.Array
 ) -> jax.Array:
     gradient = Gradient(product.op, product.side, w_type)
+    x, dy = Box.cut(x, product.x_box), Box.cut(dy, product.y_box)
     return gradient.compute(dy, x, _slow(product))
 
 

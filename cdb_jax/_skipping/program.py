@@ -14,8 +14,7 @@ from jax.extend import core
 
 from cdb_jax import channels
 from cdb_jax._compiling import Keyed, compiled
-from cdb_jax._skipping import follow, jaxprs, moves, parts, products
-from cdb_jax._skipping.reasons import Obstacle, Reason
+from cdb_jax._skipping import explicit, follow, jaxprs, moves, parts, products
 from cdb_jax._xla import alone_on_cpu
 from cdb_jax.selection import Group, Mode, Selection, mask_leaves, per_layer
 
@@ -51,7 +50,6 @@ class Traced(NamedTuple):
       results: the structure of the value and the auxiliary data.
       layout: the leaves of the parameters.
       freezes_others: whether the selection freezes leaves without channels.
-      explicit: the positions of leaves with explicit shardings.
     """
 
     jaxpr: core.Jaxpr
@@ -59,13 +57,12 @@ class Traced(NamedTuple):
     results: Any
     layout: channels.Layout
     freezes_others: bool
-    explicit: frozenset[int]
 
     def key(self, leaves: Sequence[Any]) -> Hashable:
         """A key that functions share only if they have the same results and gradients."""
         gradient = jaxprs.differentiated(self.jaxpr, self.consts, leaves)
         programs = jaxprs.identity(self.jaxpr), jaxprs.identity(gradient)
-        return programs, self.layout, self.freezes_others, self.explicit
+        return programs, self.layout, self.freezes_others
 
 
 @jax.tree_util.register_static
@@ -93,16 +90,12 @@ def trace(call: Callable[[Any], Any], params: Any, selection: Selection, has_aux
     closed, shapes = jax.make_jaxpr(checked, return_shape=True)(params)
     jaxpr, consts = jaxprs.opened(closed)
     jaxpr = jaxpr.replace(constvars=(), invars=[*jaxpr.constvars, *jaxpr.invars])
-    explicit = (
-        i for i, x in enumerate(jax.tree.leaves(params)) if any(jax.typeof(x).sharding.spec)
-    )
     return Traced(
         jaxpr,
         consts,
         jax.tree.structure(shapes),
         selection.layout_of(params),
         selection.freezes_others,
-        frozenset(explicit),
     )
 
 
@@ -151,19 +144,13 @@ def followed(traced: Traced, groups: Sequence[Group]) -> Followed:
     learns = products.Target((Mode.FULL,), None)
     targets = tuple(by_path.get(leaf.source, learns) for leaf in leaves)
     facts = [follow.Fact()] * len(traced.consts)
-    hidden = []
     for i, (leaf, target) in enumerate(zip(leaves, targets, strict=True)):
         weights: tuple[moves.Weight, ...] = ()
         if leaf.layer == leaf.path and target.modes not in ((Mode.FULL,), (Mode.FROZEN,)):
-            if i in traced.explicit:
-                hidden.append(i)
-            else:
-                weights = (moves.Weight(i, leaf.channel, leaf.stack),)
+            weights = (moves.Weight(i, leaf.channel, leaf.stack),)
         facts.append(follow.Fact(weights, _needs(i, target)))
     program, uses = follow.follow(traced.jaxpr, facts, targets, traced.freezes_others)
-    obstacle = Obstacle(Reason.EXPLICIT_SHARDING)
     is_followed = tuple(bool(fact.weights) for fact in facts[len(traced.consts) :])
-    uses |= {i: follow.Uses(0, True, (obstacle,)) for i in hidden}
     return Followed(program, targets, is_followed, uses)
 
 
@@ -201,10 +188,14 @@ class _Plan(NamedTuple):
     is_direct: bool
     has_zeros: bool
 
-    @property
-    def change_shape(self) -> tuple[int, ...]:
-        """The shape of the gradient that products compute."""
-        return self.target.shape(self.leaf.shape, self.leaf.channel)
+    def change_of(self, weight: Any) -> jax.Array:
+        """Zeros that receive the gradient that products compute."""
+        leaf, target = self.leaf, self.target
+
+        def zeros(weight: Any) -> jax.Array:
+            return jnp.zeros_like(weight, shape=target.shape(leaf.shape, leaf.channel))
+
+        return explicit.call(zeros, lambda: target.spec(weight, leaf.channel), weight)
 
 
 @compiled
@@ -219,11 +210,7 @@ def _evaluate(
     found = followed(traced, groups)
     plans = _plans(found, traced.layout, _drawn(groups))
     direct = {i: x for i, x in enumerate(leaves) if plans[i].is_direct}
-    changes = {
-        i: jnp.zeros_like(x, shape=plans[i].change_shape)
-        for i, x in enumerate(leaves)
-        if plans[i].is_skipped
-    }
+    changes = {i: plans[i].change_of(x) for i, x in enumerate(leaves) if plans[i].is_skipped}
     flags = follow.Flags(_learning(plans), {})
 
     def fun(changes: dict[int, jax.Array], direct: dict[int, Any]) -> tuple[jax.Array, list[Any]]:
@@ -314,5 +301,11 @@ def _put_back(
 
     # This is best done in the loops of the optimizer, where it costs no memory traffic. On CPU, the
     # compiler would repeat it several times per entry there, more slowly than in a separate loop.
-    cpu = functools.partial(alone_on_cpu, put, weights_themselves)
-    return kept | jax.lax.platform_dependent(compact, cpu=cpu, default=put)
+    def put_on_any(compact: dict[int, tuple[jax.Array, ...]]) -> dict[int, jax.Array]:
+        cpu = functools.partial(alone_on_cpu, put, weights_themselves)
+        return jax.lax.platform_dependent(compact, cpu=cpu, default=put)
+
+    def specs() -> dict[int, Any]:
+        return {i: jax.typeof(weight).sharding.spec for i, (_, _, weight) in compact.items()}
+
+    return kept | explicit.call(put_on_any, specs, compact)

@@ -14,7 +14,6 @@ class Reason(enum.Enum):
     UNKNOWN_FORM = "{} has a form that this version does not know"
     TWO_WEIGHTS = "multiplied by another weight"
     COMBINED = "combined by {} with something else that learns"
-    EXPLICIT_SHARDING = "its sharding is explicit"
     NOT_STATIC = (
         "the number of kept channels is not static; use a number as the rate, and "
         'channel_choice="window" or "exact"'

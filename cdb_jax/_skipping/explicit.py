@@ -1,0 +1,69 @@
+"""Arrays with explicit shardings (`AxisType.Explicit`), which are part of their types.
+
+Operations on parts of such arrays may have no sharding that follows from their operands, which is
+an error. So XLA finds all shardings inside these operations, and their result is sharded like the
+whole array as far as that fits the part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from cdb_jax.selection import Part
+
+
+def mesh_of(*arrays: Any) -> Any:
+    """The mesh of arrays or types that have explicit shardings; None if they have none."""
+    for x in jax.tree.leaves(arrays):
+        mesh = _sharding_of(x).mesh
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def _sharding_of(x: Any) -> NamedSharding:
+    """The sharding in a type, or in the type of an array."""
+    array_type: Any = x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)
+    return array_type.sharding
+
+
+def plain(array_type: Any) -> Any:
+    """A type without its explicit sharding."""
+    if mesh_of(array_type) is None:
+        return array_type
+    return jax.ShapeDtypeStruct(array_type.shape, array_type.dtype)
+
+
+def part_spec(array: Any, channel: tuple[int, ...], part: Part | None) -> PartitionSpec:
+    """The spec of a part of an array; channels stay sharded if each shard keeps as many."""
+    sharding = _sharding_of(array)
+    spec = list(sharding.spec)
+    names = [spec[axis] for axis in channel if spec[axis] is not None]
+    flat = [x for name in names for x in (name if isinstance(name, tuple) else (name,))]
+    shards = math.prod(sharding.mesh.shape[name] for name in flat)
+    if part is not None and (len(channel) > 1 or part.blocks % shards):
+        for axis in channel:
+            spec[axis] = None
+    return PartitionSpec(*spec)
+
+
+def call(f: Callable[..., Any], spec: Any, *args: Any) -> Any:
+    """`f(*args)`; if arguments are explicitly sharded, XLA finds the shardings inside.
+
+    Args:
+      f: a function of arrays.
+      spec: a function that returns the spec of the result, or a tree of specs.
+      *args: trees of arrays.
+    """
+    mesh = mesh_of(args)
+    if mesh is None:
+        return f(*args)
+    sharding = jax.tree.map(
+        lambda x: NamedSharding(mesh, x), spec(), is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+    return jax.sharding.auto_axes(f, out_sharding=sharding)(*args)
