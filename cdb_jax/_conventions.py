@@ -55,11 +55,20 @@ _WRAPPERS = ("value", "data_array", "array", "args")  # Of arrays in boxes.
 
 
 class Roles(NamedTuple):
-    """The axes of a weight."""
+    """The axes of a weight; `is_default` if only its number of axes shows them."""
 
     outputs: Axes
     inputs: Axes
     stack: Axes = ()
+    is_default: bool = False
+
+
+class Found(NamedTuple):
+    """The channel axes of a leaf, the axes of its stack, and `Roles.is_default`."""
+
+    channel: Axes
+    stack: Axes
+    is_default: bool = False
 
 
 # Weights of three and four dimensions: attention heads, experts, and the einsums of Gemma.
@@ -155,8 +164,8 @@ def is_token(path: str) -> bool:
 
 def channel_axes(
     direction: str, path: str, shape: Shape, stack: Axes, tree: Tree
-) -> tuple[Axes, Axes] | Reason:
-    """The channel axes of a leaf and the axes of its stack, or why it has none.
+) -> Found | Reason:
+    """The channel axes of a leaf, or why it has none.
 
     Args:
       direction: "output" or "input".
@@ -171,14 +180,16 @@ def channel_axes(
     if reason:
         return reason
     if _is_table(path, inner):
-        return ((rest[-1],), stack) if direction == "output" else Reason.EMBEDDING
+        return Found((rest[-1],), stack) if direction == "output" else Reason.EMBEDDING
     roles = _roles(path, inner, tree, () if stack else tree.bias_shape(path))
     if roles is None:
         return UNSETTLED[direction]
     axes = roles.outputs if direction == "output" else roles.inputs
     if direction == "input" and math.prod(inner[axis] for axis in axes) == 1:
         return Reason.ONE_INPUT
-    return tuple(rest[axis] for axis in axes), (*stack, *(rest[axis] for axis in roles.stack))
+    channel = tuple(rest[axis] for axis in axes)
+    stack = (*stack, *(rest[axis] for axis in roles.stack))
+    return Found(channel, stack, roles.is_default)
 
 
 def _without_channels(path: str, shape: Shape, tree: Tree) -> Reason | None:
@@ -226,7 +237,7 @@ def _roles(path: str, shape: Shape, tree: Tree, bias: Shape) -> Roles | None:
     if _EINSUM.search(layer) or _EINSUM.search(name):
         return None
     if len(shape) == 2:
-        return Roles((1,), (0,))
+        return Roles((1,), (0,), is_default=True)
     is_image = bool(_IMAGE.search(layer)) or shape[0] <= 7
     if len(shape) == 4 and shape[0] == shape[1] and is_image and shape[0] <= 32:
         return Roles((2,), (3,)) if shape[3] == 1 < shape[2] else Roles((3,), (2,))

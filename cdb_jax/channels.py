@@ -99,6 +99,9 @@ class Leaf(NamedTuple):
       layer: the path whose selection applies: the leaf's path, or for a bias that follows its
         kernel, the kernel's path. None for a leaf without channels.
       reason: why it has no channels; None if it has.
+      convention: the convention that found the channels by name and shape; None if a spec says
+        which axes hold them.
+      is_default: whether the convention had nothing to go by but the number of axes.
     """
 
     path: str
@@ -107,6 +110,8 @@ class Leaf(NamedTuple):
     stack: tuple[int, ...] = ()
     layer: str | None = None
     reason: Reason | None = None
+    convention: Convention | None = None
+    is_default: bool = False
 
     @property
     def source(self) -> str:
@@ -487,7 +492,8 @@ def _resolve_leaf(path: str, x: Any, rules: _Rules, tree: conventions.Tree) -> L
         by_name = conventions.channel_axes(direction, path, leaf.shape, stack, tree)
         if isinstance(by_name, Reason):
             return leaf._replace(reason=by_name)
-        found, stack = by_name
+        found, stack = by_name.channel, by_name.stack
+        leaf = leaf._replace(convention=axes.channel, is_default=by_name.is_default)
     elif len(leaf.shape) - len(stack) < 2 and not is_for_leaf and axes.channel != ():
         return leaf._replace(reason=Reason.FEW_DIMENSIONS)
     else:

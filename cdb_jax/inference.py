@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from cdb_jax import _conventions as conventions, channels
+from cdb_jax import channels
 from cdb_jax._checks import check_choice, check_no_module
-from cdb_jax._skipping import api, axis_uses
-from cdb_jax._skipping.axis_uses import Use
-
-InferredAxes = dict[str, channels.Axes | channels.Convention | None]
-
-_STACKS = {Use.BATCH, Use.STACK, Use.INDEXED}
-_CONVENTIONS = {"output": channels.output_channels, "input": channels.input_channels}
+from cdb_jax._skipping import api, axis_uses, roles
+from cdb_jax._skipping.roles import InferredAxes as InferredAxes
 
 
 def infer_channel_axes(
@@ -65,7 +59,7 @@ def infer_channel_axes(
     check_choice("channels", channels, ("output", "input"))
     api.check_function(fun)
     check_no_module(params, "params is", "cdb_jax.nnx.infer_channel_axes")
-    return _axes(channels, _uses(fun, params, args, kwargs))
+    return roles.axes(channels, _uses(fun, params, args, kwargs))
 
 
 def _uses(
@@ -82,65 +76,10 @@ def _uses(
     keyed = jax.tree_util.tree_leaves_with_path(params)
     is_float = [hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact) for _, x in keyed]
     in_params = len(api.split_arrays(params)[0])
-    is_weight = [
-        i < in_params and jnp.issubdtype(x.dtype, jnp.inexact) for i, x in enumerate(arrays)
-    ]
+    weights = [i for i, x in enumerate(arrays[:in_params]) if jnp.issubdtype(x.dtype, jnp.inexact)]
     program = jax.make_jaxpr(call)(arrays)
-    found = iter(axis_uses.find(program, is_weight))
+    found = iter(axis_uses.find(program, weights).values())
     return {
         channels.canonical_path(keys): next(found) if chosen else None
         for (keys, _), chosen in zip(keyed, is_float, strict=True)
-    }
-
-
-def _axes(direction: str, uses: Mapping[str, axis_uses.Uses | None]) -> InferredAxes:
-    stacked = _stacked_modules(uses)
-    return {
-        path: None if use is None else _axes_of(direction, path, use, stacked)
-        for path, use in uses.items()
-    }
-
-
-def _axes_of(
-    direction: str, path: str, uses: axis_uses.Uses, stacked: set[str]
-) -> channels.Axes | channels.Convention | None:
-    if conventions.is_token(path):
-        return None
-    by_use = {
-        use: tuple(axis for axis, found in enumerate(uses.axes) if use in found) for use in Use
-    }
-    outputs, inputs = by_use[Use.FREE], by_use[Use.SUMMED]
-    stack = tuple(
-        axis
-        for axis, found in enumerate(uses.axes)
-        if found & _STACKS and Use.COMBINED not in found
-    )
-    if set(outputs) & set(inputs):  # Used in both directions, as in an autoencoder.
-        return _CONVENTIONS[direction]
-    if not inputs and by_use[Use.FEATURE]:
-        outputs = by_use[Use.FEATURE]
-    elif not inputs:
-        return _CONVENTIONS[direction] if uses.unknown else None
-    first = min(inputs, default=0)
-    if outputs and outputs[0] == 0 < first and outputs[-1] > first and _parent(path) in stacked:
-        stack, outputs = (0, *stack), outputs[1:]  # An ensemble whose input is not stacked.
-    found = outputs if direction == "output" else inputs
-    found = tuple(axis for axis in found if axis not in stack)
-    if not found or (direction == "input" and math.prod(uses.shape[axis] for axis in found) == 1):
-        return None
-    channel = found if len(found) > 1 else found[0]
-    return channels.Axes(channel, stack if len(stack) != 1 else stack[0])
-
-
-def _parent(path: str) -> str:
-    """The path of the module that holds the layer of a leaf."""
-    return "/".join(path.split("/")[:-2])
-
-
-def _stacked_modules(uses: Mapping[str, axis_uses.Uses | None]) -> set[str]:
-    """The modules with a layer that is stacked along its first axis."""
-    return {
-        _parent(path)
-        for path, use in uses.items()
-        if use is not None and use.axes and use.axes[0] & _STACKS
     }

@@ -132,6 +132,8 @@ def _row(leaf: channels.Leaf, policy: Policy) -> ChannelRow:
             leaf.path, leaf.shape, (), (), None, "all", leaf.reason.value if leaf.reason else ""
         )
     note = "" if leaf.layer == leaf.path else f"follows {leaf.layer}"
+    if leaf.is_default:
+        note = "the last axis, by default"
     kept = _kept(policy, leaf.channels)
     return ChannelRow(leaf.path, leaf.shape, leaf.channel, leaf.stack, leaf.channels, kept, note)
 

@@ -204,6 +204,15 @@ def low_rank():
     return params, loss, (normal(4, 5, 8),), {"w": (1, ()), "a": (1, ()), "b": (1, ())}
 
 
+def product_of_weights():
+    params = {"w": normal(0, 8, 16), "a": normal(1, 8, 2), "b": normal(2, 2, 16)}
+
+    def loss(params, x):
+        return jnp.mean(jnp.tanh(x @ (params["w"] + params["a"] @ params["b"])))
+
+    return params, loss, (normal(4, 5, 8),), {"w": (1, ()), "a": (1, ()), "b": (1, ())}
+
+
 def scaled_weight():
     params = {"w": normal(0, 16, 8)}
 
@@ -347,7 +356,15 @@ PATTERNS = {
         *(dense, output_by_input, heads, fused_qkv, einsum_kv, transposed_convolution),
         *(one_dimensional_convolution, table, tied_table, scanned_layers),
         *(layers_in_a_python_loop, experts, experts_in_a_loop, ensemble, block_diagonal),
-        *(low_rank, scaled_weight, masked_weight, standardised_weight, weight_norm, lstm_gates),
+        *(
+            low_rank,
+            product_of_weights,
+            scaled_weight,
+            masked_weight,
+            standardised_weight,
+            weight_norm,
+            lstm_gates,
+        ),
         *(recurrent_cell, complex_pairs, rematerialised, custom_derivative, modulated),
         *(norms_and_tokens,),
     )

@@ -51,11 +51,11 @@ def product_flops(program):
     return total
 
 
-# A scale that learns needs the gradient of all channels of the weight that it scales.
-SCALED = {"standardised_weight", "weight_norm"}
+# What is combined with a weight, and learns too, needs the gradient of all of its channels.
+COMBINED = {"standardised_weight", "weight_norm", "product_of_weights"}
 
 
-@pytest.mark.parametrize("name", [x for x in families.PATTERNS if x not in SCALED])
+@pytest.mark.parametrize("name", [x for x in families.PATTERNS if x not in COMBINED])
 def test_half_of_the_weight_gradients_is_skipped(name, standard_promotion):
     params, loss, args, expected = families.PATTERNS[name]()
     # The inputs learn too, so that the same gradients of activations are needed every time.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core
@@ -26,6 +26,7 @@ class Use(enum.Enum):
     FREE = "free in a product"
     SUMMED = "summed over in a product"
     BATCH = "a batch axis of a product"
+    INNER = "summed over in a product of weights"
     SPATIAL = "spatial in a convolution"
     LOOKUP = "looked up"
     FEATURE = "a feature of a table that is looked up"
@@ -40,11 +41,13 @@ class Uses(NamedTuple):
     Attributes:
       axes: for each axis its uses.
       unknown: the primitives that read the weight in a way that is not understood.
+      scales: the primitives that combine it with data that has more axes, entry by entry.
       shape: the shape of the weight.
     """
 
     axes: tuple[set[Use], ...]
     unknown: set[str]
+    scales: set[str]
     shape: tuple[int, ...]
 
 
@@ -88,18 +91,23 @@ class Fact(NamedTuple):
     varies: frozenset[int]
 
 
-def find(program: Any, is_weight: Sequence[bool]) -> list[Uses]:
-    """The uses of each weight of a program; its other inputs are data."""
+def find(
+    program: Any, weights: Collection[int], constants: Collection[int] = ()
+) -> dict[int, Uses]:
+    """The uses of weights, by position among the inputs of a program.
+
+    Inputs that are neither weights nor constants, such as masks of weights, are data.
+    """
     jaxpr, _ = jaxprs.opened(program)
-    shapes = [_shape(v) for v in jaxpr.invars]
-    leaves = [i for i, chosen in enumerate(is_weight) if chosen]
-    finder = _Finder({i: Uses(tuple(set() for _ in shapes[i]), set(), shapes[i]) for i in leaves})
-    facts = [
-        _weight(i, shape) if is_weight[i] else _plain(shape, is_data=True)
-        for i, shape in enumerate(shapes)
-    ]
-    finder.program(program, facts)
-    return [finder.uses[i] for i in leaves]
+    uses, facts = {}, []
+    for i, shape in enumerate(map(_shape, jaxpr.invars)):
+        if i in weights:
+            uses[i] = Uses(tuple(set() for _ in shape), set(), set(), shape)
+            facts.append(_weight(i, shape))
+        else:
+            facts.append(_plain(shape, is_data=i not in constants))
+    _Finder(uses).program(program, facts)
+    return uses
 
 
 def _weight(leaf: int, shape: tuple[int, ...]) -> Fact:
@@ -235,10 +243,12 @@ def _without_axis(fact: Fact, removed: int) -> Fact:
 def _merged(origins: Iterable[Origin]) -> list[Origin]:
     """One origin for each weight: that which covers most of its axes.
 
-    A statistic of a weight that scales the weight covers fewer.
+    A statistic of a weight that scales the weight covers fewer; a sum over all axes covers none.
     """
     best: dict[int, Origin] = {}
     for origin in origins:
+        if not origin.covered:
+            continue
         other = best.get(origin.leaf)
         if other is None or len(origin.covered) > len(other.covered):
             best[origin.leaf] = origin
@@ -356,6 +366,8 @@ def _elementwise(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list
             scaled = eqn.primitive in (primitives.mul_p, primitives.div_p)
             if all(x is fact or (scaled and own - x.varies) for x in data):
                 origins.append(origin)
+            elif own < _all_axes(shape):
+                finder.uses[origin.leaf].scales.add(eqn.primitive.name)
     for first, second in itertools.combinations(origins, 2):
         if first.leaf == second.leaf:
             for axis, _ in first.entries ^ second.entries:
@@ -377,6 +389,8 @@ def _spread(origin: Origin, shape: tuple[int, ...]) -> Origin:
 
 def _product(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
     contract, batch = eqn.params["dimension_numbers"]
+    if all(fact.origins and not fact.is_data for fact in facts):
+        return _product_of_weights(finder, eqn, facts)
     for side, fact in enumerate(facts):
         for origin in fact.origins:
             for axis in range(len(origin.axes)):
@@ -387,6 +401,25 @@ def _product(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Ori
                     use = Use.BATCH
                 finder.use(origin, axis, use)
     return []
+
+
+def _product_of_weights(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
+    """A weight that is the product of two, such as a low-rank update."""
+    contract, batch = eqn.params["dimension_numbers"]
+    shape, origins = _shape(eqn.outvars[0]), []
+    first = len(batch[0])
+    for side, fact in enumerate(facts):
+        rank = len(_shape(eqn.invars[side]))
+        free = [axis for axis in range(rank) if axis not in (*contract[side], *batch[side])]
+        for origin in fact.origins:
+            for axis in contract[side]:
+                finder.use(origin, axis, Use.INNER)
+            axes: list[tuple[Factor, ...]] = [(Factor(frozenset(), size),) for size in shape]
+            for new, old in (*enumerate(batch[side]), *enumerate(free, first)):
+                axes[new] = origin.axes[old]
+            origins.append(origin._replace(axes=tuple(axes)))
+        first += len(free)
+    return origins
 
 
 def _convolution(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:

@@ -14,7 +14,7 @@ from jax.extend import core
 
 from cdb_jax import channels
 from cdb_jax._compiling import Keyed, compiled
-from cdb_jax._skipping import explicit, follow, jaxprs, moves, parts, products
+from cdb_jax._skipping import axis_uses, explicit, follow, jaxprs, moves, parts, products, roles
 from cdb_jax._xla import alone_on_cpu
 from cdb_jax.selection import Group, Mode, Selection, mask_leaves, per_layer
 
@@ -90,13 +90,30 @@ def trace(call: Callable[[Any], Any], params: Any, selection: Selection, has_aux
     closed, shapes = jax.make_jaxpr(checked, return_shape=True)(params)
     jaxpr, consts = jaxprs.opened(closed)
     jaxpr = jaxpr.replace(constvars=(), invars=[*jaxpr.constvars, *jaxpr.invars])
+    layout = selection.layout_of(params)
+    if any(leaf.convention for leaf in layout.layers):
+        _check_names(layout, jaxpr, consts, jax.tree.leaves(params))
     return Traced(
         jaxpr,
         consts,
         jax.tree.structure(shapes),
-        selection.layout_of(params),
+        layout,
         selection.freezes_others,
     )
+
+
+def _check_names(
+    layout: channels.Layout, jaxpr: core.Jaxpr, consts: Sequence[Any], leaves: Sequence[Any]
+) -> None:
+    """Compares the channels that names show with what the program does with the weights.
+
+    Under `jit`, arrays that are not traced are constants, such as masks of weights.
+    """
+    traced = [isinstance(x, jax.core.Tracer) for x in (*consts, *leaves)]
+    first = len(consts)
+    constants = [i for i in range(first) if any(traced) and not traced[i]]
+    uses = axis_uses.find(jaxpr, range(first, first + len(leaves)), constants)
+    roles.check_names(layout, [uses[first + i] for i in range(len(leaves))])
 
 
 def _as_result(x: Any) -> Any:

@@ -1,0 +1,143 @@
+"""The channel axes of weights from what a loss does with each axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from cdb_jax import _conventions as conventions, channels
+from cdb_jax._skipping import axis_uses
+from cdb_jax._skipping.axis_uses import Use
+
+InferredAxes = dict[str, channels.Axes | channels.Convention | None]
+
+_STACKS = {Use.BATCH, Use.STACK, Use.INDEXED}
+_CONVENTIONS = {"output": channels.output_channels, "input": channels.input_channels}
+
+
+def axes(direction: str, uses: Mapping[str, axis_uses.Uses | None]) -> InferredAxes:
+    """The channel axes of each leaf, given its uses by path; None for a leaf without channels.
+
+    A leaf that its uses do not settle is left to a convention.
+    """
+    stacked = _stacked_modules(uses)
+    return {
+        path: None if use is None else _axes_of(direction, path, use, stacked)
+        for path, use in uses.items()
+    }
+
+
+def _axes_of(
+    direction: str, path: str, uses: axis_uses.Uses, stacked: set[str]
+) -> channels.Axes | channels.Convention | None:
+    if conventions.is_token(path):
+        return None
+    by_use = {
+        use: tuple(axis for axis, found in enumerate(uses.axes) if use in found) for use in Use
+    }
+    outputs, inputs = by_use[Use.FREE], by_use[Use.SUMMED]
+    if outputs and not inputs:  # The second of two weights that are multiplied first.
+        inputs = by_use[Use.INNER]
+    elif inputs and not outputs:
+        outputs = by_use[Use.INNER]
+    stack = tuple(
+        axis
+        for axis, found in enumerate(uses.axes)
+        if found & _STACKS and Use.COMBINED not in found
+    )
+    if set(outputs) & set(inputs):  # Used in both directions, as in an autoencoder.
+        return _CONVENTIONS[direction]
+    if not inputs and by_use[Use.FEATURE]:
+        outputs = by_use[Use.FEATURE]
+    elif not inputs:
+        return _CONVENTIONS[direction] if uses.unknown else None
+    first = min(inputs, default=0)
+    if outputs and outputs[0] == 0 < first and outputs[-1] > first and _parent(path) in stacked:
+        stack, outputs = (0, *stack), outputs[1:]  # An ensemble whose input is not stacked.
+    found = outputs if direction == "output" else inputs
+    found = tuple(axis for axis in found if axis not in stack)
+    if not found or (direction == "input" and math.prod(uses.shape[axis] for axis in found) == 1):
+        return None
+    channel = found if len(found) > 1 else found[0]
+    return channels.Axes(channel, stack if len(stack) != 1 else stack[0])
+
+
+def _parent(path: str) -> str:
+    """The path of the module that holds the layer of a leaf."""
+    return "/".join(path.split("/")[:-2])
+
+
+def _stacked_modules(uses: Mapping[str, axis_uses.Uses | None]) -> set[str]:
+    """The modules with a layer that is stacked along its first axis."""
+    return {
+        _parent(path)
+        for path, use in uses.items()
+        if use is not None and use.axes and use.axes[0] & _STACKS
+    }
+
+
+# Names and shapes may be misleading.
+
+
+def check_names(layout: channels.Layout, uses: Sequence[axis_uses.Uses | None]) -> None:
+    """Raises a ValueError if a convention took the wrong axes for the channels of a leaf.
+
+    Args:
+      layout: the leaves of the parameters.
+      uses: what the loss does with each of them.
+    """
+    by_path = {leaf.path: x for leaf, x in zip(layout.leaves, uses, strict=True)}
+    for direction, convention in _CONVENTIONS.items():
+        leaves = [
+            leaf
+            for leaf in layout.layers
+            if leaf.convention == convention and by_path[leaf.path] is not None
+        ]
+        inferred = axes(direction, {leaf.path: by_path[leaf.path] for leaf in leaves})
+        mistakes = [
+            f"    {leaf.path!r} of shape {leaf.shape}: {mistake}\n"
+            for leaf in leaves
+            if (mistake := _mistake(leaf, inferred[leaf.path], by_path[leaf.path]))
+        ]
+        if mistakes:
+            raise ValueError(_message(direction, mistakes))
+
+
+def _mistake(
+    leaf: channels.Leaf,
+    inferred: channels.Axes | channels.Convention | None,
+    uses: axis_uses.Uses | None,
+) -> str:
+    """What is wrong with the channels of a leaf; empty if nothing is."""
+    if uses is None or isinstance(inferred, channels.Convention):
+        return ""
+    taken = f"by its name, axis {_listed(leaf.channel)}"
+    if inferred is None:
+        is_weight = uses.unknown or any(uses.axes) or not uses.scales
+        return "" if is_weight else f"{taken}, but it scales or shifts activations; exempt it"
+    assert not isinstance(inferred.channel, channels.Convention)
+    right, stack = (
+        {x} if isinstance(x, int) else set(x) for x in (inferred.channel, inferred.stack)
+    )
+    is_same = set(leaf.channel) == right or {*leaf.channel, *leaf.stack} == right | stack
+    is_tied = all(Use.FEATURE in uses.axes[axis] for axis in leaf.channel)
+    if is_same or is_tied:
+        return ""
+    found = {use.value for axis in leaf.channel for use in uses.axes[axis]} - {Use.FREE.value}
+    what = " and ".join(sorted(found)) or "only a part of them"
+    return f"{taken}, which is {what}; use {inferred}"
+
+
+def _listed(axes: Sequence[int]) -> str:
+    return ", ".join(map(str, axes))
+
+
+def _message(direction: str, mistakes: Sequence[str], most: int = 4) -> str:
+    side = "" if direction == "output" else ', channels="input"'
+    more = f"    and {len(mistakes) - most} more\n" if len(mistakes) > most else ""
+    return (
+        f"channel_axes=cdb_jax.infer_channel_axes(loss_fn, params, batch{side}) finds the "
+        f"{direction} channels; names and shapes mislead for\n{''.join(mistakes[:most])}{more}"
+        "Or name their axes, in a dict from path to cdb_jax.Axes or a rule (path, leaf) -> Axes; "
+        "None leaves an array alone."
+    )
