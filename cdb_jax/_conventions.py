@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 Axes = tuple[int, ...]
 
 
-class Reason(enum.Enum):
+class NoChannels(enum.Enum):
     """Why a leaf has no channels."""
 
     EXEMPT = "exempt"
@@ -32,11 +32,11 @@ class Reason(enum.Enum):
     TOKEN = "position or class token"
     EMBEDDING = "an embedding has no input channels"
     ONE_INPUT = "one input channel"
-    UNSETTLED_OUTPUT = "names and shapes do not show its output channels"
-    UNSETTLED_INPUT = "names and shapes do not show its input channels"
+    CONTRADICTED = "biases of other layers contradict what the name says"
+    UNSETTLED = "its name and shape do not show its channels"
 
 
-UNSETTLED = {"output": Reason.UNSETTLED_OUTPUT, "input": Reason.UNSETTLED_INPUT}
+UNSETTLED = (NoChannels.UNSETTLED, NoChannels.CONTRADICTED)
 
 _POSITION = re.compile(r"(^|_)pos(ition(al)?)?(_|emb|$)|^wpe$", re.IGNORECASE)
 _TOKEN = re.compile(r"token|^cls|^class_embed", re.IGNORECASE)
@@ -118,9 +118,13 @@ class Tree:
             *prefix, name = _unwrapped(path)
             if name in _BIASES:
                 self._biases["/".join(prefix)] = shape
-        self._transposed = {
-            last_names(path) for path, shape in shapes.items() if self._contradicts(path, shape)
-        }
+        # Whether kernels are (output, input), which only those that are not square show.
+        self.has_transposed = any(map(self._contradicts, shapes, shapes.values()))
+
+    def _contradicts(self, path: str, shape: Shape) -> bool:
+        bias = self.bias_shape(path)
+        is_kernel = len(shape) == 2 and last_names(path)[1] == "kernel" and len(bias) == 1
+        return is_kernel and bias[0] == shape[0] != shape[1]
 
     def bias_shape(self, path: str) -> Shape:
         """The shape of the bias of a layer; empty if it has none."""
@@ -146,15 +150,6 @@ class Tree:
             return len(weight) > len(shape) and _ends_with(weight, shape)
         return name in _BIASES or name.endswith("_bias")
 
-    def is_transposed(self, path: str) -> bool:
-        """Whether layers of this name hold their kernels as (output, input), as biases show."""
-        return last_names(path) in self._transposed
-
-    def _contradicts(self, path: str, shape: Shape) -> bool:
-        bias = self.bias_shape(path)
-        is_kernel = len(shape) == 2 and last_names(path)[1] == "kernel" and len(bias) == 1
-        return is_kernel and bias[0] == shape[0] != shape[1]
-
 
 def is_token(path: str) -> bool:
     """Whether the name of a leaf says that it is a position or a token, not a weight."""
@@ -164,7 +159,7 @@ def is_token(path: str) -> bool:
 
 def channel_axes(
     direction: str, path: str, shape: Shape, stack: Axes, tree: Tree
-) -> Found | Reason:
+) -> Found | NoChannels:
     """The channel axes of a leaf, or why it has none.
 
     Args:
@@ -180,32 +175,34 @@ def channel_axes(
     if reason:
         return reason
     if _is_table(path, inner):
-        return Found((rest[-1],), stack) if direction == "output" else Reason.EMBEDDING
+        return Found((rest[-1],), stack) if direction == "output" else NoChannels.EMBEDDING
     roles = _roles(path, inner, tree, () if stack else tree.bias_shape(path))
+    if isinstance(roles, NoChannels):
+        return roles
     if roles is None:
-        return UNSETTLED[direction]
+        return NoChannels.UNSETTLED
     axes = roles.outputs if direction == "output" else roles.inputs
     if direction == "input" and math.prod(inner[axis] for axis in axes) == 1:
-        return Reason.ONE_INPUT
+        return NoChannels.ONE_INPUT
     channel = tuple(rest[axis] for axis in axes)
     stack = (*stack, *(rest[axis] for axis in roles.stack))
     return Found(channel, stack, roles.is_default)
 
 
-def _without_channels(path: str, shape: Shape, tree: Tree) -> Reason | None:
+def _without_channels(path: str, shape: Shape, tree: Tree) -> NoChannels | None:
     layer, name = last_names(path)
     if len(shape) < 2:
-        return Reason.FEW_DIMENSIONS
+        return NoChannels.FEW_DIMENSIONS
     if tree.is_bias(path, shape):
-        return Reason.BIAS
+        return NoChannels.BIAS
     if name == "scale":
-        return Reason.SCALE
+        return NoChannels.SCALE
     if _NORM.search(layer) and name in ("kernel", "weight"):
-        return Reason.NORMALISATION
+        return NoChannels.NORMALISATION
     if is_token(path):
-        return Reason.TOKEN
+        return NoChannels.TOKEN
     if name not in _WEIGHTS and sum(size > 1 for size in shape) < 2:
-        return Reason.VECTOR
+        return NoChannels.VECTOR
     return None
 
 
@@ -215,7 +212,7 @@ def _is_table(path: str, shape: Shape) -> bool:
     return len(shape) == 2 and name in _TABLES or bool(by_layer and "patch" not in layer.lower())
 
 
-def _roles(path: str, shape: Shape, tree: Tree, bias: Shape) -> Roles | None:
+def _roles(path: str, shape: Shape, tree: Tree, bias: Shape) -> Roles | NoChannels | None:
     """The axes of a weight, or None if nothing settles them."""
     layer, name = last_names(path)
     if _UNCLEAR.search(name):
@@ -229,7 +226,8 @@ def _roles(path: str, shape: Shape, tree: Tree, bias: Shape) -> Roles | None:
         fits = not bias or math.prod(shape[axis] for axis in known.outputs) == math.prod(bias)
         is_stacked = bool(found) and bool(found[0].stack) and not fits
         if not found or (fits and not is_stacked):
-            return Roles(known.inputs, known.outputs) if tree.is_transposed(path) else known
+            is_square = len(shape) == 2 and shape[0] == shape[1]
+            return NoChannels.CONTRADICTED if is_square and tree.has_transposed else known
     if len(found) == 1:
         return found[0]
     if found or known:

@@ -23,7 +23,7 @@ import numpy as np
 
 from cdb_jax import channels
 from cdb_jax._compiling import compiled
-from cdb_jax.channels import Reason
+from cdb_jax.channels import NoChannels
 from cdb_jax.selection import Group, Mode, Part, Selection, frozen_group
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def draw(policy: Policy, layout: channels.Layout, step: jax.typing.ArrayLike) ->
 
 def is_frozen(policy: Policy, leaf: channels.Leaf) -> bool:
     """Whether a leaf without channels is frozen because only one layer learns in a step."""
-    learns = leaf.reason in (Reason.EXEMPT, Reason.NO_VALUES)
+    learns = leaf.reason in (NoChannels.EXEMPT, NoChannels.NO_VALUES)
     return policy.freezes_others and leaf.layer is None and not learns
 
 

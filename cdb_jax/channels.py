@@ -19,7 +19,7 @@ import optax
 
 from cdb_jax import _conventions as conventions
 from cdb_jax._compiling import by_structure
-from cdb_jax._conventions import Reason as Reason
+from cdb_jax._conventions import NoChannels as NoChannels
 
 Ints = int | tuple[int, ...]
 
@@ -99,8 +99,7 @@ class Leaf(NamedTuple):
       layer: the path whose selection applies: the leaf's path, or for a bias that follows its
         kernel, the kernel's path. None for a leaf without channels.
       reason: why it has no channels; None if it has.
-      convention: the convention that found the channels by name and shape; None if a spec says
-        which axes hold them.
+      convention: the convention that looks for its channels; None if a spec gives them.
       is_default: whether the convention had nothing to go by but the number of axes.
     """
 
@@ -109,7 +108,7 @@ class Leaf(NamedTuple):
     channel: tuple[int, ...] = ()
     stack: tuple[int, ...] = ()
     layer: str | None = None
-    reason: Reason | None = None
+    reason: NoChannels | None = None
     convention: Convention | None = None
     is_default: bool = False
 
@@ -210,7 +209,7 @@ def _resolve(updates: Any, rules: _Rules) -> Layout:
     shapes = {path: tuple(getattr(x, "shape", ())) for path, (x, *_) in arrays.items()}
     tree = conventions.Tree(shapes)
     leaves = [_resolve_leaf(path, x, rules, tree) for path, (x, *_) in arrays.items()]
-    _check_settled(leaves, shapes)
+    _check_settled(leaves, tree)
     if rules.share_with_bias:
         by_path = {leaf.path: leaf for leaf in leaves}
         leaves = [_follow_kernel(leaf, by_path, masked) for leaf in leaves]
@@ -249,7 +248,7 @@ def _nothing_to_drop(rules: _Rules, leaves: Sequence[Leaf]) -> str:
         for leaf in leaves[:20]
     )
     mend = "name the channel axis, such as channel_axes=-1"
-    if any(leaf.reason in (Reason.EXEMPT, Reason.NOT_NAMED) for leaf in leaves):
+    if any(leaf.reason in (NoChannels.EXEMPT, NoChannels.NOT_NAMED) for leaf in leaves):
         mend += ", or change exempt or only"
     return (
         f"channel_axes={rules.channel_axes!r}, exempt={rules.exempt!r} and only={rules.only!r} "
@@ -457,29 +456,32 @@ def _spec_of(path: str, x: Any, channel_axes: AxisSpec | Rule | SpecTree) -> tup
 # Leaves.
 
 
-def _check_settled(leaves: Sequence[Leaf], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_settled(leaves: Sequence[Leaf], tree: conventions.Tree) -> None:
     """Raises a ValueError if much of a tree is not settled; a single odd leaf is left alone."""
     settled = sum(leaf.size for leaf in leaves if leaf.layer is not None)
-    for direction, reason in conventions.UNSETTLED.items():
-        unsettled = [leaf for leaf in leaves if leaf.reason is reason]
+    for convention in (output_channels, input_channels):
+        asked = [leaf for leaf in leaves if leaf.convention == convention]
+        unsettled = [leaf for leaf in asked if leaf.reason in conventions.UNSETTLED]
         size = sum(leaf.size for leaf in unsettled)
-        if size > _MOST_UNSETTLED * (settled + size) and (len(unsettled) > 1 or not settled):
+        is_odd = size <= _MOST_UNSETTLED * (settled + size) or (len(unsettled) == 1 and settled)
+        if not is_odd or any(leaf.reason is NoChannels.CONTRADICTED for leaf in unsettled):
             paths = [leaf.path for leaf in unsettled]
-            raise ValueError(conventions.unsettled_message(direction, paths, shapes))
+            message = conventions.unsettled_message(convention.direction, paths, tree.shapes)
+            raise ValueError(message)
 
 
 def _resolve_leaf(path: str, x: Any, rules: _Rules, tree: conventions.Tree) -> Leaf:
     leaf = Leaf(path, tree.shapes[path])
     dtype = getattr(x, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact) or 0 in leaf.shape:
-        return leaf._replace(reason=Reason.NO_VALUES)
+        return leaf._replace(reason=NoChannels.NO_VALUES)
     if any(covers(pattern, path) for pattern in rules.exempt):
-        return leaf._replace(reason=Reason.EXEMPT)
+        return leaf._replace(reason=NoChannels.EXEMPT)
     if rules.only is not None and not any(covers(pattern, path) for pattern in rules.only):
-        return leaf._replace(reason=Reason.NOT_NAMED)
+        return leaf._replace(reason=NoChannels.NOT_NAMED)
     spec, is_for_leaf = _spec_of(path, x, rules.channel_axes)
     if spec is None:
-        return leaf._replace(reason=Reason.SPEC_IS_NONE)
+        return leaf._replace(reason=NoChannels.SPEC_IS_NONE)
     if spec == ():
         raise ValueError(
             f"channel_axes: () for {path!r} names no channel axis; use Axes(()) to treat the whole "
@@ -490,12 +492,13 @@ def _resolve_leaf(path: str, x: Any, rules: _Rules, tree: conventions.Tree) -> L
     if isinstance(axes.channel, Convention):
         direction = axes.channel.direction
         by_name = conventions.channel_axes(direction, path, leaf.shape, stack, tree)
-        if isinstance(by_name, Reason):
+        leaf = leaf._replace(convention=axes.channel)
+        if isinstance(by_name, NoChannels):
             return leaf._replace(reason=by_name)
         found, stack = by_name.channel, by_name.stack
-        leaf = leaf._replace(convention=axes.channel, is_default=by_name.is_default)
+        leaf = leaf._replace(is_default=by_name.is_default)
     elif len(leaf.shape) - len(stack) < 2 and not is_for_leaf and axes.channel != ():
-        return leaf._replace(reason=Reason.FEW_DIMENSIONS)
+        return leaf._replace(reason=NoChannels.FEW_DIMENSIONS)
     else:
         found = _normalise(axes.channel, leaf)
     if set(found) & set(stack):
@@ -527,7 +530,7 @@ def _normalise(axes: Ints, leaf: Leaf) -> tuple[int, ...]:
 
 def _follow_kernel(leaf: Leaf, by_path: Mapping[str, Leaf], masked: Sequence[str]) -> Leaf:
     """Lets a bias use the selection of the kernel of its layer."""
-    is_excluded = leaf.reason in (Reason.EXEMPT, Reason.NOT_NAMED, Reason.NO_VALUES)
+    is_excluded = leaf.reason in (NoChannels.EXEMPT, NoChannels.NOT_NAMED, NoChannels.NO_VALUES)
     if conventions.last_names(leaf.path)[1] != "bias" or is_excluded:
         return leaf
     kernels = [conventions.sibling(leaf.path, name) for name in ("kernel", "weight")]

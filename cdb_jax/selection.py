@@ -149,7 +149,7 @@ class Selection:
         groups = [_chosen_group(layer, layers[layer.path]) for layer in layout.layers]
         if others == "frozen":
             groups += frozen_group(
-                leaf for leaf in layout.leaves if leaf.reason is channels.Reason.NOT_NAMED
+                leaf for leaf in layout.leaves if leaf.reason is channels.NoChannels.NOT_NAMED
             )
         return cls(tuple(groups), None, layout, others == "frozen")
 

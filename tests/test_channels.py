@@ -221,9 +221,15 @@ def test_a_bias_of_several_dimensions():
     assert axes_of({"up": stacked}) == {"up/w": ((2,), (0,)), "up/b": None}
 
 
-def test_a_bias_that_contradicts_the_name():
-    square = {"c_proj": {"kernel": jnp.zeros((6, 6)), "bias": jnp.zeros(6)}}
+@pytest.mark.parametrize("convention", [output_channels, input_channels])
+def test_a_bias_that_contradicts_the_name(convention):
+    square = {"c_proj": {"kernel": jnp.zeros((60, 60)), "bias": jnp.zeros(60)}}
     wide = {"c_proj": {"kernel": jnp.zeros((6, 3)), "bias": jnp.zeros(6)}}
-    assert axes_of(square)["c_proj/kernel"] == ((1,), ())
-    axes = axes_of({"attn": square, "mlp": wide})  # Layers of one name are alike.
-    assert axes["attn/c_proj/kernel"] == axes["mlp/c_proj/kernel"] == ((0,), ())
+    assert axes_of(wide, convention)["c_proj/kernel"][0] == (
+        (0,) if convention is output_channels else (1,)
+    )
+    # The square kernel may be the other way round as well.
+    with pytest.raises(
+        ValueError, match=rf"{convention.direction} channels.*\n.*attn/c_proj/kernel"
+    ):
+        resolve({"attn": square, "mlp": wide}, convention)

@@ -96,3 +96,101 @@ def test_input_channels():
     assert axes == {"q": Axes(0), "k": Axes(0), "v": Axes(0), "o": Axes((0, 1))}
     params, loss, args, _ = families.PATTERNS["depthwise"]()
     assert cdb_jax.infer_channel_axes(loss, params, *args, channels="input")["w"] is None
+
+
+# Names that mislead.
+
+
+def image(layout):
+    def loss(params, x):
+        numbers = ("NHWC", layout, "NHWC")
+        (kernel,) = jax.tree.leaves(params)
+        return jnp.mean(
+            lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+        )
+
+    return loss
+
+
+def product(subscripts):
+    return lambda params, x: jnp.mean(jnp.einsum(subscripts, x, *jax.tree.leaves(params)))
+
+
+def embedding(params, tokens):
+    return jnp.mean(params["tok"]["weight"][tokens])
+
+
+def norm_and_dense(params, x):
+    norm, dense = params["layers"]["0"], params["layers"]["1"]
+    return jnp.mean(jnp.tanh(x * norm["weight"][None]) @ dense["weight"].T)
+
+
+MISLEADING = [
+    (product("bi,oi->bo"), {"fc": {"kernel": (24, 8)}}, (5, 8), "summed over.*Axes.channel=0"),
+    (image("HWIO"), {"conv": {"weight": (3, 3, 4, 8)}}, (2, 5, 5, 4), "spatial.*Axes.channel=3"),
+    (image("HWOI"), {"deconv": {"kernel": (3, 3, 6, 4)}}, (2, 5, 5, 4), "Axes.channel=2"),
+    (embedding, {"tok": {"weight": (20, 8)}}, (5,), "looked up.*Axes.channel=1"),
+    (
+        product("bd,dchk->bchk"),
+        {"qkv": {"kernel": (16, 3, 4, 4)}},
+        (5, 16),
+        r"only a part of its channels; use Axes.channel=\(1, 2, 3\)",
+    ),
+    (
+        norm_and_dense,
+        {"layers": {"0": {"weight": (4, 8)}, "1": {"weight": (6, 8)}}},
+        (5, 4, 8),
+        "layers/0/weight.*exempt it",
+    ),
+]
+
+
+@pytest.mark.parametrize("loss, shapes, batch, message", MISLEADING)
+def test_names_that_mislead(loss, shapes, batch, message):
+    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    x = jnp.zeros(batch, jnp.int32 if loss is embedding else jnp.float32)
+    policy = window()
+    with pytest.raises(ValueError, match=message):
+        cdb_jax.channel_report(params, policy, loss, x)
+
+    def step(params, x):
+        return cdb_jax.grad(loss)(params, x, selection=policy.select(params, 0))
+
+    for function in (step, jax.jit(step)):
+        with pytest.raises(ValueError, match=message):
+            function(params, x)
+    inferred = cdb_jax.infer_channel_axes(loss, params, x)
+    cdb_jax.channel_report(params, window(channel_axes=inferred), loss, x)
+
+
+def test_names_that_no_use_contradicts(standard_promotion):
+    """A layer that is not used, one that is used both ways, and a tied table."""
+    params = {
+        "unused": {"kernel": jnp.ones((8, 4))},
+        "code": {"kernel": jnp.ones((8, 6))},
+        "embed": {"embedding": jnp.ones((20, 8))},
+        "masked": {"kernel": jnp.ones((8, 8))},
+    }
+
+    def loss(params, tokens, mask):
+        x = params["embed"]["embedding"][tokens]
+        x = x @ params["code"]["kernel"] @ params["code"]["kernel"].T
+        x = x @ (params["masked"]["kernel"] * mask) + jnp.sum(params["code"]["kernel"] ** 2)
+        return jnp.mean(x @ params["embed"]["embedding"].T)
+
+    args = jnp.arange(5), jnp.ones((8, 8))
+    report = cdb_jax.channel_report(params, window(), loss, *args)
+    assert {row.path: row.channel_axes for row in report.rows} == dict.fromkeys(
+        ("code/kernel", "embed/embedding", "masked/kernel", "unused/kernel"), (1,)
+    )
+
+
+def test_names_that_say_nothing():
+    params = {"enc": {"w_in": jnp.ones((8, 4))}}
+    report = cdb_jax.channel_report(params, window())
+    assert report.rows[0].note == "the last axis, by default"
+    inferred = cdb_jax.infer_channel_axes(
+        lambda p, x: jnp.mean(x @ p["enc"]["w_in"]), params, jnp.ones((3, 8))
+    )
+    report = cdb_jax.channel_report(params, window(channel_axes=inferred))
+    assert report.rows[0].note == ""

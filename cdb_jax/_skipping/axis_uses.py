@@ -30,7 +30,7 @@ class Use(enum.Enum):
     SPATIAL = "spatial in a convolution"
     LOOKUP = "looked up"
     FEATURE = "a feature of a table that is looked up"
-    STACK = "a loop runs over it"
+    STACK = "looped over"
     INDEXED = "indexed"
     COMBINED = "its entries are combined into one weight"
 

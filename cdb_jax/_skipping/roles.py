@@ -111,7 +111,9 @@ def _mistake(
     """What is wrong with the channels of a leaf; empty if nothing is."""
     if uses is None or isinstance(inferred, channels.Convention):
         return ""
-    taken = f"by its name, axis {_listed(leaf.channel)}"
+    is_one = len(leaf.channel) == 1
+    listed = " and ".join(map(str, leaf.channel))
+    taken = f"its name points to {'axis' if is_one else 'axes'} {listed}"
     if inferred is None:
         is_weight = uses.unknown or any(uses.axes) or not uses.scales
         return "" if is_weight else f"{taken}, but it scales or shifts activations; exempt it"
@@ -123,13 +125,9 @@ def _mistake(
     is_tied = all(Use.FEATURE in uses.axes[axis] for axis in leaf.channel)
     if is_same or is_tied:
         return ""
-    found = {use.value for axis in leaf.channel for use in uses.axes[axis]} - {Use.FREE.value}
-    what = " and ".join(sorted(found)) or "only a part of them"
-    return f"{taken}, which is {what}; use {inferred}"
-
-
-def _listed(axes: Sequence[int]) -> str:
-    return ", ".join(map(str, axes))
+    wrong = {use.value for axis in leaf.channel if axis not in right for use in uses.axes[axis]}
+    what = " and ".join(sorted(wrong)) or "only a part of its channels"
+    return f"{taken}, which {'is' if is_one else 'are'} {what}; use {inferred}"
 
 
 def _message(direction: str, mistakes: Sequence[str], most: int = 4) -> str:
@@ -137,7 +135,8 @@ def _message(direction: str, mistakes: Sequence[str], most: int = 4) -> str:
     more = f"    and {len(mistakes) - most} more\n" if len(mistakes) > most else ""
     return (
         f"channel_axes=cdb_jax.infer_channel_axes(loss_fn, params, batch{side}) finds the "
-        f"{direction} channels; names and shapes mislead for\n{''.join(mistakes[:most])}{more}"
+        f"{direction} channels; by their names, these would be wrong:\n"
+        f"{''.join(mistakes[:most])}{more}"
         "Or name their axes, in a dict from path to cdb_jax.Axes or a rule (path, leaf) -> Axes; "
         "None leaves an array alone."
     )
