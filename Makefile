@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all soak evidence gpu-check lint docs notebook wheel clean
+.PHONY: demo test test-all soak evidence gpu-check models-check lint docs notebook wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ gpu-check:  ## Needs a GPU and a Python with jax, flax and optax: first the same
 	$(PYTHON) benchmarks/stochastic_depth.py
 	$(PYTHON) benchmarks/overhead.py
 	$(PYTHON) benchmarks/skipping.py
+
+models-check: $(VENV)/.installed  ## The example networks of other libraries.
+	$(BIN)/pip install --quiet --editable '.[models]'
+	JAX_PLATFORMS=cpu $(BIN)/pytest --noconftest tests/check_public_models.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
