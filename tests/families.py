@@ -5,12 +5,16 @@ that hold the output channels of each weight: `(channel, stack)`, or None.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from toy_models import normal
+from toy_models import normal, window
+
+import cdb_jax
+from cdb_jax._skipping import jaxprs
 
 
 def dense():
@@ -249,6 +253,11 @@ def standardised_weight():
     return params, loss, (normal(4, 2, 6, 6, 8),), {"w": (3, ())}
 
 
+def standardised_without_a_gain():
+    params, loss, args, axes = standardised_weight()
+    return {"w": params["w"]}, lambda p, x: loss({"gain": jnp.ones(16)} | p, x), args, axes
+
+
 def weight_norm():
     params = {"v": normal(0, 16, 8), "g": normal(1, 16, 1)}
 
@@ -362,6 +371,7 @@ PATTERNS = {
             scaled_weight,
             masked_weight,
             standardised_weight,
+            standardised_without_a_gain,
             weight_norm,
             lstm_gates,
         ),
@@ -374,3 +384,63 @@ PATTERNS = {
     "grouped": convolution(("NHWC", "HWIO", "NHWC"), (3, 3, 2, 8), feature_group_count=4),
     "depthwise": convolution(("NHWC", "OIHW", "NHWC"), (8, 1, 3, 3), feature_group_count=8),
 }
+
+# What is combined with a weight, and learns too, needs the gradient of all of its channels.
+COMBINED = {"standardised_weight", "weight_norm", "product_of_weights"}
+
+
+def gradients(name):
+    """A pattern's arguments as a tree, and gradients: masked, skipping, and without its weights.
+
+    The inputs learn too, so that all three need the same gradients of activations.
+    """
+    params, loss, args, expected = PATTERNS[name]()
+    floats = {i: x for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.floating)}
+
+    def whole(tree):
+        return loss(tree["params"], *(tree["inputs"].get(i, x) for i, x in enumerate(args)))
+
+    def axes(path, x):
+        # A layer with one channel cannot lose a part of it.
+        found = expected.get(path.removeprefix("params/"))
+        return None if found is None or x.shape[-1] == 1 else cdb_jax.Axes(*found)
+
+    def without_weights(tree):
+        def stopped(keys, x):
+            path = jax.tree_util.keystr(keys, simple=True, separator="/")
+            return lax.stop_gradient(x) if axes(path, x) else x
+
+        return whole(jax.tree_util.tree_map_with_path(stopped, tree))
+
+    policy = window(channel_axes=axes, window_groups=4 if name == "grouped" else 1)
+
+    def masked(tree):
+        return policy.select(tree, 0).mask(jax.grad(whole)(tree))
+
+    def skipping(tree):
+        return cdb_jax.grad(whole)(tree, selection=policy.select(tree, 0))
+
+    tree = {"params": params, "inputs": floats}
+    return tree, masked, skipping, jax.grad(without_weights)
+
+
+def product_flops(program):
+    """The floating-point operations of the products in a program."""
+    total = 0
+    for eqn in getattr(program, "jaxpr", program).eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (contracting, _), _ = params["dimension_numbers"]
+            summed = [eqn.invars[0].aval.shape[axis] for axis in contracting]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(summed)
+        elif name == "conv_general_dilated":
+            kernel, out_axis = eqn.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
+            total += (
+                2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[out_axis]
+            )
+        else:
+            inner = jaxprs.programs_in(params)
+            # The last branch of what depends on the platform is that of all other platforms.
+            inner = inner[-1:] if name == "cond" else inner
+            total += params.get("length", 1) * sum(map(product_flops, inner))
+    return total

@@ -1,7 +1,5 @@
 """Channels by use: the axes that a loss shows, whatever the names, and what they save."""
 
-import math
-
 import families
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,6 @@ from toy_models import check, window
 
 import cdb_jax
 from cdb_jax import Axes
-from cdb_jax._skipping import jaxprs
 
 
 def as_axes(expected):
@@ -29,62 +26,12 @@ def test_output_channels(pattern, standard_promotion):
     check(loss, params, window(channel_axes=axes), *args, counts=3, rtol=1e-5)
 
 
-def product_flops(program):
-    """The floating-point operations of the products in a program."""
-    total = 0
-    for eqn in getattr(program, "jaxpr", program).eqns:
-        name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            (contracting, _), _ = params["dimension_numbers"]
-            summed = [eqn.invars[0].aval.shape[axis] for axis in contracting]
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(summed)
-        elif name == "conv_general_dilated":
-            kernel, out_axis = eqn.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
-            total += (
-                2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[out_axis]
-            )
-        else:
-            inner = jaxprs.programs_in(params)
-            # The last branch of what depends on the platform is that of all other platforms.
-            inner = inner[-1:] if name == "cond" else inner
-            total += params.get("length", 1) * sum(map(product_flops, inner))
-    return total
-
-
-# What is combined with a weight, and learns too, needs the gradient of all of its channels.
-COMBINED = {"standardised_weight", "weight_norm", "product_of_weights"}
-
-
-@pytest.mark.parametrize("name", [x for x in families.PATTERNS if x not in COMBINED])
+@pytest.mark.parametrize("name", [x for x in families.PATTERNS if x not in families.COMBINED])
 def test_half_of_the_weight_gradients_is_skipped(name, standard_promotion):
-    params, loss, args, expected = families.PATTERNS[name]()
-    # The inputs learn too, so that the same gradients of activations are needed every time.
-    floats = {i: x for i, x in enumerate(args) if jnp.issubdtype(x.dtype, jnp.floating)}
-    tree = {"params": params, "inputs": floats}
-
-    def whole(tree):
-        return loss(tree["params"], *(tree["inputs"].get(i, x) for i, x in enumerate(args)))
-
-    def axes(path, x):
-        # A layer with one channel cannot lose a part of it.
-        found = as_axes(expected.get(path.removeprefix("params/")))
-        return None if found is None or x.shape[-1] == 1 else found
-
-    def without_weights(tree):
-        def stopped(keys, x):
-            path = jax.tree_util.keystr(keys, simple=True, separator="/")
-            return lax.stop_gradient(x) if axes(path, x) else x
-
-        return whole(jax.tree_util.tree_map_with_path(stopped, tree))
-
-    policy = window(channel_axes=axes, window_groups=4 if name == "grouped" else 1)
-
-    def skipping(tree):
-        return cdb_jax.grad(whole)(tree, selection=policy.select(tree, 0))
-
     full, skipped, frozen = (
-        product_flops(jax.make_jaxpr(f)(tree))
-        for f in (jax.grad(whole), skipping, jax.grad(without_weights))
+        families.product_flops(jax.make_jaxpr(f)(tree))
+        for tree, *functions in [families.gradients(name)]
+        for f in functions
     )
     assert frozen < full
     assert full - skipped >= 0.95 * 0.5 * (full - frozen)
