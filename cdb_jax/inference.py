@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from cdb_jax import channels
 from cdb_jax._checks import check_choice, check_no_module
-from cdb_jax._skipping import api, axis_uses, roles
+from cdb_jax._skipping import api, axis_uses, jaxprs, roles
 from cdb_jax._skipping.roles import InferredAxes as InferredAxes
 
 
@@ -33,8 +33,8 @@ def infer_channel_axes(
         traced, not run.
       params: the parameters: a tree of arrays or `jax.ShapeDtypeStruct`. For a Flax NNX model, use
         `cdb_jax.nnx.infer_channel_axes`.
-      *args: the other arguments; arrays may be `jax.ShapeDtypeStruct` too. Pass the batch here,
-        since arrays that `fun` closes over are taken for constants, such as masks of weights.
+      *args: the other arguments; arrays may be `jax.ShapeDtypeStruct` too. Pass the batch here:
+        next to arguments, arrays that `fun` closes over are taken for constants, such as masks.
       channels: which channels to find, "output" or "input".
       **kwargs: other arguments by name.
 
@@ -77,8 +77,10 @@ def _uses(
     is_float = [hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact) for _, x in keyed]
     in_params = len(api.split_arrays(params)[0])
     weights = [i for i, x in enumerate(arrays[:in_params]) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    program = jax.make_jaxpr(call)(arrays)
-    found = iter(axis_uses.find(program, weights).values())
+    jaxpr, _ = jaxprs.opened(jax.make_jaxpr(call)(arrays))
+    if len(arrays) == in_params:  # The batch is among the constants, so none can be told from it.
+        jaxpr = jaxpr.replace(constvars=(), invars=[*jaxpr.invars, *jaxpr.constvars])
+    found = iter(axis_uses.find(jaxpr, weights).values())
     return {
         channels.canonical_path(keys): next(found) if chosen else None
         for (keys, _), chosen in zip(keyed, is_float, strict=True)

@@ -214,7 +214,8 @@ def product_of_weights():
     def loss(params, x):
         return jnp.mean(jnp.tanh(x @ (params["w"] + params["a"] @ params["b"])))
 
-    return params, loss, (normal(4, 5, 8),), {"w": (1, ()), "a": (1, ()), "b": (1, ())}
+    # The names of the other two have to tell their axes: they might also be tokens and a weight.
+    return params, loss, (normal(4, 5, 8),), {"w": (1, ())}
 
 
 def scaled_weight():

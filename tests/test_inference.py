@@ -20,7 +20,7 @@ def test_output_channels(pattern, standard_promotion):
     params, loss, args, expected = pattern()
     types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, args))
     axes = cdb_jax.infer_channel_axes(loss, types[0], *types[1])
-    assert {path: x for path, x in axes.items() if x} == {
+    assert {path: x for path, x in axes.items() if isinstance(x, Axes)} == {
         path: as_axes(x) for path, x in expected.items()
     }
     check(loss, params, window(channel_axes=axes), *args, counts=3, rtol=1e-5)
@@ -67,9 +67,9 @@ def embedding(params, tokens):
     return jnp.mean(params["tok"]["weight"][tokens])
 
 
-def norm_and_dense(params, x):
-    norm, dense = params["layers"]["0"], params["layers"]["1"]
-    return jnp.mean(jnp.tanh(x * norm["weight"][None]) @ dense["weight"].T)
+def dense_and_norm(params, x):
+    dense, norm = params["layers"]["0"], params["layers"]["1"]
+    return jnp.mean(jnp.tanh(x @ dense["weight"].T) * norm["weight"][None])
 
 
 MISLEADING = [
@@ -81,13 +81,13 @@ MISLEADING = [
         product("bd,dchk->bchk"),
         {"qkv": {"kernel": (16, 3, 4, 4)}},
         (5, 16),
-        r"only a part of its channels; use Axes.channel=\(1, 2, 3\)",
+        r"only some of them; use Axes.channel=\(1, 2, 3\)",
     ),
     (
-        norm_and_dense,
-        {"layers": {"0": {"weight": (4, 8)}, "1": {"weight": (6, 8)}}},
+        dense_and_norm,
+        {"layers": {"0": {"weight": (6, 8)}, "1": {"weight": (4, 6)}}},
         (5, 4, 8),
-        "layers/0/weight.*exempt it",
+        "layers/1/weight.*exempt=",
     ),
 ]
 
@@ -130,6 +130,45 @@ def test_names_that_no_use_contradicts(standard_promotion):
     assert {row.path: row.channel_axes for row in report.rows} == dict.fromkeys(
         ("code/kernel", "embed/embedding", "masked/kernel", "unused/kernel"), (1,)
     )
+
+
+def attention_of_tokens(params, x):
+    query = jnp.broadcast_to(params["latents"][None], (5, 3, 8)) @ params["wq"]["kernel"]
+    key, value = x @ params["wk"]["kernel"], x @ params["wv"]["kernel"]
+    weights = jax.nn.softmax(jnp.einsum("btd,bsd->bts", query, key))
+    return jnp.mean(jnp.tanh(weights @ value) @ params["wo"]["kernel"])
+
+
+def drop_connect(params, x):
+    def layer(x, key):
+        mask = jax.random.bernoulli(key, 0.5, (8, 8))
+        return (
+            x
+            @ (params["wq"]["kernel"] * mask[:, :6])
+            @ jnp.where(mask[:6], params["wo"]["kernel"], 0.0)
+        )
+
+    keys = jax.random.split(jax.random.key(x.shape[0]), x.shape[0])
+    return jnp.mean(jax.vmap(layer)(x, keys))
+
+
+@pytest.mark.parametrize("loss", [attention_of_tokens, drop_connect])
+def test_uses_that_show_nothing_are_left_to_names(loss, standard_promotion):
+    shapes = {"wq": (8, 6), "wk": (8, 6), "wv": (8, 6), "wo": (6, 8)}
+    params = {name: {"kernel": jnp.ones(shape)} for name, shape in shapes.items()}
+    params["latents"] = jnp.ones((3, 8))
+    report = cdb_jax.channel_report(params, window(), loss, jnp.ones((5, 4, 8)))
+    assert {row.channel_axes for row in report.rows} == {(1,)}
+    axes = cdb_jax.infer_channel_axes(loss, params, jnp.ones((5, 4, 8)))
+    assert axes["wq/kernel"] in (cdb_jax.output_channels, Axes(1))
+
+
+def test_a_batch_that_the_loss_closes_over():
+    x = jnp.ones((5, 8))
+    params = {"a": jnp.ones((8, 4))}
+    assert cdb_jax.infer_channel_axes(lambda p: jnp.mean((2 * x) @ p["a"]), params) == {
+        "a": Axes(1)
+    }
 
 
 def test_names_that_say_nothing():

@@ -211,6 +211,91 @@ def test_other_uses_get_their_full_gradient(use, params, reasons):
     assert {row.path: row.gradient for row in report.rows} == reasons
 
 
+# Stacks of layers.
+
+
+def sum_of_slices(w, x):  # One slice of each of two stack axes.
+    return jnp.einsum("bi,sio->sbo", x, w[0] + jnp.swapaxes(w, 0, 1)[0])
+
+
+def product_of_slices(w, x):
+    return x @ (w[0][1] * jnp.swapaxes(w, 0, 1)[0][1])
+
+
+def slices_of_one_layer(w, x):
+    first = lax.dynamic_index_in_dim(w, 1, keepdims=False)
+    return x @ (first[2] * 2.0 + first[2] ** 2)
+
+
+@pytest.mark.parametrize("use", [sum_of_slices, product_of_slices, slices_of_one_layer])
+def test_slices_of_two_stacks(use):
+    params, x = {"w": normal(0, 3, 3, 8, 8)}, normal(1, 5, 8)
+    for settings in ({}, {"layer_rate": 0.5}):
+        policy = window(channel_axes=cdb_jax.Axes(3, stack=(0, 1)), **settings)
+        check(lambda p, x: jnp.mean(jnp.tanh(use(p["w"], x)) ** 2), params, policy, x)
+
+
+def two_slices(w, x):
+    def body(x, pair):
+        return jnp.tanh(jnp.tanh(x @ pair[0]) @ pair[1]), None
+
+    return lax.scan(body, x, (w[:-1], w[1:]))[0]
+
+
+def one_layer_as_a_constant(w, x):
+    def body(y, layer):
+        return y + jnp.tanh(jnp.tanh(x @ first) @ layer), None
+
+    first = w[0]
+    return lax.scan(body, x, w[1:])[0]
+
+
+def results_of_another_loop(w, x):
+    y, ys = lax.scan(lambda y, layer: 2 * (jnp.tanh(y @ layer),), x, w)
+    return lax.scan(lambda y, pair: (y + jnp.tanh(pair[1] @ pair[0]), None), y, (w, ys[::-1]))[0]
+
+
+def layers_in_another_order(w, x):
+    order = w[jnp.array([1, 2, 3, 0])]
+    return lax.scan(lambda x, pair: (jnp.tanh(x @ pair[0] @ pair[1]), None), x, (w, order))[0]
+
+
+def scaled_by_what_is_carried(w, x):
+    def body(carry, layer):
+        y = jnp.tanh(x @ (layer * carry[None, 0]))
+        return y, None
+
+    return lax.scan(body, x, w)[0]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [two_slices, one_layer_as_a_constant, results_of_another_loop, layers_in_another_order]
+    + [scaled_by_what_is_carried],
+)
+def test_loops_that_read_a_stack_twice(use):
+    params, x = {"w": 0.5 * normal(0, 4, 8, 8)}, normal(1, 8, 8)
+    for settings in ({}, {"layer_choice": "one", "other_layers": "frozen"}):
+        policy = window(channel_axes=cdb_jax.Axes(2, stack=0), **settings)
+        check(lambda p, x: jnp.mean(use(p["w"], x) ** 2), params, policy, x, counts=6)
+
+
+def test_a_custom_derivative_with_a_number():
+    @jax.custom_vjp
+    def times(w, factor):
+        return w * factor
+
+    times.defvjp(lambda w, factor: (w * factor, factor), lambda factor, d: (d * factor, None))
+    mixing = jax.custom_vjp(lambda w: w)  # Its gradient mixes the channels.
+    mixing.defvjp(lambda w: (w, None), lambda _, d: (jnp.cumsum(d, 1),))
+    params, x = {"a": normal(0, 6, 8), "b": normal(1, 8, 4)}, normal(2, 5, 6)
+
+    def loss(params, x):
+        return jnp.mean(jnp.tanh(x @ times(params["a"], 2.0)) @ mixing(params["b"]))
+
+    check(loss, params, window(), x, skips={"a"})
+
+
 @pytest.mark.parametrize("layer_rate", [1.0, 0.5])
 def test_an_infinite_derivative_of_a_dropped_weight(layer_rate):
     params = {"kernel": jnp.zeros((6, 8))}  # The derivative of the root is infinite.

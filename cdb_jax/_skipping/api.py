@@ -31,8 +31,9 @@ def value_and_grad(
     loop with `channel_drop_back` or `freeze_dropped`, this function saves time and changes nothing
     else.
 
-    If a weight :math:`w` reaches a product :math:`y = x \cdot w` only through changes of layout and
-    dtype, the weight gradient is computed for its kept channels K only. With :math:`\bar y` the
+    If a weight :math:`w` reaches a product :math:`y = x \cdot w` through operations that keep its
+    channels apart, such as changes of layout and dtype, scales and masks, the weight gradient is
+    computed for its kept channels K only. With :math:`\bar y` the
     cotangent of y,
 
     .. math:: \bar w_{\cdot K} = x^\top \bar y_{\cdot K} \quad\text{(output channels)},

@@ -26,7 +26,6 @@ class Use(enum.Enum):
     FREE = "free in a product"
     SUMMED = "summed over in a product"
     BATCH = "a batch axis of a product"
-    INNER = "summed over in a product of weights"
     SPATIAL = "spatial in a convolution"
     LOOKUP = "looked up"
     FEATURE = "a feature of a table that is looked up"
@@ -41,7 +40,7 @@ class Uses(NamedTuple):
     Attributes:
       axes: for each axis its uses.
       unknown: the primitives that read the weight in a way that is not understood.
-      scales: the primitives that combine it with data that has more axes, entry by entry.
+      scales: the primitives by which it scales activations, entry by entry.
       shape: the shape of the weight.
     """
 
@@ -83,12 +82,14 @@ class Fact(NamedTuple):
     Attributes:
       origins: the weights that it stems from.
       is_data: whether it depends on the data.
+      is_activation: whether it depends on a product of data and a weight.
       varies: the axes along which its entries may differ.
     """
 
     origins: tuple[Origin, ...]
     is_data: bool
     varies: frozenset[int]
+    is_activation: bool = False
 
 
 def find(
@@ -150,7 +151,11 @@ class _Finder:
 
     def _equation(self, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Fact]:
         is_data = any(fact.is_data for fact in facts)
-        otherwise = [_plain(_shape(v), is_data) for v in eqn.outvars]
+        is_product = eqn.primitive in _PRODUCTS and is_data and any(fact.origins for fact in facts)
+        is_activation = is_product or any(fact.is_activation for fact in facts)
+        otherwise = [
+            _plain(_shape(v), is_data)._replace(is_activation=is_activation) for v in eqn.outvars
+        ]
         name = eqn.primitive.name
         if name == "optimization_barrier":
             return facts
@@ -160,6 +165,11 @@ class _Finder:
             return self._call(eqn, facts, otherwise)
         if not any(fact.origins for fact in facts):
             return otherwise
+        if name == "split":
+            return [
+                x._replace(origins=tuple(_merged(_resized(self, eqn, facts, i))))
+                for i, x in enumerate(otherwise)
+            ]
         rule = _RULES.get(eqn.primitive) or _RULES_BY_NAME.get(name)
         if rule:
             origins = rule(self, eqn, facts)
@@ -225,13 +235,13 @@ def _shape(v: jaxprs.Atom) -> tuple[int, ...]:
 
 
 def _as_data(fact: Fact) -> Fact:
-    return Fact((), True, fact.varies)
+    return Fact((), True, fact.varies, fact.is_activation)
 
 
 def _either(facts: Sequence[Fact]) -> Fact:
     origins = _merged([origin for fact in facts for origin in fact.origins])
     varies = frozenset().union(*(fact.varies for fact in facts))
-    return Fact(tuple(origins), True, varies)
+    return Fact(tuple(origins), True, varies, any(fact.is_activation for fact in facts))
 
 
 def _without_axis(fact: Fact, removed: int) -> Fact:
@@ -269,7 +279,7 @@ def _broadcast(eqn: core.JaxprEqn, fact: Fact) -> Fact:
                 axes[new_axis] = origin.axes[axis]  # type: ignore[assignment]
         origins.append(origin._replace(axes=tuple(axes)))
     varies = frozenset(new_axes[axis] for axis in fact.varies)
-    return Fact(tuple(origins), fact.is_data, varies)
+    return Fact(tuple(origins), fact.is_data, varies, fact.is_activation)
 
 
 def _transposed(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
@@ -310,11 +320,13 @@ def _regrouped(flat: list[Factor], shape: tuple[int, ...]) -> tuple[tuple[Factor
     return tuple(axes)
 
 
-def _resized(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
+def _resized(
+    finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact], result: int = 0
+) -> list[Origin]:
     """Slices, pads and concatenations: other sizes along the same axes; size 1 is an index."""
     if eqn.primitive is primitives.concatenate_p and any(fact.is_data for fact in facts):
         return []  # Tokens, not weights.
-    old_shapes, new_shape = [_shape(v) for v in eqn.invars], _shape(eqn.outvars[0])
+    old_shapes, new_shape = [_shape(v) for v in eqn.invars], _shape(eqn.outvars[result])
     origins = []
     for fact, old_shape in zip(facts, old_shapes, strict=True):
         for origin in fact.origins:
@@ -366,7 +378,9 @@ def _elementwise(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list
             scaled = eqn.primitive in (primitives.mul_p, primitives.div_p)
             if all(x is fact or (scaled and own - x.varies) for x in data):
                 origins.append(origin)
-            elif own < _all_axes(shape):
+            elif own == _all_axes(shape):  # Noise, or a mask that is drawn for each step.
+                finder.uses[origin.leaf].unknown.add(eqn.primitive.name)
+            elif scaled and all(x.is_activation for x in data):
                 finder.uses[origin.leaf].scales.add(eqn.primitive.name)
     for first, second in itertools.combinations(origins, 2):
         if first.leaf == second.leaf:
@@ -390,7 +404,9 @@ def _spread(origin: Origin, shape: tuple[int, ...]) -> Origin:
 def _product(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
     contract, batch = eqn.params["dimension_numbers"]
     if all(fact.origins and not fact.is_data for fact in facts):
-        return _product_of_weights(finder, eqn, facts)
+        # A low-rank update, or learned tokens and the weight that reads them: only names can tell.
+        finder.unknown(facts, "a product of two weights")
+        return []
     for side, fact in enumerate(facts):
         for origin in fact.origins:
             for axis in range(len(origin.axes)):
@@ -401,25 +417,6 @@ def _product(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Ori
                     use = Use.BATCH
                 finder.use(origin, axis, use)
     return []
-
-
-def _product_of_weights(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
-    """A weight that is the product of two, such as a low-rank update."""
-    contract, batch = eqn.params["dimension_numbers"]
-    shape, origins = _shape(eqn.outvars[0]), []
-    first = len(batch[0])
-    for side, fact in enumerate(facts):
-        rank = len(_shape(eqn.invars[side]))
-        free = [axis for axis in range(rank) if axis not in (*contract[side], *batch[side])]
-        for origin in fact.origins:
-            for axis in contract[side]:
-                finder.use(origin, axis, Use.INNER)
-            axes: list[tuple[Factor, ...]] = [(Factor(frozenset(), size),) for size in shape]
-            for new, old in (*enumerate(batch[side]), *enumerate(free, first)):
-                axes[new] = origin.axes[old]
-            origins.append(origin._replace(axes=tuple(axes)))
-        first += len(free)
-    return origins
 
 
 def _convolution(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
@@ -459,6 +456,7 @@ def _gather(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Orig
     return origins
 
 
+_PRODUCTS = (primitives.dot_general_p, primitives.conv_general_dilated_p)
 _Rule = Callable[[_Finder, core.JaxprEqn, list[Fact]], list[Origin]]
 _RULES: dict[core.Primitive, _Rule] = {
     primitives.transpose_p: _transposed,

@@ -30,7 +30,7 @@ from cdb_jax.selection import Mode
 
 
 class Loop:
-    """What a loop depends on from outside. Instances are compared by identity."""
+    """A value in a loop that changes with each iteration. Instances are compared by identity."""
 
 
 ALWAYS = Loop()  # Something that learns in every step.
@@ -50,12 +50,12 @@ class Uses(NamedTuple):
 
     Attributes:
       products: the number of products that read it.
-      is_moved: whether it reaches all of them through changes of layout only.
+      layout_only: whether it reaches all of them through changes of layout only.
       others: what else reads it.
     """
 
     products: int
-    is_moved: bool
+    layout_only: bool
     others: tuple[Obstacle, ...]
 
 
@@ -71,21 +71,22 @@ class Flags(NamedTuple):
 
     Attributes:
       learns: whether each leaf learns: bool, shape `(leaves,)`.
-      inner: in a loop, the flags that replace those of sliced leaves, and the flag of the loop.
+      loops: in a loop, whether what is carried depends on anything that learns, and whether each
+        slice does.
     """
 
     learns: jax.Array
-    inner: dict[int | Loop, jax.Array]
+    loops: Mapping[Loop, jax.Array | bool]
 
     def any(self, needs: Needs) -> jax.Array | bool:
         """Whether anything in `needs` learns: a Python bool if this is known at trace time."""
         if ALWAYS in needs or not needs:
             return bool(needs)
-        flags = [self.inner[x] for x in needs if x in self.inner]
-        outer = [x for x in needs if isinstance(x, int) and x not in self.inner]
-        if outer:
+        flags = [self.loops[x] for x in needs if isinstance(x, Loop)]
+        leaves = [x for x in needs if isinstance(x, int)]
+        if leaves:
             # Compared with a constant, so that XLA compiles all of these reductions once.
-            flags.append(jnp.any(self.learns & np.isin(np.arange(self.learns.size), outer)))
+            flags.append(jnp.any(self.learns & np.isin(np.arange(self.learns.size), leaves)))
         return functools.reduce(jnp.logical_or, flags)
 
 
@@ -141,8 +142,8 @@ def follow(
     for leaf in (weight.leaf for fact in facts for weight in fact.weights):
         others = dict.fromkeys(obstacle for other, obstacle in context.others if other == leaf)
         found = [weight for weight in context.products if weight.leaf == leaf]
-        is_moved = not any(weight.is_whole for weight in found)
-        uses[leaf] = Uses(len(found), is_moved, tuple(others))
+        layout_only = not any(weight.is_whole for weight in found)
+        uses[leaf] = Uses(len(found), layout_only, tuple(others))
     return followed, uses
 
 
@@ -225,9 +226,7 @@ def _in_scopes_of(eqn: core.JaxprEqn, step: Step) -> Step:
 
 
 # What a rule raises for an equation of a form that it does not know.
-FORM_ERRORS: tuple[type[Exception], ...] = (
-    *(AttributeError, IndexError, KeyError, TypeError, ValueError),
-)
+FORM_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 # What replaces an equation, and what is known about its results, if that is more than their needs.
 Found = tuple[Step | None, list[Fact] | None]
@@ -472,9 +471,10 @@ def _has_local_gradient(
     context: _Context,
 ) -> bool:
     """Whether the gradient of an equation keeps the channels of its weight apart."""
-    given = [v for v in dict.fromkeys(eqn.invars) if jaxprs.is_variable(v)]
+    given = list(dict.fromkeys(v for v in eqn.invars if jaxprs.is_variable(v)))
     function = jaxprs.as_function([eqn], given, eqn.outvars, program)
-    fact_of = dict(zip(eqn.invars, facts, strict=True))
+    pairs = zip(eqn.invars, facts, strict=True)
+    fact_of = {v: fact for v, fact in pairs if jaxprs.is_variable(v)}
     moved = [i for i, v in enumerate(given) if fact_of[v].weights]
 
     def gradient(inputs: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
@@ -581,9 +581,10 @@ class _Scan(NamedTuple):
     num_consts: int
     num_carry: int
     facts: Sequence[Fact]  # Of its operands.
-    sliced: Sequence[tuple[moves.Weight, ...]]  # What it slices, as one iteration sees it.
+    sliced: Sequence[Fact]  # What it slices, as one iteration sees it.
     settings: Mapping[str, Any]
-    loop: Loop | None  # None without gates.
+    carried: Loop
+    is_gated: bool
 
 
 def _scan(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
@@ -592,17 +593,13 @@ def _scan(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
     consts, carried, scanned = facts[:num_consts], facts[num_consts:first], facts[first:]
     context.used_otherwise(carried, Reason.CARRIED)
     sliced = [_slice(fact, context) for fact in scanned]
-    loop = Loop() if context.is_gated else None
-    inner_needs = frozenset([loop]) if loop else NOTHING
-    inputs = [
-        *consts,
-        *(Fact((), inner_needs) for _ in carried),
-        *(Fact(weights, fact.needs) for weights, fact in zip(sliced, scanned, strict=True)),
-    ]
+    loop = Loop()
+    # What is carried depends on earlier iterations, in which anything may learn.
+    inputs = [*consts, *(Fact((), frozenset([loop])) for _ in carried), *sliced]
     body, results = _follow(eqn.params["jaxpr"], inputs, context)
     context.used_otherwise(results, Reason.RESULT, "a loop")
     settings = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    scan = _Scan(body, num_consts, num_carry, facts, sliced, settings, loop)
+    scan = _Scan(body, num_consts, num_carry, facts, sliced, settings, loop, context.is_gated)
     step = functools.partial(_run_scan, scan) if body.is_changed else None
     return step, None
 
@@ -616,49 +613,64 @@ def _run_scan(scan: _Scan, operands: Sequence[Value], flags: Flags) -> list[Valu
             change and _per_iteration(change, weight, scan.settings["length"])
             for change, weight in zip(x.changes, fact.weights, strict=True)
         )
-        if weights
+        if inner.weights
         else ()
-        for x, fact, weights in zip(scanned, scan.facts[first:], scan.sliced, strict=True)
+        for x, fact, inner in zip(scanned, scan.facts[first:], scan.sliced, strict=True)
     ]
+
+    # What is known before the loop: whether slices without changes and all else learn.
+    outside = [flags.any(fact.needs) if scan.is_gated else False for fact in scan.facts]
 
     def body(carry: Any, slices: Any) -> tuple[Any, Any]:
         (arrays, needed_below), (xs, changes) = carry, slices
-        learning: dict[int | Loop, jax.Array] = {
-            weight.leaf: jnp.any(change.mode != Mode.FROZEN)
-            for pairs in map(zip, scan.sliced, changes)
-            for weight, change in pairs
-            if change
-        }
         inner = flags
-        if scan.loop:
-            inner = flags._replace(inner={**flags.inner, **learning, scan.loop: needed_below})
+        if scan.is_gated:
+            learning = {
+                loop: _any_learns(own, known)
+                for fact, own, known in zip(scan.sliced, changes, outside[first:], strict=True)
+                for loop in fact.needs
+                if isinstance(loop, Loop) and fact.weights
+            }
+            inner = Flags(flags.learns, {**flags.loops, **learning, scan.carried: needed_below})
             needed_below = functools.reduce(jnp.logical_or, learning.values(), needed_below)
         inputs = [*consts, *map(Value, arrays), *map(Value, xs, changes)]
         results = [x.array for x in evaluate(scan.body, inputs, inner)]
         return (results[: len(arrays)], needed_below), results[len(arrays) :]
 
-    # What constants and carries depend on, and slices without separate flags.
-    outside = [*scan.facts[:first]]
-    outside += [fact for fact, own in zip(scan.facts[first:], changes, strict=True) if not any(own)]
-    needed_below = jnp.asarray(flags.any(_union(outside)) if scan.loop else False)
+    needed_below = functools.reduce(jnp.logical_or, outside, jnp.zeros((), bool))
     carry, xs = ([x.array for x in carried], needed_below), ([x.array for x in scanned], changes)
     (arrays, _), ys = lax.scan(body, carry, xs, **scan.settings)
     return [Value(x) for x in (*arrays, *ys)]
 
 
-def _slice(fact: Fact, context: _Context) -> tuple[moves.Weight, ...]:
-    """Weights as one iteration of a loop over their first axis sees them."""
+def _any_learns(
+    changes: Sequence[products.Change | None], known: jax.Array | bool
+) -> jax.Array | bool:
+    """Whether any of the layers in a slice learns; `known` is the answer for those without."""
+    flags = [jnp.any(change.mode != Mode.FROZEN) if change else known for change in changes]
+    return functools.reduce(jnp.logical_or, flags)
+
+
+def _slice(fact: Fact, context: _Context) -> Fact:
+    """An operand as one iteration of a loop over its first axis sees it."""
+    if not fact.weights:
+        return fact
     if any(0 in weight.channel or (weight.box and weight.box.axis == 0) for weight in fact.weights):
         context.used_otherwise([fact], Reason.LOOP_OVER_CHANNELS)
-        return ()
-    return tuple(
-        weight._replace(
-            channel=tuple(axis - 1 for axis in weight.channel),
-            stack=tuple(axis - 1 for axis in weight.stack if axis),
-            layers=(*weight.layers, object()) if 0 in weight.stack else weight.layers,
-            box=weight.box and weight.box._replace(axis=weight.box.axis - 1),
-        )
-        for weight in fact.weights
+        return Fact((), fact.needs)
+    # Each iteration has a layer of its own, which may learn when others do not.
+    return Fact(tuple(map(_sliced, fact.weights)), frozenset([Loop()]))
+
+
+def _sliced(weight: moves.Weight) -> moves.Weight:
+    left = [i for i, axis in enumerate(weight.stack) if axis]
+    is_stacked = len(left) < len(weight.stack)
+    return weight._replace(
+        channel=tuple(axis - 1 for axis in weight.channel),
+        stack=tuple(weight.stack[i] - 1 for i in left),
+        stack_of_leaf=tuple(weight.stack_of_leaf[i] for i in left),
+        layers=weight.layers | {object()} if is_stacked else weight.layers,
+        box=weight.box and weight.box._replace(axis=weight.box.axis - 1),
     )
 
 

@@ -30,8 +30,8 @@ class Weight(NamedTuple):
       leaf: the position of the leaf.
       channel: the axes of the value that hold the channels of the leaf, major first.
       stack: the axes of the value along which layers are stacked.
-      layers: which of the leaf's layers the value holds; two values with the same `layers` hold
-        the same ones.
+      stack_of_leaf: for each of them, its position in the stack of the leaf.
+      layers: the slices that were taken along the stack of the leaf.
       box: where the weight lies in the value, if the value joins several.
       is_whole: whether `Change.z` is the whole weight, from which the kept part is taken later.
     """
@@ -39,7 +39,8 @@ class Weight(NamedTuple):
     leaf: int
     channel: Axes
     stack: Axes
-    layers: tuple[Hashable, ...] = ()
+    stack_of_leaf: Axes
+    layers: frozenset[Hashable] = frozenset()
     box: products.Box | None = None
     is_whole: bool = False
 
@@ -267,20 +268,23 @@ def _sliced(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Move
         return None
     # A single layer is no longer stacked.
     single = [i for i, axis in enumerate(weight.stack) if axis in cut and sizes[axis] == 1]
-    cut_layers = [axis for axis in weight.stack if axis in cut]
+    cut_layers = {i: axis for i, axis in enumerate(weight.stack) if axis in cut}
 
     def move_part(z: jax.Array, operands: Operands) -> jax.Array:
         return _slice(eqn, z, {axis: axis for axis in cut}, operands)
 
     def move_layers(x: jax.Array, operands: Operands) -> jax.Array:
-        x = _slice(eqn, x, {axis: weight.stack.index(axis) for axis in cut_layers}, operands)
+        x = _slice(eqn, x, {axis: i for i, axis in cut_layers.items()}, operands)
         return jnp.squeeze(x, single)
 
-    layers = weight.layers
-    if cut_layers:
-        layers += (_bounds(eqn, cut_layers),)
-    stack = tuple(axis for i, axis in enumerate(weight.stack) if i not in single)
-    return weight._replace(stack=stack, layers=layers), move_part, move_layers
+    bounds = {(weight.stack_of_leaf[i], _bounds(eqn, axis)) for i, axis in cut_layers.items()}
+    left = [i for i in range(len(weight.stack)) if i not in single]
+    moved = weight._replace(
+        stack=tuple(weight.stack[i] for i in left),
+        stack_of_leaf=tuple(weight.stack_of_leaf[i] for i in left),
+        layers=weight.layers | {(bound, len(weight.layers)) for bound in bounds},
+    )
+    return moved, move_part, move_layers
 
 
 def _slice(
@@ -303,11 +307,9 @@ def _static_bounds(eqn: core.JaxprEqn, axis: int) -> tuple[int, int, int]:
     return start, limit, strides[axis] if strides else 1
 
 
-def _bounds(eqn: core.JaxprEqn, axes: Sequence[int]) -> Hashable:
+def _bounds(eqn: core.JaxprEqn, axis: int) -> Hashable:
     """The bounds of a slice, equal only for slices that certainly have the same layers."""
-    if eqn.primitive is primitives.dynamic_slice_p:
-        return object()
-    return tuple((axis, *_static_bounds(eqn, axis)) for axis in axes)
+    return object() if eqn.primitive is primitives.dynamic_slice_p else _static_bounds(eqn, axis)
 
 
 def _joined(

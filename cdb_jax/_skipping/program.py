@@ -164,7 +164,8 @@ def followed(traced: Traced, groups: Sequence[Group]) -> Followed:
     for i, (leaf, target) in enumerate(zip(leaves, targets, strict=True)):
         weights: tuple[moves.Weight, ...] = ()
         if leaf.layer == leaf.path and target.modes not in ((Mode.FULL,), (Mode.FROZEN,)):
-            weights = (moves.Weight(i, leaf.channel, leaf.stack),)
+            of_leaf = tuple(range(len(leaf.stack)))
+            weights = (moves.Weight(i, leaf.channel, leaf.stack, of_leaf),)
         facts.append(follow.Fact(weights, _needs(i, target)))
     program, uses = follow.follow(traced.jaxpr, facts, targets, traced.freezes_others)
     is_followed = tuple(bool(fact.weights) for fact in facts[len(traced.consts) :])
@@ -263,7 +264,7 @@ def _plans(
         is_skipped = uses.products > 0
         # A leaf that only products read needs no other gradient.
         is_direct = target.modes != (Mode.FROZEN,) and (not is_skipped or bool(uses.others))
-        has_zeros = is_skipped and uses.is_moved and not is_direct
+        has_zeros = is_skipped and uses.layout_only and not is_direct
         plans.append(_Plan(leaf, target, drawn.get(leaf.source), is_skipped, is_direct, has_zeros))
     return tuple(plans)
 

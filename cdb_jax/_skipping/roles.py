@@ -36,10 +36,6 @@ def _axes_of(
         use: tuple(axis for axis, found in enumerate(uses.axes) if use in found) for use in Use
     }
     outputs, inputs = by_use[Use.FREE], by_use[Use.SUMMED]
-    if outputs and not inputs:  # The second of two weights that are multiplied first.
-        inputs = by_use[Use.INNER]
-    elif inputs and not outputs:
-        outputs = by_use[Use.INNER]
     stack = tuple(
         axis
         for axis, found in enumerate(uses.axes)
@@ -113,21 +109,28 @@ def _mistake(
         return ""
     is_one = len(leaf.channel) == 1
     listed = " and ".join(map(str, leaf.channel))
-    taken = f"its name points to {'axis' if is_one else 'axes'} {listed}"
+    taken = f"by its name and shape, its channels are on {'axis' if is_one else 'axes'} {listed}"
     if inferred is None:
-        is_weight = uses.unknown or any(uses.axes) or not uses.scales
-        return "" if is_weight else f"{taken}, but it scales or shifts activations; exempt it"
+        if uses.unknown or any(uses.axes) or not uses.scales:
+            return ""
+        return f"{taken}, but it only scales activations; use exempt=({leaf.path!r},)"
     assert not isinstance(inferred.channel, channels.Convention)
     right, stack = (
         {x} if isinstance(x, int) else set(x) for x in (inferred.channel, inferred.stack)
     )
-    is_same = set(leaf.channel) == right or {*leaf.channel, *leaf.stack} == right | stack
+    taken_axes = set(leaf.channel)
+    # An axis that is free in its product may be a stack or hold channels.
+    is_nested = taken_axes <= right or right <= taken_axes
+    is_same = taken_axes == right or (is_nested and {*taken_axes, *leaf.stack} == right | stack)
     is_tied = all(Use.FEATURE in uses.axes[axis] for axis in leaf.channel)
     if is_same or is_tied:
         return ""
     wrong = {use.value for axis in leaf.channel if axis not in right for use in uses.axes[axis]}
-    what = " and ".join(sorted(wrong)) or "only a part of its channels"
-    return f"{taken}, which {'is' if is_one else 'are'} {what}; use {inferred}"
+    verb = "is" if is_one else "are"
+    what = (
+        f"which {verb} {' and '.join(sorted(wrong))}" if wrong else "which holds only some of them"
+    )
+    return f"{taken}, {what}; use {inferred}"
 
 
 def _message(direction: str, mistakes: Sequence[str], most: int = 4) -> str:
