@@ -33,8 +33,8 @@ def infer_channel_axes(
         traced, not run.
       params: the parameters: a tree of arrays or `jax.ShapeDtypeStruct`. For a Flax NNX model, use
         `cdb_jax.nnx.infer_channel_axes`.
-      *args: the other arguments; arrays may be `jax.ShapeDtypeStruct` too. Pass the batch here:
-        next to arguments, arrays that `fun` closes over are taken for constants, such as masks.
+      *args: the other arguments; arrays may be `jax.ShapeDtypeStruct` too. Pass the batch here. If
+        there is a batch, arrays that `fun` closes over are taken for constants, such as masks.
       channels: which channels to find, "output" or "input".
       **kwargs: other arguments by name.
 

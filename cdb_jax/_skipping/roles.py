@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cdb_jax import _conventions as conventions, channels
 from cdb_jax._skipping import axis_uses
@@ -75,7 +76,7 @@ def _stacked_modules(uses: Mapping[str, axis_uses.Uses | None]) -> set[str]:
 # Names and shapes may be misleading.
 
 
-def check_names(layout: channels.Layout, uses: Sequence[axis_uses.Uses | None]) -> None:
+def check_names(layout: channels.Layout, uses: Sequence[axis_uses.Uses]) -> None:
     """Raises a ValueError if a convention took the wrong axes for the channels of a leaf.
 
     Args:
@@ -84,17 +85,18 @@ def check_names(layout: channels.Layout, uses: Sequence[axis_uses.Uses | None]) 
     """
     by_path = {leaf.path: x for leaf, x in zip(layout.leaves, uses, strict=True)}
     for direction, convention in _CONVENTIONS.items():
-        leaves = [
-            leaf
-            for leaf in layout.layers
-            if leaf.convention == convention and by_path[leaf.path] is not None
-        ]
+        leaves = [leaf for leaf in layout.layers if leaf.convention == convention]
         inferred = axes(direction, {leaf.path: by_path[leaf.path] for leaf in leaves})
-        mistakes = [
-            f"    {leaf.path!r} of shape {leaf.shape}: {mistake}\n"
-            for leaf in leaves
-            if (mistake := _mistake(leaf, inferred[leaf.path], by_path[leaf.path]))
-        ]
+        mistakes = []
+        for leaf in leaves:
+            mistake = _mistake(leaf, inferred[leaf.path], by_path[leaf.path])
+            if mistake:
+                axis = "axis" if len(leaf.channel) == 1 else "axes"
+                listed = " and ".join(map(str, leaf.channel))
+                mistakes.append(
+                    f"    {leaf.path!r} of shape {leaf.shape}: by its name and shape, its channels "
+                    f"are on {axis} {listed}, {mistake}\n"
+                )
         if mistakes:
             raise ValueError(_message(direction, mistakes))
 
@@ -102,35 +104,31 @@ def check_names(layout: channels.Layout, uses: Sequence[axis_uses.Uses | None]) 
 def _mistake(
     leaf: channels.Leaf,
     inferred: channels.Axes | channels.Convention | None,
-    uses: axis_uses.Uses | None,
+    uses: axis_uses.Uses,
 ) -> str:
     """What is wrong with the channels of a leaf; empty if nothing is."""
-    if uses is None or isinstance(inferred, channels.Convention):
+    if isinstance(inferred, channels.Convention):
         return ""
-    is_one = len(leaf.channel) == 1
-    listed = " and ".join(map(str, leaf.channel))
-    taken = f"by its name and shape, its channels are on {'axis' if is_one else 'axes'} {listed}"
     if inferred is None:
-        if uses.unknown or any(uses.axes) or not uses.scales:
-            return ""
-        return f"{taken}, but it only scales activations; use exempt=({leaf.path!r},)"
-    assert not isinstance(inferred.channel, channels.Convention)
-    right, stack = (
-        {x} if isinstance(x, int) else set(x) for x in (inferred.channel, inferred.stack)
-    )
-    taken_axes = set(leaf.channel)
-    # An axis that is free in its product may be a stack or hold channels.
-    is_nested = taken_axes <= right or right <= taken_axes
-    is_same = taken_axes == right or (is_nested and {*taken_axes, *leaf.stack} == right | stack)
-    is_tied = all(Use.FEATURE in uses.axes[axis] for axis in leaf.channel)
+        only_scales = uses.scales and not uses.unknown and not any(uses.axes)
+        mend = f"but it only scales activations; use exempt=({leaf.path!r},)"
+        return mend if only_scales else ""
+    right, stack = (_as_set(x) for x in (inferred.channel, inferred.stack))
+    taken = set(leaf.channel)
+    # An axis that is free in its product may stack layers or hold channels.
+    is_nested = taken <= right or right <= taken
+    is_same = taken == right or (is_nested and taken | set(leaf.stack) == right | stack)
+    is_tied = all(Use.FEATURE in uses.axes[axis] for axis in taken)
     if is_same or is_tied:
         return ""
-    wrong = {use.value for axis in leaf.channel if axis not in right for use in uses.axes[axis]}
-    verb = "is" if is_one else "are"
-    what = (
-        f"which {verb} {' and '.join(sorted(wrong))}" if wrong else "which holds only some of them"
-    )
-    return f"{taken}, {what}; use {inferred}"
+    wrong = sorted({use.value for axis in taken - right for use in uses.axes[axis]})
+    if not wrong:
+        return f"which holds only some of them; use {inferred}"
+    return f"which {'is' if len(taken) == 1 else 'are'} {' and '.join(wrong)}; use {inferred}"
+
+
+def _as_set(axes: Any) -> set[int]:
+    return {axes} if isinstance(axes, int) else set(axes)
 
 
 def _message(direction: str, mistakes: Sequence[str], most: int = 4) -> str:
