@@ -300,17 +300,15 @@ def _without_ones(shape: Shape) -> Shape:
     return shape
 
 
-def unsettled_message(
-    direction: str, paths: Sequence[str], shapes: Mapping[str, Shape], most: int = 4
-) -> str:
-    """The error message for unsettled leaves; its first line is the mend."""
+def message(direction: str, complaint: str, lines: Sequence[str], most: int = 4) -> str:
+    """An error message about leaves, one line for each; its first line is what to do."""
     side = "" if direction == "output" else ', channels="input"'
-    listing = "".join(f"    {path!r} of shape {shapes[path]}\n" for path in paths[:most])
-    if len(paths) > most:
-        listing += f"    and {len(paths) - most} more\n"
+    listing = "".join(f"    {line}\n" for line in lines[:most])
+    if len(lines) > most:
+        listing += f"    and {len(lines) - most} more\n"
     return (
         f"channel_axes=cdb_jax.infer_channel_axes(loss_fn, params, batch{side}) finds the "
-        f"{direction} channels, which names and shapes do not show for\n{listing}"
+        f"{direction} channels{complaint}\n{listing}"
         "Or name their axes, in a dict from path to cdb_jax.Axes or a rule (path, leaf) -> Axes; "
         "None leaves an array alone."
     )

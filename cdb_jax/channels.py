@@ -209,7 +209,7 @@ def _resolve(updates: Any, rules: _Rules) -> Layout:
     shapes = {path: tuple(getattr(x, "shape", ())) for path, (x, *_) in arrays.items()}
     tree = conventions.Tree(shapes)
     leaves = [_resolve_leaf(path, x, rules, tree) for path, (x, *_) in arrays.items()]
-    _check_settled(leaves, tree)
+    _check_settled(leaves)
     if rules.share_with_bias:
         by_path = {leaf.path: leaf for leaf in leaves}
         leaves = [_follow_kernel(leaf, by_path, masked) for leaf in leaves]
@@ -456,7 +456,7 @@ def _spec_of(path: str, x: Any, channel_axes: AxisSpec | Rule | SpecTree) -> tup
 # Leaves.
 
 
-def _check_settled(leaves: Sequence[Leaf], tree: conventions.Tree) -> None:
+def _check_settled(leaves: Sequence[Leaf]) -> None:
     """Raises a ValueError if much of a tree is not settled; a single odd leaf is left alone."""
     settled = sum(leaf.size for leaf in leaves if leaf.layer is not None)
     for convention in (output_channels, input_channels):
@@ -465,9 +465,9 @@ def _check_settled(leaves: Sequence[Leaf], tree: conventions.Tree) -> None:
         size = sum(leaf.size for leaf in unsettled)
         is_odd = size <= _MOST_UNSETTLED * (settled + size) or (len(unsettled) == 1 and settled)
         if not is_odd or any(leaf.reason is NoChannels.CONTRADICTED for leaf in unsettled):
-            paths = [leaf.path for leaf in unsettled]
-            message = conventions.unsettled_message(convention.direction, paths, tree.shapes)
-            raise ValueError(message)
+            lines = [f"{leaf.path!r} of shape {leaf.shape}" for leaf in unsettled]
+            complaint = ", which names and shapes do not show for"
+            raise ValueError(conventions.message(convention.direction, complaint, lines))
 
 
 def _resolve_leaf(path: str, x: Any, rules: _Rules, tree: conventions.Tree) -> Leaf:

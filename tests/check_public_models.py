@@ -20,23 +20,19 @@ IMAGES = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
 TOKENS = jnp.arange(12).reshape(2, 6)
 
 
-def seeded(i):
-    return jax.random.key(i)
-
-
 # Each function returns parameters, a loss of parameters and a batch, and the batch.
 
 
 def equinox_mlp():
     import equinox as eqx
 
-    return of_equinox(eqx.nn.MLP(8, 4, 32, 2, key=seeded(0)), jnp.ones((5, 8)))
+    return of_equinox(eqx.nn.MLP(8, 4, 32, 2, key=jax.random.key(0)), jnp.ones((5, 8)))
 
 
 def equinox_cnn():
     import equinox as eqx
 
-    keys = jax.random.split(seeded(0), 4)
+    keys = jax.random.split(jax.random.key(0), 4)
     model = eqx.nn.Sequential(
         [
             eqx.nn.Conv2d(3, 8, 3, key=keys[0]),
@@ -65,7 +61,7 @@ def equinox_attention():
             x = jax.vmap(self.norm)(x)
             return jax.lax.scan(lambda h, x: (self.cell(x, h), None), jnp.zeros(16), x)[0]
 
-    keys = jax.random.split(seeded(0), 3)
+    keys = jax.random.split(jax.random.key(0), 3)
     model = Block(
         eqx.nn.Embedding(20, 16, key=keys[0]),
         eqx.nn.MultiheadAttention(4, 16, key=keys[1]),
@@ -117,7 +113,7 @@ def of_haiku(model, x):
     import haiku as hk
 
     transformed = hk.transform_with_state(model)
-    params, state = transformed.init(seeded(0), x)
+    params, state = transformed.init(jax.random.key(0), x)
     return params, lambda p, x: jnp.mean(transformed.apply(p, state, None, x)[0] ** 2), x
 
 
@@ -166,7 +162,7 @@ def penzai_mlp():
     from penzai import pz
     from penzai.models import simple_mlp
 
-    model = simple_mlp.MLP.from_config(seeded(0), [8, 32, 4])
+    model = simple_mlp.MLP.from_config(jax.random.key(0), [8, 32, 4])
     return of_penzai(model, jnp.ones((5, 8)), lambda x: pz.nx.wrap(x).tag("batch", "features"))
 
 
@@ -185,7 +181,7 @@ def penzai_llama():
         mlp_variant="swiglu",
         tie_embedder_and_logits=True,
     )
-    model = llamalike.build_llamalike_transformer(config, seeded(0))
+    model = llamalike.build_llamalike_transformer(config, jax.random.key(0))
     return of_penzai(model, TOKENS, lambda x: pz.nx.wrap(x).tag("batch", "seq"))
 
 

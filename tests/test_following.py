@@ -40,7 +40,7 @@ def convolve(x, w):
 )
 def test_products(f, args, params):
     eqn = equation(f, *args)
-    assert eqn.primitive in following._PRODUCTS
+    assert eqn.primitive in jaxprs.PRODUCTS
     assert params <= set(eqn.params)
 
 

@@ -18,6 +18,7 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from cdb_jax._skipping import jaxprs
+from cdb_jax._skipping.jaxprs import shape_of
 
 
 class Use(enum.Enum):
@@ -101,7 +102,7 @@ def find(
     """
     jaxpr, _ = jaxprs.opened(program)
     uses, facts = {}, []
-    for i, shape in enumerate(map(_shape, jaxpr.invars)):
+    for i, shape in enumerate(map(shape_of, jaxpr.invars)):
         if i in weights:
             uses[i] = Uses(tuple(set() for _ in shape), set(), set(), shape)
             facts.append(_weight(i, shape))
@@ -140,7 +141,7 @@ class _Finder:
 
         def known(v: jaxprs.Atom) -> Fact:
             if isinstance(v, core.Literal) or v not in facts:  # A constant.
-                return _plain(_shape(v), is_data=False)
+                return _plain(shape_of(v), is_data=False)
             return facts[v]
 
         for eqn in jaxpr.eqns:
@@ -151,10 +152,11 @@ class _Finder:
 
     def _equation(self, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Fact]:
         is_data = any(fact.is_data for fact in facts)
-        is_product = eqn.primitive in _PRODUCTS and is_data and any(fact.origins for fact in facts)
+        reads_weight = any(fact.origins for fact in facts)
+        is_product = eqn.primitive in jaxprs.PRODUCTS and is_data and reads_weight
         is_activation = is_product or any(fact.is_activation for fact in facts)
         otherwise = [
-            _plain(_shape(v), is_data)._replace(is_activation=is_activation) for v in eqn.outvars
+            _plain(shape_of(v), is_data)._replace(is_activation=is_activation) for v in eqn.outvars
         ]
         name = eqn.primitive.name
         if name == "optimization_barrier":
@@ -163,7 +165,7 @@ class _Finder:
             return [_broadcast(eqn, facts[0])]
         if jaxprs.programs_in(eqn.params):
             return self._call(eqn, facts, otherwise)
-        if not any(fact.origins for fact in facts):
+        if not reads_weight:
             return otherwise
         if name == "split":
             return [
@@ -210,7 +212,7 @@ class _Finder:
             x
             for key in ("jaxpr", "call_jaxpr", "fun_jaxpr")
             if (x := params.get(key)) is not None
-            and list(map(_shape, jaxprs.opened(x)[0].invars)) == list(map(_shape, eqn.invars))
+            and list(map(shape_of, jaxprs.opened(x)[0].invars)) == list(map(shape_of, eqn.invars))
         ]
         if name == "shard_map" or not programs:
             self.unknown(facts, name)
@@ -228,10 +230,6 @@ class _Finder:
         sliced = [_without_axis(fact, 0) for fact in facts[first:]]
         self.program(eqn.params["jaxpr"], [*facts[:num_consts], *carried, *sliced])
         return list(map(_as_data, otherwise))
-
-
-def _shape(v: jaxprs.Atom) -> tuple[int, ...]:
-    return tuple(getattr(v.aval, "shape", ()))
 
 
 def _as_data(fact: Fact) -> Fact:
@@ -269,8 +267,8 @@ def _merged(origins: Iterable[Origin]) -> list[Origin]:
 
 
 def _broadcast(eqn: core.JaxprEqn, fact: Fact) -> Fact:
-    new_axes, shape = eqn.params["broadcast_dimensions"], _shape(eqn.outvars[0])
-    old_shape = _shape(eqn.invars[0])
+    new_axes, shape = eqn.params["broadcast_dimensions"], shape_of(eqn.outvars[0])
+    old_shape = shape_of(eqn.invars[0])
     origins = []
     for origin in fact.origins:
         axes = [(Factor(frozenset(), size),) for size in shape]
@@ -288,7 +286,7 @@ def _transposed(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[
 
 
 def _reshaped(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
-    shape = _shape(eqn.outvars[0])
+    shape = shape_of(eqn.outvars[0])
     origins = []
     for origin in facts[0].origins:
         flat = [factor for factors in origin.axes for factor in factors if factor.size > 1]
@@ -326,7 +324,10 @@ def _resized(
     """Slices, pads and concatenations: other sizes along the same axes; size 1 is an index."""
     if eqn.primitive is primitives.concatenate_p and any(fact.is_data for fact in facts):
         return []  # Tokens, not weights.
-    old_shapes, new_shape = [_shape(v) for v in eqn.invars], _shape(eqn.outvars[result])
+    old_shapes, new_shape = (
+        [shape_of(v) for v in eqn.invars],
+        shape_of(eqn.outvars[result]),
+    )
     origins = []
     for fact, old_shape in zip(facts, old_shapes, strict=True):
         for origin in fact.origins:
@@ -368,7 +369,7 @@ def _elementwise(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list
     Data may only scale it: the data that a scale or a bias is applied to varies along all of the
     axes of the weight, and the result is data.
     """
-    shape = _shape(eqn.outvars[0])
+    shape = shape_of(eqn.outvars[0])
     data = [fact for fact in facts if fact.is_data]
     origins = []
     for fact in facts:
@@ -432,10 +433,10 @@ def _convolution(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list
 
 def _gather(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    operand_shape = _shape(eqn.invars[0])
+    operand_shape = shape_of(eqn.invars[0])
     batching = tuple(numbers.operand_batching_dims)
     removed = (*numbers.collapsed_slice_dims, *batching)
-    is_index = len(_shape(eqn.invars[1])) == 1
+    is_index = len(shape_of(eqn.invars[1])) == 1
     origins = []
     for origin in facts[0].origins:
         for axis, size in enumerate(sizes):
@@ -456,7 +457,6 @@ def _gather(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Orig
     return origins
 
 
-_PRODUCTS = (primitives.dot_general_p, primitives.conv_general_dilated_p)
 _Rule = Callable[[_Finder, core.JaxprEqn, list[Fact]], list[Origin]]
 _RULES: dict[core.Primitive, _Rule] = {
     primitives.transpose_p: _transposed,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from cdb_jax import channels
-from cdb_jax._skipping import api, follow, products, program
+from cdb_jax._skipping import api, explicit, follow, products, program
 from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax.selection import Mode, Selection
 
@@ -68,10 +67,7 @@ def _all_gather(target: products.Target, leaf: channels.Leaf, x: Any) -> str:
     sharding = getattr(x, "sharding", None)
     if target.part is None or not isinstance(sharding, jax.sharding.NamedSharding):
         return ""
-    spec = (*sharding.spec, *[None] * len(leaf.shape))
-    names = [spec[axis] for axis in leaf.channel if spec[axis] is not None]
-    flat = [x for name in names for x in (name if isinstance(name, tuple) else (name,))]
-    shards = math.prod(sharding.mesh.shape[name] for name in flat)
+    shards = explicit.num_shards(sharding, leaf.channel)
     if target.part.blocks % shards == 0:
         return ""
     advice = f'channel_choice="window" with window_groups a multiple of {shards} avoids it'

@@ -39,31 +39,37 @@ def plain(array_type: Any) -> Any:
     return jax.ShapeDtypeStruct(array_type.shape, array_type.dtype)
 
 
+def num_shards(sharding: NamedSharding, axes: tuple[int, ...]) -> int:
+    """The number of shards along some axes of an array."""
+    names = [sharding.spec[axis] for axis in axes if axis < len(sharding.spec)]
+    flat = [x for name in names for x in (name if isinstance(name, tuple) else (name,))]
+    return math.prod(sharding.mesh.shape[name] for name in flat if name is not None)
+
+
 def part_spec(array: Any, channel: tuple[int, ...], part: Part | None) -> PartitionSpec:
     """The spec of a part of an array; channels stay sharded if each shard keeps as many."""
     sharding = _sharding_of(array)
     spec = list(sharding.spec)
-    names = [spec[axis] for axis in channel if spec[axis] is not None]
-    flat = [x for name in names for x in (name if isinstance(name, tuple) else (name,))]
-    shards = math.prod(sharding.mesh.shape[name] for name in flat)
+    shards = num_shards(sharding, channel)
     if part is not None and (len(channel) > 1 or part.blocks % shards):
         for axis in channel:
             spec[axis] = None
     return PartitionSpec(*spec)
 
 
-def call(f: Callable[..., Any], spec: Any, *args: Any) -> Any:
+def call(f: Callable[..., Any], out_spec: Callable[[], Any], *args: Any) -> Any:
     """`f(*args)`; if arguments are explicitly sharded, XLA finds the shardings inside.
 
     Args:
       f: a function of arrays.
-      spec: a function that returns the spec of the result, or a tree of specs.
+      out_spec: returns the spec of the result, or a tree of specs. It is called only if arguments
+        are explicitly sharded.
       *args: trees of arrays.
     """
     mesh = mesh_of(args)
     if mesh is None:
         return f(*args)
     sharding = jax.tree.map(
-        lambda x: NamedSharding(mesh, x), spec(), is_leaf=lambda x: isinstance(x, PartitionSpec)
+        lambda x: NamedSharding(mesh, x), out_spec(), is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
     return jax.sharding.auto_axes(f, out_sharding=sharding)(*args)

@@ -25,6 +25,7 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from cdb_jax._skipping import explicit, jaxprs, moves, products
+from cdb_jax._skipping.jaxprs import shape_of
 from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax.selection import Mode
 
@@ -254,7 +255,7 @@ def _replaced(
     primitive = eqn.primitive
     if primitive in _CALLS:
         return _CALLS[primitive](eqn, facts, context)
-    if primitive in _PRODUCTS:
+    if primitive in jaxprs.PRODUCTS:
         return _product(eqn, facts, context), None
     if not any(fact.weights for fact in facts):
         return None, None
@@ -266,8 +267,8 @@ def _replaced(
     if move is None:
         context.used_otherwise(facts, *_obstacle(eqn, facts))
         return None, None
-    step = functools.partial(_move, move, eqn, program, weights, context.targets)
-    return step, [Fact(weights, _union(facts)) for weights in move.weights]
+    step = _MoveStep(move, eqn, program, weights, context.targets)
+    return step.run, [Fact(weights, _union(facts)) for weights in move.weights]
 
 
 def _obstacle(eqn: core.JaxprEqn, facts: Sequence[Fact]) -> Obstacle:
@@ -277,18 +278,7 @@ def _obstacle(eqn: core.JaxprEqn, facts: Sequence[Fact]) -> Obstacle:
     return Obstacle(Reason.INSIDE if is_call else Reason.READ_BY, eqn.primitive.name)
 
 
-def _shape(v: jaxprs.Atom) -> tuple[int, ...]:
-    return _type_of(v).shape
-
-
-def _type_of(v: jaxprs.Atom) -> jax.ShapeDtypeStruct:
-    aval: Any = v.aval
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
 # Products.
-
-_PRODUCTS = (primitives.dot_general_p, primitives.conv_general_dilated_p)
 
 
 def _product(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Step | None:
@@ -322,7 +312,7 @@ def _product_with(
     weight: moves.Weight,
     context: _Context,
 ) -> products.Product | Obstacle:
-    shapes = [_shape(v) for v in eqn.invars]
+    shapes = [shape_of(v) for v in eqn.invars]
     layer = weight.channel, weight.stack, context.targets[weight.leaf], weight.box
     if eqn.primitive is primitives.dot_general_p:
         return products.dot_product(op, side, (len(shapes[0]), len(shapes[1])), *layer)
@@ -361,85 +351,78 @@ def _gate(
 # Moves.
 
 
-def _move(
-    move: moves.Move,
-    eqn: core.JaxprEqn,
-    program: core.Jaxpr,
-    weights: Sequence[tuple[moves.Weight, ...]],
-    targets: Sequence[products.Target],
-    operands: Sequence[Value],
-    flags: Flags,
-) -> list[Value]:
-    def compute(arrays: Sequence[Any]) -> list[Any]:
-        return jaxprs.apply(eqn, program, arrays)
+class _MoveStep(NamedTuple):
+    """An equation that moves weights, at run time.
 
-    arrays = [x.array for x in operands]
-    if move.parts is None:
-        changes = _change_of_whole(move, compute, weights, targets, operands)
-    else:
-        olds = [
-            pair
-            for x, own in zip(operands, weights, strict=True)
-            for pair in zip(own, x.changes, strict=True)
-        ]
-        changes = [
-            tuple(
-                change and _change_of_part(move, eqn, compute, targets, i, old, change, arrays)
-                for i, (old, change) in enumerate(olds)
-            )
-        ]
-    return [Value(*pair) for pair in zip(compute(arrays), changes, strict=True)]
+    Attributes:
+      move: what becomes of the weights.
+      eqn, program: the equation, and the program that it is in.
+      weights: the weights in each operand.
+      targets: for each leaf, what may happen to it.
+    """
 
+    move: moves.Move
+    eqn: core.JaxprEqn
+    program: core.Jaxpr
+    weights: Sequence[tuple[moves.Weight, ...]]
+    targets: Sequence[products.Target]
 
-def _change_of_part(
-    move: moves.Move,
-    eqn: core.JaxprEqn,
-    compute: Callable[[Sequence[Any]], list[Any]],
-    targets: Sequence[products.Target],
-    i: int,
-    weight: moves.Weight,
-    change: products.Change,
-    arrays: Sequence[Any],
-) -> products.Change:
-    """The new change of the weight at position `i`."""
-    assert move.parts is not None
-    if weight.is_whole and not move.weights[0][i].box:
-        (z,) = compute([change.z, *arrays[1:]])
-    else:
-        new, result = move.weights[0][i], eqn.outvars[0].aval
-        z = explicit.call(
-            move.parts[i],
-            lambda: targets[new.leaf].spec(result, new.channel),
-            change.z,
-            arrays,
-        )
-    place, mode = change.place, change.mode
-    if move.layers:
-        place, mode = (move.layers(x, arrays) for x in (place, mode))
-    return products.Change(z, place, mode)
+    def run(self, operands: Sequence[Value], flags: Flags) -> list[Value]:
+        results = self._compute([x.array for x in operands])
+        if self.move.parts is None:
+            changes = self._changes_of_wholes(operands)
+        else:
+            changes = [self._changes_of_parts(operands, self.move.parts)]
+        return [Value(*pair) for pair in zip(results, changes, strict=True)]
 
+    def _compute(self, arrays: Sequence[Any]) -> list[Any]:
+        return jaxprs.apply(self.eqn, self.program, arrays)
 
-def _change_of_whole(
-    move: moves.Move,
-    compute: Callable[[Sequence[Any]], list[Any]],
-    weights: Sequence[tuple[moves.Weight, ...]],
-    targets: Sequence[products.Target],
-    operands: Sequence[Value],
-) -> list[tuple[products.Change | None, ...]]:
-    """The changes of the results of an equation that is computed for the whole weight."""
-    wholes, found = [], None
-    for x, own in zip(operands, weights, strict=True):
-        array = x.array
-        if own and (change := x.changes[0]):
-            found, layer = change, (own[0].channel, own[0].stack, targets[own[0].leaf])
-            array = change.z if own[0].is_whole else products.whole(array, change, *layer)
-        wholes.append(array)
-    if found is None:  # The weight reaches no product.
-        return [(None,) * len(x) for x in move.weights]
-    return [
-        (found._replace(z=z),) if x else ()
-        for z, x in zip(compute(wholes), move.weights, strict=True)
-    ]
+    def _changes_of_parts(
+        self, operands: Sequence[Value], parts: Sequence[moves.MovePart]
+    ) -> tuple[products.Change | None, ...]:
+        """The changes of the result of an equation that moves each part on its own."""
+        arrays = [x.array for x in operands]
+        olds = [weight for weights in self.weights for weight in weights]
+        changes = [change for x in operands for change in x.changes]
+        moved: list[products.Change | None] = []
+        for old, new, part, change in zip(olds, self.move.weights[0], parts, changes, strict=True):
+            if change is None:  # The weight reaches no product.
+                moved.append(None)
+                continue
+            if old.is_whole and not new.box:  # Only joined weights have no equation of their own.
+                (z,) = self._compute([change.z, *arrays[1:]])
+            else:
+                target, out = self.targets[new.leaf], self.eqn.outvars[0].aval
+                out_spec = functools.partial(target.spec, out, new.channel)
+                z = explicit.call(part, out_spec, change.z, arrays)
+            place, mode = change.place, change.mode
+            if self.move.layers:
+                place, mode = (self.move.layers(x, arrays) for x in (place, mode))
+            moved.append(products.Change(z, place, mode))
+        return tuple(moved)
+
+    def _changes_of_wholes(
+        self, operands: Sequence[Value]
+    ) -> list[tuple[products.Change | None, ...]]:
+        """The changes of the results of an equation that is computed for the whole weight.
+
+        The weight may occur several times, always with the same channels at the same places.
+        """
+        arrays, found = [], None
+        for x, weights in zip(operands, self.weights, strict=True):
+            array = x.array
+            if weights and (change := x.changes[0]):
+                (weight,), found = weights, change
+                target = self.targets[weight.leaf]
+                array = change.z
+                if not weight.is_whole:
+                    array = products.whole(x.array, change, weight.channel, weight.stack, target)
+            arrays.append(array)
+        if found is None:  # The weight reaches no product.
+            return [(None,) * len(x) for x in self.move.weights]
+        pairs = zip(self._compute(arrays), self.move.weights, strict=True)
+        return [(found._replace(z=z),) if weights else () for z, weights in pairs]
 
 
 def _move_in_call(
@@ -486,7 +469,7 @@ def _has_local_gradient(
 
         return list(jax.vjp(of_weights, *(inputs[i] for i in moved))[1](list(cotangents)))
 
-    types = [list(map(_type_of, vs)) for vs in (given, eqn.outvars)]
+    types = [list(map(jaxprs.type_of, vs)) for vs in (given, eqn.outvars)]
     backward = jax.make_jaxpr(gradient)(*types)
     inputs = [*(fact_of[v] for v in given), *results]
     found = _moved_by(backward, inputs, context._replace(is_gradient=True))
@@ -592,7 +575,7 @@ def _scan(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
     first = num_consts + num_carry
     consts, carried, scanned = facts[:num_consts], facts[num_consts:first], facts[first:]
     context.used_otherwise(carried, Reason.CARRIED)
-    sliced = [_slice(fact, context) for fact in scanned]
+    sliced = [_iterated(fact, context) for fact in scanned]
     loop = Loop()
     # What is carried depends on earlier iterations, in which anything may learn.
     inputs = [*consts, *(Fact((), frozenset([loop])) for _ in carried), *sliced]
@@ -651,7 +634,7 @@ def _any_learns(
     return functools.reduce(jnp.logical_or, flags)
 
 
-def _slice(fact: Fact, context: _Context) -> Fact:
+def _iterated(fact: Fact, context: _Context) -> Fact:
     """An operand as one iteration of a loop over its first axis sees it."""
     if not fact.weights:
         return fact
@@ -659,10 +642,10 @@ def _slice(fact: Fact, context: _Context) -> Fact:
         context.used_otherwise([fact], Reason.LOOP_OVER_CHANNELS)
         return Fact((), fact.needs)
     # Each iteration has a layer of its own, which may learn when others do not.
-    return Fact(tuple(map(_sliced, fact.weights)), frozenset([Loop()]))
+    return Fact(tuple(map(_iterated_weight, fact.weights)), frozenset([Loop()]))
 
 
-def _sliced(weight: moves.Weight) -> moves.Weight:
+def _iterated_weight(weight: moves.Weight) -> moves.Weight:
     left = [i for i, axis in enumerate(weight.stack) if axis]
     is_stacked = len(left) < len(weight.stack)
     return weight._replace(

@@ -14,8 +14,11 @@ from typing import Any, TypeGuard
 import jax
 import numpy as np
 from jax.extend import core
+from jax.extend.core import primitives
 
 Atom = core.Var | core.Literal  # What an equation reads.
+
+PRODUCTS = (primitives.dot_general_p, primitives.conv_general_dilated_p)
 
 # The names of operations on corresponding entries; operands without axes go with every entry.
 ELEMENTWISE = frozenset(
@@ -57,6 +60,16 @@ def apply(eqn: core.JaxprEqn, program: core.Jaxpr, operands: Sequence[Any]) -> l
     """Evaluates one equation of a program."""
     given = {v: x for v, x in zip(eqn.invars, operands, strict=True) if is_variable(v)}
     return list(as_function([eqn], list(given), eqn.outvars, program)(*given.values()))
+
+
+def type_of(v: Atom) -> jax.ShapeDtypeStruct:
+    aval: Any = v.aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def shape_of(v: Atom) -> tuple[int, ...]:
+    """The shape of an array; empty for what is none, such as a token."""
+    return tuple(getattr(v.aval, "shape", ()))
 
 
 def is_variable(v: Atom) -> TypeGuard[core.Var]:

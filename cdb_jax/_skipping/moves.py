@@ -19,6 +19,7 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from cdb_jax._skipping import jaxprs, products
+from cdb_jax._skipping.jaxprs import shape_of
 
 Axes = tuple[int, ...]
 
@@ -126,7 +127,7 @@ def _moved(
     moved = [x for x in found if x]
     if len(moved) < len(found):
         return None
-    return Move([tuple(x[0] for x in moved)], [x[1] for x in moved], moved[0][2])
+    return Move([tuple(x.weight for x in moved)], [x.part for x in moved], moved[0].layers)
 
 
 def is_alone(operands: Sequence[tuple[Weight, ...]], learns: Sequence[bool]) -> bool:
@@ -142,74 +143,75 @@ def whole(weights: Sequence[Weight | None]) -> Move:
     return Move([(x._replace(is_whole=True),) if x else () for x in weights], None, None)
 
 
-def _shape(v: jaxprs.Atom) -> tuple[int, ...]:
-    return v.aval.shape  # type: ignore[attr-defined]
+# Layout. A rule returns None if the weight cannot be followed.
 
 
-# Layout: each rule returns the moved weight and how its part and its layers move, or None if the
-# weight cannot be followed.
+class Moved(NamedTuple):
+    """The weight in the result, and how its part and its layers move."""
 
-Moved = tuple[Weight, MovePart, MoveLayers | None] | None
-
-
-def _same(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    return weight, lambda z, _: z, None
+    weight: Weight
+    part: MovePart
+    layers: MoveLayers | None = None
 
 
-def _constrained(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+def _same(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved | None:
+    return Moved(weight, lambda z, _: z)
+
+
+def _constrained(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved | None:
     """The gradient is sharded like the weight, unless its channel axes are sharded."""
     sharding = eqn.params["sharding"]
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return _same(eqn, weight, target)
-    spec = (*sharding.spec, *[None] * (len(_shape(eqn.invars[0])) - len(sharding.spec)))
+    spec = (*sharding.spec, *[None] * (len(shape_of(eqn.invars[0])) - len(sharding.spec)))
     if any(spec[axis] is not None for axis in weight.channel):
         return _same(eqn, weight, target)
-    return weight, lambda z, _: lax.with_sharding_constraint(z, sharding), None
+    return Moved(weight, lambda z, _: lax.with_sharding_constraint(z, sharding))
 
 
-def _varied(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+def _varied(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved | None:
     """In a `shard_map`, the gradient of a value replicated over an axis is summed over the axis."""
-    return weight, lambda z, _: lax.pcast(z, eqn.params["axes"], to="varying"), None
+    return Moved(weight, lambda z, _: lax.pcast(z, eqn.params["axes"], to="varying"))
 
 
-def _converted(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+def _converted(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved | None:
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.inexact):
         return None
-    return weight, lambda z, _: lax.convert_element_type(z, dtype), None
+    return Moved(weight, lambda z, _: lax.convert_element_type(z, dtype))
 
 
-def _transposed(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+def _transposed(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved | None:
     order = eqn.params["permutation"]
     moved = weight._replace(
         channel=tuple(order.index(axis) for axis in weight.channel),
         stack=tuple(order.index(axis) for axis in weight.stack),
         box=weight.box and weight.box._replace(axis=order.index(weight.box.axis)),
     )
-    return moved, lambda z, _: jnp.transpose(z, order), None
+    return Moved(moved, lambda z, _: jnp.transpose(z, order))
 
 
-def _reversed(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+def _reversed(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved | None:
     axes = eqn.params["dimensions"]
     if set(axes) & weight.axes:
         return None
-    return weight, lambda z, _: lax.rev(z, axes), None
+    return Moved(weight, lambda z, _: lax.rev(z, axes))
 
 
-def _broadcast(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+def _broadcast(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved | None:
     new_axes = eqn.params["broadcast_dimensions"]
-    old_shape, new_shape = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    old_shape, new_shape = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     if any(old_shape[axis] != new_shape[new_axes[axis]] for axis in weight.axes):
         return None
     channel = tuple(new_axes[axis] for axis in weight.channel)
     stack = tuple(new_axes[axis] for axis in weight.stack)
     shape = target.shape(new_shape, channel)
     moved = weight._replace(channel=channel, stack=stack)
-    return moved, lambda z, _: lax.broadcast_in_dim(z, shape, new_axes), None
+    return Moved(moved, lambda z, _: lax.broadcast_in_dim(z, shape, new_axes))
 
 
-def _reshaped(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
-    old_shape, new_shape = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+def _reshaped(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved | None:
+    old_shape, new_shape = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     has_order = eqn.primitive is primitives.reshape_p and eqn.params.get("dimensions")
     if 0 in old_shape or has_order:
         return None
@@ -230,7 +232,7 @@ def _reshaped(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Mo
         left = left[len(old) :]
     shape = target.shape(new_shape, tuple(channel))
     moved = weight._replace(channel=tuple(channel), stack=tuple(stack))
-    return moved, lambda z, _: z.reshape(shape), None
+    return Moved(moved, lambda z, _: z.reshape(shape))
 
 
 def _matched_axes(
@@ -257,12 +259,12 @@ def _matched_axes(
     return matched
 
 
-def _sliced(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved:
+def _sliced(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Moved | None:
     """A slice that leaves the channels whole, such as one layer of a stack.
 
     The starts of a `dynamic_slice` are operands; those of a `slice` are parameters.
     """
-    old_shape, sizes = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    old_shape, sizes = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     cut = {axis for axis, size in enumerate(sizes) if size != old_shape[axis]}
     if cut & set(weight.channel):
         return None
@@ -284,7 +286,7 @@ def _sliced(eqn: core.JaxprEqn, weight: Weight, target: products.Target) -> Move
         stack_of_leaf=tuple(weight.stack_of_leaf[i] for i in left),
         layers=weight.layers | {(bound, len(weight.layers)) for bound in bounds},
     )
-    return moved, move_part, move_layers
+    return Moved(moved, move_part, move_layers)
 
 
 def _slice(
@@ -292,7 +294,7 @@ def _slice(
 ) -> jax.Array:
     """Slices an array like a weight; `axes` maps axes of the weight to those of the array."""
     for axis, own in axes.items():
-        size = _shape(eqn.outvars[0])[axis]
+        size = shape_of(eqn.outvars[0])[axis]
         if eqn.primitive is primitives.dynamic_slice_p:
             x = lax.dynamic_slice_in_dim(x, operands[1 + axis], size, own)
         else:
@@ -319,7 +321,7 @@ def _joined(
     axis = eqn.params["dimension"]
     start, joined = 0, []
     for v, weights, learn in zip(eqn.invars, operands, learns, strict=True):
-        size = _shape(v)[axis]
+        size = shape_of(v)[axis]
         if (learn and not weights) or any(x.box or axis in x.stack for x in weights):
             return None
         joined += [weight._replace(box=products.Box(axis, start, size)) for weight in weights]
@@ -327,7 +329,7 @@ def _joined(
     return Move([tuple(joined)], [lambda z, _: z] * len(joined), None)
 
 
-_LayoutRule = Callable[[core.JaxprEqn, Weight, products.Target], Moved]
+_LayoutRule = Callable[[core.JaxprEqn, Weight, products.Target], Moved | None]
 _LAYOUT: dict[core.Primitive, _LayoutRule] = {
     primitives.copy_p: _same,
     primitives.name_p: _same,

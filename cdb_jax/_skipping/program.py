@@ -107,7 +107,8 @@ def _check_names(
 ) -> None:
     """Compares the channels that names show with what the program does with the weights.
 
-    Under `jit`, arrays that are not traced are constants, such as masks of weights.
+    Under `jit`, arrays that are not traced are constants, such as masks of weights. Outside of
+    `jit`, none is taken for a constant, since any may hold the batch.
     """
     traced = [isinstance(x, jax.core.Tracer) for x in (*consts, *leaves)]
     first = len(consts)

@@ -94,11 +94,12 @@ def check_names(layout: channels.Layout, uses: Sequence[axis_uses.Uses]) -> None
                 axis = "axis" if len(leaf.channel) == 1 else "axes"
                 listed = " and ".join(map(str, leaf.channel))
                 mistakes.append(
-                    f"    {leaf.path!r} of shape {leaf.shape}: by its name and shape, its channels "
-                    f"are on {axis} {listed}, {mistake}\n"
+                    f"{leaf.path!r} of shape {leaf.shape}: by its name and shape, its channels are "
+                    f"on {axis} {listed}, {mistake}"
                 )
         if mistakes:
-            raise ValueError(_message(direction, mistakes))
+            complaint = "; by their names, these would be wrong:"
+            raise ValueError(conventions.message(direction, complaint, mistakes))
 
 
 def _mistake(
@@ -129,15 +130,3 @@ def _mistake(
 
 def _as_set(axes: Any) -> set[int]:
     return {axes} if isinstance(axes, int) else set(axes)
-
-
-def _message(direction: str, mistakes: Sequence[str], most: int = 4) -> str:
-    side = "" if direction == "output" else ', channels="input"'
-    more = f"    and {len(mistakes) - most} more\n" if len(mistakes) > most else ""
-    return (
-        f"channel_axes=cdb_jax.infer_channel_axes(loss_fn, params, batch{side}) finds the "
-        f"{direction} channels; by their names, these would be wrong:\n"
-        f"{''.join(mistakes[:most])}{more}"
-        "Or name their axes, in a dict from path to cdb_jax.Axes or a rule (path, leaf) -> Axes; "
-        "None leaves an array alone."
-    )
