@@ -134,6 +134,8 @@ def _row(leaf: channels.Leaf, policy: Policy) -> ChannelRow:
     note = "" if leaf.layer == leaf.path else f"follows {leaf.layer}"
     if leaf.is_default:
         note = "the last axis, by default"
+    elif leaf.convention and policy.channel_axes != leaf.convention:
+        note = "by name and shape"  # Among specs that say more, such as inferred ones.
     kept = _kept(policy, leaf.channels)
     return ChannelRow(leaf.path, leaf.shape, leaf.channel, leaf.stack, leaf.channels, kept, note)
 

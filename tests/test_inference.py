@@ -180,3 +180,9 @@ def test_names_that_say_nothing():
     )
     report = cdb_jax.channel_report(params, window(channel_axes=inferred))
     assert report.rows[0].note == ""
+    left = {"enc/w_in": cdb_jax.output_channels}  # As inference leaves what it cannot settle.
+    report = cdb_jax.channel_report(params, window(channel_axes=left))
+    assert report.rows[0].note == "the last axis, by default"
+    params = {"enc": {"kernel": jnp.ones((8, 4))}}
+    report = cdb_jax.channel_report(params, window(channel_axes={"enc": cdb_jax.output_channels}))
+    assert report.rows[0].note == "by name and shape"

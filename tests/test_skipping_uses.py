@@ -211,6 +211,61 @@ def test_other_uses_get_their_full_gradient(use, params, reasons):
     assert {row.path: row.gradient for row in report.rows} == reasons
 
 
+# Functions of a weight that keep its output channels apart, and reach a product.
+
+
+def activated(w):  # `jax.custom_jvp`.
+    return jax.nn.relu(w) + jax.nn.softplus(w)
+
+
+def normalised(w):  # Over the inputs.
+    return jax.nn.softmax(w, axis=0) * jnp.max(jnp.abs(w), axis=0)[None]
+
+
+def split_and_joined(w):
+    top, bottom = jnp.split(w, 2)
+    return jnp.concatenate([jnp.zeros((1, 8)), bottom * top])
+
+
+def padded(w):
+    return jnp.pad(w[1:], ((0, 1), (0, 0))) + jnp.cumsum(w, axis=0)
+
+
+def in_order(w):
+    return jnp.sort(w, axis=0)[:, None, :].squeeze(1)
+
+
+def selected(w):
+    return jnp.where(jnp.tril(jnp.ones((6, 8))) > 0, w, -0.5).clip(-1.0, 1.0)
+
+
+@pytest.mark.parametrize("function", [activated, normalised, padded, in_order, selected])
+def test_functions_of_a_weight(function):
+    params, x = {"w": normal(0, 6, 8)}, normal(1, 5, 6)
+    for settings in ({}, {"layer_rate": 0.5}, {"channel_choice": "exact"}):
+        policy = cdb_jax.Policy(0.5, key=0, **{"channel_choice": "window"} | settings)
+        check(
+            lambda p, x: jnp.mean(jnp.tanh(x @ function(p["w"])) ** 2),
+            params,
+            policy,
+            x,
+            skips={"w"},
+        )
+
+
+def test_a_weight_that_is_split():
+    params, x = {"w": normal(0, 6, 8)}, normal(1, 5, 4)
+    check(lambda p, x: jnp.mean(x @ split_and_joined(p["w"])), params, window(), x, skips={"w"})
+
+
+@pytest.mark.parametrize(
+    "function", [jax.nn.softmax, lambda w: jnp.cumsum(w, 1), lambda w: jnp.sort(w, 1)]
+)
+def test_functions_that_mix_the_channels(function):
+    params, x = {"w": normal(0, 6, 8)}, normal(1, 5, 6)
+    check(lambda p, x: jnp.mean((x @ function(p["w"])) ** 2), params, window(), x, skips=())
+
+
 # Stacks of layers.
 
 
