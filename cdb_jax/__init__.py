@@ -11,6 +11,7 @@ from cdb_jax.channels import (
     input_channels as input_channels,
     output_channels as output_channels,
 )
+from cdb_jax.compact import CompactState as CompactState, compact as compact
 from cdb_jax.count import selection_count as selection_count
 from cdb_jax.freezing import (
     FreezeDroppedState as FreezeDroppedState,

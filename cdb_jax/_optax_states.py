@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from cdb_jax._compiling import by_structure
 Shape = tuple[int, ...]
 SlotAxes = Callable[[str, Shape | None, Shape], tuple[int | None, ...] | None]
 Rules = tuple[tuple[type, SlotAxes], ...]
+Wrapper = Literal["freeze_dropped", "compact"]  # What `inner` is inside of, for messages.
 
 
 class Slot(NamedTuple):
@@ -42,9 +44,14 @@ def checked_rules(slot_axes: Mapping[type, SlotAxes]) -> Rules:
     return tuple((RULES | dict(slot_axes)).items())
 
 
+def flatten(state: Any) -> tuple[list[Any], Any]:
+    """Flattens a state. None is a leaf: optax returns None for a parameter without a gradient."""
+    return jax.tree.flatten(state, is_leaf=lambda x: x is None)
+
+
 @by_structure
 def find(
-    state_and_updates: tuple[Any, Any], layout: channels.Layout, rules: Rules
+    state_and_updates: tuple[Any, Any], layout: channels.Layout, rules: Rules, wrapper: Wrapper
 ) -> tuple[Slot | None, ...]:
     """Finds the slot of each leaf of a state, or None for a leaf without channels.
 
@@ -53,9 +60,31 @@ def find(
     `optax.masked`.) Raises a ValueError for an entry whose channels are unknown, and for an
     optimizer that is not supported.
     """
+    found = []
+    for entry in _entries_of(state_and_updates):
+        _check_supported(entry, wrapper)
+        found.append(_slot(entry, layout, dict(rules), wrapper))
+    return tuple(found)
+
+
+@by_structure
+def restarting(state_and_updates: tuple[Any, Any], wrapper: Wrapper) -> tuple[bool, ...]:
+    """Whether each leaf of a state begins again when the optimizer gets other parameters.
+
+    These are the entries that belong to parameters, and whatever the same NamedTuple holds, such as
+    the count of Adam's bias correction. Counts of schedules are in a state of their own.
+    """
+    found = list(_entries_of(state_and_updates))
+    for entry in found:
+        _check_supported(entry, wrapper)
+    holders = {id(entry.holder) for entry in found if isinstance(entry.parameter, int)}
+    return tuple(id(entry.holder) in holders for entry in found)
+
+
+def _entries_of(state_and_updates: tuple[Any, Any]) -> Iterator[Entry]:
     state, updates = state_and_updates
-    positions = jax.tree.unflatten(jax.tree.structure(updates), range(len(layout.leaves)))
-    return tuple(_slot(entry, layout, dict(rules)) for entry in entries(state, positions))
+    treedef: Any = jax.tree.structure(updates)
+    return entries(state, jax.tree.unflatten(treedef, range(treedef.num_leaves)))
 
 
 _OUTSIDE = object()
@@ -96,7 +125,6 @@ def entries(
 
     The other arguments say where a node of the state lies, and what `positions` has in its place.
     """
-    _check_supported(node)
     nodes = (*nodes, node)
     if place is _OUTSIDE and _matches(node, positions):
         place = positions
@@ -128,18 +156,30 @@ def _children(node: Any) -> dict[Any, Any]:
     return {keys[0]: child for keys, child in found if keys}
 
 
-def _slot(entry: Entry, layout: channels.Layout, rules: Mapping[type, SlotAxes]) -> Slot | None:
+def _slot(
+    entry: Entry, layout: channels.Layout, rules: Mapping[type, SlotAxes], wrapper: Wrapper
+) -> Slot | None:
     is_updated = isinstance(entry.parameter, int)
     is_array = hasattr(entry.nodes[-1], "dtype")
     if not is_array or not (is_updated or entry.parameter is _OUTSIDE):
         return None
     leaf = layout.leaves[entry.parameter] if is_updated else None
-    axes = _axes(entry, leaf, len(layout.leaves) == 1, rules)
+    axes = _axes(entry, leaf, len(layout.leaves) == 1, rules, wrapper)
     return None if axes is None else Slot(entry.parameter, axes)
 
 
+_INSTEAD: dict[Wrapper, str] = {
+    "freeze_dropped": "To mask gradients only, use channel_drop_back(policy)",
+    "compact": 'With on_switch="reset", no axes are needed',
+}
+
+
 def _axes(
-    entry: Entry, leaf: channels.Leaf | None, is_single: bool, rules: Mapping[type, SlotAxes]
+    entry: Entry,
+    leaf: channels.Leaf | None,
+    is_single: bool,
+    rules: Mapping[type, SlotAxes],
+    wrapper: Wrapper,
 ) -> tuple[int | None, ...] | None:
     """`Slot.axes`, or None for an entry without channels."""
     shape = tuple(entry.nodes[-1].shape)
@@ -158,12 +198,11 @@ def _axes(
     name = type(entry.holder).__name__
     mend = f"give slot_axes={{{name}: rule}}"
     if any(hasattr(node, "_fields") for x in entries(entry.holder) for node in x.nodes[1:]):
-        mend = f"put the wrapper with the state {name} around freeze_dropped, not inside"
+        mend = f"put the wrapper with the state {name} around {wrapper}, not inside"
     owner = "no parameter" if leaf is None else f"{leaf.path!r} of shape {leaf.shape}"
     raise ValueError(
         f"inner: its state has an entry {entry.path!r} of shape {shape}, which belongs to {owner}, "
-        f"so which of its axes hold channels is unknown; {mend}. To mask gradients only, use "
-        "channel_drop_back(policy)."
+        f"so which of its axes hold channels is unknown; {mend}. {_INSTEAD[wrapper]}."
     )
 
 
@@ -196,7 +235,7 @@ def _ruled_axes(
     return found
 
 
-# Optimizers that cannot be inside `freeze_dropped`.
+# What the optimizer inside a wrapper must be like.
 
 _AROUND: dict[type, str] = {
     optax.MultiStepsState: "optax.MultiSteps({}, every_k_schedule=k)",
@@ -206,24 +245,76 @@ _AROUND: dict[type, str] = {
 }
 
 
-def several_updates(state_class: type) -> str:
-    wrapped = _AROUND[state_class].format("cdb_jax.freeze_dropped(inner, policy)")
+def check_inner(inner: Any, wrapper: Wrapper) -> None:
+    """Raises a TypeError if `inner` is not an optimizer that fits into a wrapper."""
+    if isinstance(inner, optax.MultiSteps):
+        raise TypeError(_several_updates(optax.MultiStepsState, wrapper))
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"inner must be an optimizer such as optax.adamw(1e-3), got {inner!r}; the policy is "
+            "the second argument."
+        )
+
+
+def _several_updates(state_class: type, wrapper: Wrapper) -> str:
+    wrapped = _AROUND[state_class].format(f"cdb_jax.{wrapper}(inner, policy)")
     return (
         f"inner: {state_class.__name__.removesuffix('State')} takes one step in several updates, "
-        f"and each would drop different channels; put it around freeze_dropped: {wrapped}."
+        f"and each would drop different channels; put it around {wrapper}: {wrapped}."
     )
 
 
-def _check_supported(node: Any) -> None:
-    if isinstance(node, optax.contrib.GaLoreState):
-        raise ValueError(
-            "inner: GaLore keeps moments of a projected gradient, which mixes the channels, so no "
-            "channel can be frozen; mask gradients only: optax.chain("
-            "cdb_jax.channel_drop_back(policy), optax.contrib.galore(...))."
+def _check_supported(entry: Entry, wrapper: Wrapper) -> None:
+    """Raises a ValueError if an entry is part of a state that a wrapper cannot have inside."""
+    for node in entry.nodes:
+        if isinstance(node, optax.contrib.GaLoreState) and wrapper == "freeze_dropped":
+            raise ValueError(
+                "inner: GaLore keeps moments of a projected gradient, which mixes the channels, so "
+                "no channel can be frozen; mask gradients only: optax.chain("
+                "cdb_jax.channel_drop_back(policy), optax.contrib.galore(...))."
+            )
+        is_transparent = isinstance(node, optax.contrib.SAMState) and node.cache is None
+        if type(node) in _AROUND and not is_transparent:
+            raise ValueError(_several_updates(type(node), wrapper))
+
+
+def check_updates(proposed: Any, updates: Any, root: str, wrapper: Wrapper) -> None:
+    """Raises a TypeError or ValueError if `inner` changes the structure or shapes of updates."""
+    trees: list[Any] = [jax.tree.structure(tree) for tree in (updates, proposed)]
+    if trees[0] != trees[1]:
+        given, returned = (textwrap.shorten(str(tree), 120) for tree in trees)
+        raise TypeError(
+            f"inner changes the structure of the updates from {given} to {returned}; put the "
+            f"wrapper that does so around {wrapper}, for example "
+            f"optax.lookahead(cdb_jax.{wrapper}(inner, policy), 5, 0.5)."
         )
-    is_transparent = isinstance(node, optax.contrib.SAMState) and node.cache is None
-    if type(node) in _AROUND and not is_transparent:
-        raise ValueError(several_updates(type(node)))
+    channels.check_parameters(updates, proposed, root)  # An optimizer keeps their shapes.
+
+
+def check_states(new: Any, old: Any, wrapper: Wrapper) -> None:
+    """Raises a TypeError or ValueError if `inner` changes the structure or types of its state."""
+    (new_leaves, new_treedef), (old_leaves, old_treedef) = flatten(new), flatten(old)
+    if new_treedef != old_treedef:
+        new_holders, old_holders = _holders(new), _holders(old)
+        differing = sorted(new_holders.items() ^ old_holders.items())
+        changed = "".join(f" at {path!r} in {name}" for path, name in differing[:1])
+        raise TypeError(
+            f"inner changes the structure of its state{changed}; put the transformation that does "
+            f"so after {wrapper}: optax.chain(cdb_jax.{wrapper}(inner, policy), other)."
+        )
+    for i, pair in enumerate(zip(old_leaves, new_leaves, strict=True)):
+        types = [(tuple(x.shape), str(x.dtype)) for x in pair if hasattr(x, "dtype")]
+        if len(types) == 2 and types[0] != types[1]:
+            path = [entry.path for entry in entries(new)][i]
+            raise ValueError(
+                f"inner changes the entry {path!r} of its state from shape and dtype {types[0]} to "
+                f"{types[1]}; set the dtype of its state, for example with mu_dtype."
+            )
+
+
+def _holders(state: Any) -> dict[str, str]:
+    """The class of the node that holds each entry of a state, by the path of the entry."""
+    return {entry.path: type(entry.holder).__name__ for entry in entries(state)}
 
 
 # Rules for states of optax.

@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 
+from cdb_jax.compact import CompactState
 from cdb_jax.freezing import FreezeDroppedState
 from cdb_jax.transform import ChannelDropBackState
 
 
 def selection_count(opt_state: Any) -> jax.Array:
-    """The number of steps that `channel_drop_back` or `freeze_dropped` has taken.
+    """The number of steps that `channel_drop_back`, `freeze_dropped` or `compact` has taken.
 
     Use it as the `step` of `Policy.select` in a loop that does not count its own steps. The state
     may be inside chains, `optax.MultiSteps` and other wrappers, or in an `nnx.Optimizer`. Under
@@ -34,14 +35,14 @@ def selection_count(opt_state: Any) -> jax.Array:
     """
 
     def is_state(x: Any) -> bool:
-        return isinstance(x, (ChannelDropBackState, FreezeDroppedState))
+        return isinstance(x, (ChannelDropBackState, FreezeDroppedState, CompactState))
 
     states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
     counts = [jax.tree.leaves(state.count)[0] for state in states]  # NNX puts values into boxes.
     if not counts:
         raise ValueError(
-            "opt_state holds no state of channel_drop_back or freeze_dropped; count the steps "
-            "yourself."
+            "opt_state holds no state of channel_drop_back, freeze_dropped or compact; count the "
+            "steps yourself."
         )
     first, *others = counts
     if first.shape:

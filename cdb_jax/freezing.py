@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -90,13 +89,7 @@ def freeze_dropped(
     References:
       ChannelDropBack, `arXiv 2411.10891 <https://arxiv.org/abs/2411.10891>`_.
     """
-    if isinstance(inner, optax.MultiSteps):
-        raise TypeError(slots.several_updates(optax.MultiStepsState))
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            f"inner must be an optimizer such as optax.adamw(1e-3), got {inner!r}; the policy is "
-            "the second argument."
-        )
+    slots.check_inner(inner, "freeze_dropped")
     policy = check_policy(policy)
     inner = optax.with_extra_args_support(inner)
     rules = slots.checked_rules(slot_axes or {})
@@ -116,7 +109,7 @@ def freeze_dropped(
         check_state(state, FreezeDroppedState)
         channels.check_parameters(updates, params, policy.root)
         layout, source = layout_and_source(policy, selection, updates)
-        owners = slots.find((state.inner_state, updates), layout, rules)
+        owners = slots.find((state.inner_state, updates), layout, rules, "freeze_dropped")
         if selection is not None:
             extra_args["selection"] = selection
 
@@ -127,11 +120,12 @@ def freeze_dropped(
         proposed, inner_state = inner.update(
             masked_updates, state.inner_state, params, **extra_args
         )
-        _check_updates(proposed, updates, policy.root)
-        _check_states(inner_state, state.inner_state)
+        slots.check_updates(proposed, updates, policy.root, "freeze_dropped")
+        slots.check_states(inner_state, state.inner_state, "freeze_dropped")
 
         steps = jax.tree.leaves(proposed)
-        (old, _), (new, state_treedef) = _flatten(state.inner_state), _flatten(inner_state)
+        old, _ = slots.flatten(state.inner_state)
+        new, state_treedef = slots.flatten(inner_state)
         # Entries without channels may be anything, so they stay out of the compiled program.
         triples = zip(owners, new, old, strict=True)
         pairs = [(x, y) if slot and x is not None else None for slot, x, y in triples]
@@ -213,47 +207,3 @@ def _filled(treedef: Any, some: Sequence[Any], others: Sequence[Any]) -> Any:
     """Returns a tree of the leaves `some`, with leaves of `others` where these are None."""
     leaves = [y if x is None else x for x, y in zip(some, others, strict=True)]
     return jax.tree.unflatten(treedef, leaves)
-
-
-def _flatten(state: Any) -> tuple[list[Any], Any]:
-    """Flattens a state. None is a leaf: optax returns None for a parameter without a gradient."""
-    return jax.tree.flatten(state, is_leaf=lambda x: x is None)
-
-
-def _check_updates(proposed: Any, updates: Any, root: str) -> None:
-    """Raises a TypeError or ValueError if `inner` changes the structure or shapes of updates."""
-    trees: list[Any] = [jax.tree.structure(tree) for tree in (updates, proposed)]
-    if trees[0] != trees[1]:
-        given, returned = (textwrap.shorten(str(tree), 120) for tree in trees)
-        raise TypeError(
-            f"inner changes the structure of the updates from {given} to {returned}; put the "
-            "wrapper that does so around freeze_dropped, for example "
-            "optax.lookahead(cdb_jax.freeze_dropped(inner, policy), 5, 0.5)."
-        )
-    channels.check_parameters(updates, proposed, root)  # An optimizer keeps their shapes.
-
-
-def _check_states(new: Any, old: Any) -> None:
-    """Raises a TypeError or ValueError if `inner` changes the structure or types of its state."""
-    (new_leaves, new_treedef), (old_leaves, old_treedef) = _flatten(new), _flatten(old)
-    if new_treedef != old_treedef:
-        new_holders, old_holders = _holders(new), _holders(old)
-        differing = sorted(new_holders.items() ^ old_holders.items())
-        changed = "".join(f" at {path!r} in {name}" for path, name in differing[:1])
-        raise TypeError(
-            f"inner changes the structure of its state{changed}; put the transformation that does "
-            "so after freeze_dropped: optax.chain(cdb_jax.freeze_dropped(inner, policy), other)."
-        )
-    for i, pair in enumerate(zip(old_leaves, new_leaves, strict=True)):
-        types = [(tuple(x.shape), str(x.dtype)) for x in pair if hasattr(x, "dtype")]
-        if len(types) == 2 and types[0] != types[1]:
-            path = [entry.path for entry in slots.entries(new)][i]
-            raise ValueError(
-                f"inner changes the entry {path!r} of its state from shape and dtype {types[0]} to "
-                f"{types[1]}; set the dtype of its state, for example with mu_dtype."
-            )
-
-
-def _holders(state: Any) -> dict[str, str]:
-    """The class of the node that holds each entry of a state, by the path of the entry."""
-    return {entry.path: type(entry.holder).__name__ for entry in slots.entries(state)}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cdb_jax._skipping import parts
+from cdb_jax import _parts as parts
 from cdb_jax.selection import Part
 
 

@@ -33,7 +33,7 @@ def find(tx, params, updates=None, rules=None, **settings):
     updates = params if updates is None else updates
     state = jax.eval_shape(tx.init, params)
     layout = layout_of(updates, **settings)
-    found = slots.find((state, updates), layout, slots.checked_rules(rules or {}))
+    found = slots.find((state, updates), layout, slots.checked_rules(rules or {}), "freeze_dropped")
     return jax.tree.leaves(state, is_leaf=lambda x: x is None), found
 
 
@@ -384,7 +384,7 @@ def test_integers_of_the_shape_of_a_parameter_belong_to_it():
 def test_what_is_no_array_belongs_to_nothing():
     state = Stats({"a": array(11, 12), "b": "text", "c": 1.0})
     updates = {"a": array(11, 12)}
-    assert slots.find((state, updates), layout_of(updates), ()) == (
+    assert slots.find((state, updates), layout_of(updates), (), "freeze_dropped") == (
         slots.Slot(0, (0, 1)),
         None,
         None,
@@ -512,7 +512,7 @@ def test_adafactor_of_other_parameters():
     state = jax.eval_shape(optax.adafactor(0.1, min_dim_size_to_factor=1).init, MATRIX)
     updates = {"other": array(11, 12)}
     with pytest.raises(ValueError, match=r"'0/v_row/kernel' of shape \(11,\).*no parameter"):
-        slots.find((state, updates), layout_of(updates), slots.checked_rules({}))
+        slots.find((state, updates), layout_of(updates), slots.checked_rules({}), "freeze_dropped")
 
 
 ADAM = optax.adam(0.1)

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from cdb_jax import channels
-from cdb_jax._skipping import api, explicit, follow, products, program
+from cdb_jax import _explicit as explicit, channels
+from cdb_jax._skipping import api, follow, products, program
 from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax.selection import Mode, Selection
 

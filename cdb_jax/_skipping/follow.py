@@ -24,7 +24,8 @@ from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
-from cdb_jax._skipping import explicit, jaxprs, moves, products
+from cdb_jax import _explicit as explicit
+from cdb_jax._skipping import jaxprs, moves, products
 from cdb_jax._skipping.jaxprs import shape_of
 from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax.selection import Mode

@@ -21,7 +21,8 @@ from jax.extend import core
 from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 from jax.sharding import PartitionSpec
 
-from cdb_jax._skipping import explicit, jaxprs, parts
+from cdb_jax import _explicit as explicit, _parts as parts
+from cdb_jax._skipping import jaxprs
 from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax.selection import Mode, Part
 

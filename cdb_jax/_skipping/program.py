@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from cdb_jax import channels
+from cdb_jax import _explicit as explicit, _parts as parts, channels
 from cdb_jax._compiling import Keyed, compiled
-from cdb_jax._skipping import axis_uses, explicit, follow, jaxprs, moves, parts, products, roles
+from cdb_jax._skipping import axis_uses, follow, jaxprs, moves, products, roles
 from cdb_jax._xla import alone_on_cpu
 from cdb_jax.selection import Group, Mode, Selection, mask_leaves, per_layer
 

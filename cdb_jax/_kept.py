@@ -1,0 +1,274 @@
+"""The part of a tree that may learn, as a tree of smaller arrays.
+
+While a selection is held, gradients and optimizer state are needed for this part only. Its shapes
+are static; where it lies is known at run time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+
+from cdb_jax import _explicit as explicit, _parts as parts, channels
+from cdb_jax._compiling import compiled
+from cdb_jax.selection import Group, Mode, Part, broadcastable, per_layer
+
+Axes = Sequence[int | None]  # For each axis of an array, the axis of the leaf it corresponds to.
+
+
+class Place(NamedTuple):
+    """Where the kept part of a leaf lies. All arrays are int32, so that one vector can hold them.
+
+    Attributes:
+      channels: as `Group.place`, for the kept layers; None if all channels are kept.
+      layers: the positions of the kept layers in a stack, shape `(kept,)`; None if all are kept.
+      learns: 1 for each kept layer that learns in this step and 0 for the others; None if all do.
+    """
+
+    channels: jax.Array | None
+    layers: jax.Array | None
+    learns: jax.Array | None
+
+
+class Cut(NamedTuple):
+    """What may learn of a leaf. Static.
+
+    Attributes:
+      leaf: the leaf.
+      part: the channels that are kept of each layer; None for all.
+      layers: the layers that are kept of a stack, as if they were channels; None for all.
+      may_rest: whether there are steps in which a kept layer does not learn.
+      is_frozen: whether nothing of the leaf ever learns.
+    """
+
+    leaf: channels.Leaf
+    part: Part | None = None
+    layers: Part | None = None
+    may_rest: bool = False
+    is_frozen: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the leaf learns in every step."""
+        return self == Cut(self.leaf)
+
+    @property
+    def shape_of_layers(self) -> tuple[int, ...]:
+        """The shape of the kept layers, with all of their channels."""
+        leaf = self.leaf
+        return self.layers.shape(leaf.shape, leaf.stack) if self.layers else leaf.shape
+
+    @property
+    def kept_leaf(self) -> channels.Leaf:
+        """The kept part as a leaf."""
+        shape = self.shape_of_layers
+        return self.leaf._replace(
+            shape=self.part.shape(shape, self.leaf.channel) if self.part else shape
+        )
+
+    def take(self, x: jax.Array, place: Place) -> jax.Array:
+        """Takes the kept part out of an array with the shape of the leaf."""
+        stack, channel = self.leaf.stack, self.leaf.channel
+
+        def take(x: jax.Array, place: Place) -> jax.Array:
+            if self.layers and place.layers is not None:
+                x = parts.take(x, stack, (), self.layers, place.layers)
+            if self.part and place.channels is not None:
+                x = parts.take(x, channel, stack, self.part, place.channels)
+            return x
+
+        def spec() -> PartitionSpec:
+            names = list(explicit.part_spec(x, channel, self.part))
+            for axis in stack if self.layers else ():
+                names[axis] = None
+            return PartitionSpec(*names)
+
+        return explicit.call(take, spec, x, place)
+
+    def put(self, x: jax.Array, place: Place, whole: jax.Array) -> jax.Array:
+        """The inverse of `take`, with zeros outside the kept part; `whole` has the sharding."""
+        stack, channel = self.leaf.stack, self.leaf.channel
+
+        def put(x: jax.Array, place: Place) -> jax.Array:
+            if self.part and place.channels is not None:
+                x = parts.put(x, self.shape_of_layers, channel, stack, self.part, place.channels)
+            if self.layers and place.layers is not None:
+                x = parts.put(x, self.leaf.shape, stack, (), self.layers, place.layers)
+            return x
+
+        return explicit.call(put, lambda: jax.typeof(whole).sharding.spec, x, place)
+
+    def of_entry(self, shape: tuple[int, ...], axes: Axes) -> Cut | None:
+        """The cut of an entry of an optimizer state that belongs to the kept part.
+
+        None if the cut goes through axes that the entry does not have, so that its channels share
+        what it holds.
+        """
+        if not set(self._cut_axes) <= set(axes):
+            return None
+        whole = tuple(
+            n if axis is None else self.leaf.shape[axis]
+            for n, axis in zip(shape, axes, strict=True)
+        )
+        channel, stack = (
+            tuple(axes.index(axis) for axis in named if axis in axes)
+            for named in (self.leaf.channel, self.leaf.stack)
+        )
+        return self._replace(leaf=self.leaf._replace(shape=whole, channel=channel, stack=stack))
+
+    @property
+    def _cut_axes(self) -> tuple[int, ...]:
+        return (self.leaf.stack if self.layers else ()) + (self.leaf.axes if self.part else ())
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptPart:
+    """The part of a tree that a selection lets learn.
+
+    Attributes:
+      layout: the leaves of the tree.
+      cuts: what may learn of each leaf.
+      places: where the kept parts lie, by the path of the layer.
+    """
+
+    layout: channels.Layout
+    cuts: tuple[Cut, ...]
+    places: Mapping[str, Place]
+
+    @classmethod
+    def of(cls, layout: channels.Layout, groups: Sequence[Group]) -> KeptPart:
+        """The part that the groups of a selection keep."""
+        group_of = {layer.path: group for group in groups for layer in group.layers}
+        cuts = tuple(_cut(leaf, group_of.get(leaf.source)) for leaf in layout.leaves)
+        return cls(layout, cuts, _places(cuts, groups))
+
+    @property
+    def held(self) -> jax.Array:
+        """All places as one vector: int32."""
+        vectors = [x.reshape(-1) for x in jax.tree.leaves(self.places)]
+        return jnp.concatenate([jnp.zeros(0, jnp.int32), *vectors])
+
+    def at(self, held: jax.Array) -> KeptPart:
+        """A part of the same size in other places."""
+        leaves = jax.tree.leaves(self.places)
+        stops = np.cumsum([x.size for x in leaves]).tolist()
+        vectors = [held[stop - x.size : stop] for x, stop in zip(leaves, stops, strict=True)]
+        places = [v.reshape(x.shape) for v, x in zip(vectors, leaves, strict=True)]
+        structure = jax.tree.structure(self.places)
+        return dataclasses.replace(self, places=jax.tree.unflatten(structure, places))
+
+    @property
+    def kept_layout(self) -> channels.Layout:
+        """The leaves of the part itself."""
+        leaves = tuple(cut.kept_leaf for cut in self.cuts if not cut.is_frozen)
+        return self.layout._replace(leaves=leaves)
+
+    def take(self, tree: Any) -> Any:
+        """Takes the part out of a tree, with a MaskedNode for what never learns.
+
+        Leaves that the layout does not have, such as parameters without a gradient, stay as they
+        are.
+        """
+        by_path = {cut.leaf.path: cut for cut in self.cuts}
+        found = jax.tree_util.tree_leaves_with_path(tree)
+        paths = [channels.canonical_path(keys, self.layout.root) for keys, _ in found]
+        cuts = tuple(by_path.get(path) for path in paths)
+        kept = iter(_take_once(cuts, self.places, [x for _, x in found]))
+        leaves: list[Any] = []
+        for cut, (_, x) in zip(cuts, found, strict=True):
+            if cut is None or cut.is_whole:
+                leaves.append(x)
+            else:
+                leaves.append(optax.MaskedNode() if cut.is_frozen else next(kept))
+        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+    def put(self, updates: Any, tree: Any) -> Any:
+        """Puts the updates of the part into updates for the whole tree, minus zero elsewhere.
+
+        Adding minus zero keeps the bits of every parameter; adding zero would turn -0.0 into 0.0.
+        """
+        kept, leaves = jax.tree.leaves(updates), jax.tree.leaves(tree)
+        whole = _put_once(self.cuts, self.places, kept, leaves)
+        return jax.tree.unflatten(jax.tree.structure(tree), whole)
+
+
+def _cut(leaf: channels.Leaf, group: Group | None) -> Cut:
+    if group is None or group.modes == (Mode.FULL,):
+        return Cut(leaf)
+    if group.modes == (Mode.FROZEN,):
+        return Cut(leaf, is_frozen=True)
+    may_rest = Mode.FROZEN in group.modes  # Then one layer of the whole tree learns.
+    layers = Part(1, leaf.depth, 1, contiguous=False) if may_rest and leaf.depth > 1 else None
+    part = group.part if Mode.PARTIAL in group.modes else None
+    return Cut(leaf, part, layers, may_rest)
+
+
+def _places(cuts: Sequence[Cut], groups: Sequence[Group]) -> dict[str, Place]:
+    """Where the kept parts lie, by the path of the layer."""
+    modes = per_layer([group for group in groups if len(group.modes) > 1], "mode")
+    channel_places = per_layer([group for group in groups if group.part], "place")
+    places = {}
+    for cut in cuts:
+        layer = cut.leaf.layer
+        if layer != cut.leaf.path or cut.is_whole or cut.is_frozen:
+            continue
+        chosen = channel_places[layer] if cut.part else None
+        indices = learns = None
+        if cut.may_rest:
+            learns = (modes[layer] != Mode.FROZEN).astype(jnp.int32).reshape(-1)
+        if cut.layers and learns is not None:
+            indices = jnp.argmax(learns, keepdims=True).astype(jnp.int32)
+            learns = learns[indices]
+            if chosen is not None:
+                stack = cut.layers.shape(cut.leaf.stack_shape, range(len(cut.leaf.stack)))
+                rows = chosen.reshape(-1, *chosen.shape[len(stack) :])[indices]
+                chosen = rows.reshape(*stack, *rows.shape[1:])
+        places[layer] = Place(chosen, indices, learns)
+    return places
+
+
+@compiled
+def _take_once(
+    cuts: Sequence[Cut | None], places: Mapping[str, Place], leaves: Sequence[Any]
+) -> list[jax.Array]:
+    """The kept parts of the leaves that are neither whole nor frozen."""
+    return [
+        cut.take(x, places[cut.leaf.source])
+        for cut, x in zip(cuts, leaves, strict=True)
+        if cut is not None and not cut.is_whole and not cut.is_frozen
+    ]
+
+
+@compiled
+def _put_once(
+    cuts: Sequence[Cut],
+    places: Mapping[str, Place],
+    kept: Sequence[jax.Array],
+    whole: Sequence[jax.Array],
+) -> list[jax.Array]:
+    """Updates for whole leaves; `kept` has none for frozen ones."""
+    remaining = iter(kept)
+    updates = []
+    for cut, x in zip(cuts, whole, strict=True):
+        if cut.is_frozen:
+            updates.append(-jnp.zeros_like(x))
+        elif cut.is_whole:
+            updates.append(next(remaining))
+        else:
+            updates.append(_put_update(cut, places[cut.leaf.source], next(remaining), x))
+    return updates
+
+
+def _put_update(cut: Cut, place: Place, update: jax.Array, whole: jax.Array) -> jax.Array:
+    negative = -update
+    if place.learns is not None:
+        learns = broadcastable(place.learns == 1, cut.kept_leaf, cut.leaf.stack)
+        negative = jnp.where(learns, negative, jnp.zeros((), negative.dtype))
+    return -cut.put(negative, place, whole)
