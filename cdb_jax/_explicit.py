@@ -49,12 +49,16 @@ def num_shards(sharding: NamedSharding, axes: tuple[int, ...]) -> int:
 def part_spec(array: Any, channel: tuple[int, ...], part: Part | None) -> PartitionSpec:
     """The spec of a part of an array; channels stay sharded if each shard keeps as many."""
     sharding = _sharding_of(array)
-    spec = list(sharding.spec)
     shards = num_shards(sharding, channel)
     if part is not None and (len(channel) > 1 or part.blocks % shards):
-        for axis in channel:
-            spec[axis] = None
-    return PartitionSpec(*spec)
+        return unsharded_spec(array, channel)
+    return sharding.spec
+
+
+def unsharded_spec(array: Any, axes: tuple[int, ...]) -> PartitionSpec:
+    """The spec of an array once some of its axes are no longer sharded."""
+    names = _sharding_of(array).spec
+    return PartitionSpec(*(None if i in axes else name for i, name in enumerate(names)))
 
 
 def call(f: Callable[..., Any], out_spec: Callable[[], Any], *args: Any) -> Any:

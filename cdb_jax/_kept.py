@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
 
 from cdb_jax import _explicit as explicit, _parts as parts, channels
 from cdb_jax._compiling import compiled
+from cdb_jax.policy import Policy
 from cdb_jax.selection import Group, Mode, Part, broadcastable, per_layer
 
 Axes = Sequence[int | None]  # For each axis of an array, the axis of the leaf it corresponds to.
@@ -75,22 +75,26 @@ class Cut(NamedTuple):
 
     def take(self, x: jax.Array, place: Place) -> jax.Array:
         """Takes the kept part out of an array with the shape of the leaf."""
-        stack, channel = self.leaf.stack, self.leaf.channel
-
-        def take(x: jax.Array, place: Place) -> jax.Array:
-            if self.layers and place.layers is not None:
-                x = parts.take(x, stack, (), self.layers, place.layers)
-            if self.part and place.channels is not None:
-                x = parts.take(x, channel, stack, self.part, place.channels)
+        x = self.take_layers(x, place)
+        stack, channel, part = self.leaf.stack, self.leaf.channel, self.part
+        if part is None:
             return x
 
-        def spec() -> PartitionSpec:
-            names = list(explicit.part_spec(x, channel, self.part))
-            for axis in stack if self.layers else ():
-                names[axis] = None
-            return PartitionSpec(*names)
+        def take(x: jax.Array, place: jax.Array) -> jax.Array:
+            return parts.take(x, channel, stack, part, place)
 
-        return explicit.call(take, spec, x, place)
+        return explicit.call(take, lambda: explicit.part_spec(x, channel, part), x, place.channels)
+
+    def take_layers(self, x: jax.Array, place: Place) -> jax.Array:
+        """Takes the kept layers out of an array, with all channels that it has."""
+        stack, layers = self.leaf.stack, self.layers
+        if layers is None:
+            return x
+
+        def take(x: jax.Array, place: jax.Array) -> jax.Array:
+            return parts.take(x, stack, (), layers, place)
+
+        return explicit.call(take, lambda: explicit.unsharded_spec(x, stack), x, place.layers)
 
     def put(self, x: jax.Array, place: Place, whole: jax.Array) -> jax.Array:
         """The inverse of `take`, with zeros outside the kept part; `whole` has the sharding."""
@@ -126,6 +130,31 @@ class Cut(NamedTuple):
     @property
     def _cut_axes(self) -> tuple[int, ...]:
         return (self.leaf.stack if self.layers else ()) + (self.leaf.axes if self.part else ())
+
+
+def check_same_size(policy: Policy) -> None:
+    """Raises a TypeError or ValueError for a policy that does not keep as much in every step."""
+    rate, layer_rate = policy.rate, policy.layer_rate
+    if not isinstance(rate, float):
+        raise TypeError(
+            "policy: rate must be a Python number, so that every selection has the same size, got "
+            f"{rate!r:.80}."
+        )
+    if not isinstance(layer_rate, float) or layer_rate != 1.0:
+        raise ValueError(
+            f"policy: with layer_rate={layer_rate!r:.80}, some layers learn in full in some steps "
+            "and need full optimizer state; use layer_rate=1.0, or freeze_dropped(inner, policy)."
+        )
+    if policy.channel_choice == "bernoulli" and 0.0 < rate < 1.0:
+        raise ValueError(
+            'policy: channel_choice="bernoulli" keeps a different number of channels in every '
+            'selection; use "window" or "exact".'
+        )
+    if policy.layer_choice == "one" and not policy.freezes_others:
+        raise ValueError(
+            'policy: layer_choice="one" with other_layers="full" lets all other layers learn, so '
+            'they need full optimizer state; use other_layers="frozen".'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +217,31 @@ class KeptPart:
             else:
                 leaves.append(optax.MaskedNode() if cut.is_frozen else next(kept))
         return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+    def compact(
+        self, leaves: Sequence[jax.Array], kept: Mapping[int, jax.Array]
+    ) -> list[jax.Array | None]:
+        """The part of each leaf, or None for what never learns.
+
+        `kept` has leaves, by position, that have the kept channels only.
+        """
+        parts: list[jax.Array | None] = []
+        for i, (cut, x) in enumerate(zip(self.cuts, leaves, strict=True)):
+            if cut.is_frozen:
+                parts.append(None)
+            elif cut.is_whole:
+                parts.append(x)
+            elif i in kept:
+                parts.append(cut.take_layers(kept[i], self.places[cut.leaf.source]))
+            else:
+                parts.append(cut.take(x, self.places[cut.leaf.source]))
+        return parts
+
+    def mask(self, kept: Any) -> Any:
+        """Sets kept layers that do not learn in this step to zero."""
+        cuts = tuple(cut for cut in self.cuts if not cut.is_frozen)
+        masked = _mask_once(cuts, self.places, jax.tree.leaves(kept))
+        return jax.tree.unflatten(jax.tree.structure(kept), masked)
 
     def put(self, updates: Any, tree: Any) -> Any:
         """Puts the updates of the part into updates for the whole tree, minus zero elsewhere.
@@ -262,13 +316,24 @@ def _put_once(
         elif cut.is_whole:
             updates.append(next(remaining))
         else:
-            updates.append(_put_update(cut, places[cut.leaf.source], next(remaining), x))
+            place = places[cut.leaf.source]
+            updates.append(-cut.put(_masked(cut, place, -next(remaining)), place, x))
     return updates
 
 
-def _put_update(cut: Cut, place: Place, update: jax.Array, whole: jax.Array) -> jax.Array:
-    negative = -update
-    if place.learns is not None:
-        learns = broadcastable(place.learns == 1, cut.kept_leaf, cut.leaf.stack)
-        negative = jnp.where(learns, negative, jnp.zeros((), negative.dtype))
-    return -cut.put(negative, place, whole)
+@compiled
+def _mask_once(
+    cuts: Sequence[Cut], places: Mapping[str, Place], kept: Sequence[jax.Array]
+) -> list[jax.Array]:
+    return [
+        _masked(cut, places[cut.leaf.source], x) if cut.may_rest else x
+        for cut, x in zip(cuts, kept, strict=True)
+    ]
+
+
+def _masked(cut: Cut, place: Place, x: jax.Array) -> jax.Array:
+    """Zero for kept layers that do not learn in this step."""
+    if place.learns is None:
+        return x
+    learns = broadcastable(place.learns == 1, cut.kept_leaf, cut.leaf.stack)
+    return jnp.where(learns, x, jnp.zeros((), x.dtype))

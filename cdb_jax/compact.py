@@ -13,7 +13,7 @@ import optax
 from cdb_jax import _optax_states as slots, channels
 from cdb_jax._checks import check_choice
 from cdb_jax._compiling import compiled
-from cdb_jax._kept import Cut, KeptPart, Place
+from cdb_jax._kept import Cut, KeptPart, Place, check_same_size
 from cdb_jax.policy import Policy, check_policy
 from cdb_jax.selection import Group, Selection, fraction_of
 from cdb_jax.transform import Given, check_state, groups_from, layout_and_source
@@ -57,9 +57,10 @@ def compact(
     kept part only. Leaves without channels, such as biases and normalisation, have full state. With
     a quarter of the channels, AdamW's moments take a quarter of the memory.
 
-    Gradients may come from `cdb_jax.value_and_grad`, which computes no more than this, or from
-    anywhere else. They are not rescaled: if `policy` has a `rescale`, chain
-    `channel_drop_back(policy)` before this. Put everything that moves parameters into `inner`.
+    Gradients may come from anywhere. Those of `cdb_jax.value_and_grad(loss, compact=True)` have
+    the size of the kept part too; pass their `selection` and `params` to `update`. Gradients are
+    not rescaled: if `policy` has a `rescale`, chain `channel_drop_back(policy)` before this. Put
+    everything that moves parameters into `inner`.
 
     Args:
       inner: the optimizer, which may be a chain. Put `optax.MultiSteps` around `compact`, not
@@ -126,12 +127,16 @@ def compact(
         **extra_args: Any,
     ) -> tuple[Any, CompactState]:
         check_state(state, CompactState)
-        channels.check_parameters(updates, params, policy.root)
-        layout, source = layout_and_source(policy, selection, updates)
+        is_compact = params is not None and selection is not None and not _fit(updates, params)
+        whole = params if is_compact else updates
+        channels.check_parameters(whole, params, policy.root)
+        layout, source = layout_and_source(policy, selection, whole)
         groups, count, fraction = _draw(layout, source, state.count)
         part = KeptPart.of(layout, groups)
-        gradients = part.take(updates)
+        gradients = part.mask(updates if is_compact else part.take(updates))
         kept_params = None if params is None else part.take(params)
+        if is_compact:
+            channels.check_parameters(gradients, kept_params, policy.root)
         fresh = inner.init(gradients if params is None else kept_params)
         _check_fits(part, fresh, state)
 
@@ -139,9 +144,15 @@ def compact(
         proposed, new_state = inner.update(gradients, inner_state, kept_params, **extra_args)
         slots.check_updates(proposed, gradients, policy.root, "compact")
         slots.check_states(new_state, state.inner_state, "compact")
-        return part.put(proposed, updates), CompactState(count, fraction, part.held, new_state)
+        return part.put(proposed, whole), CompactState(count, fraction, part.held, new_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _fit(updates: Any, params: Any) -> bool:
+    """Whether updates have the shapes of parameters, rather than those of kept parts."""
+    shapes = [[jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (updates, params)]
+    return shapes[0] == shapes[1]
 
 
 @compiled
@@ -211,29 +222,8 @@ def _moved(
 
 
 def _check_policy(policy: Policy, on_switch: OnSwitch) -> None:
-    """Raises a TypeError or ValueError for a policy that does not keep as much in every step."""
-    if not isinstance(policy.rate, float) or not isinstance(policy.layer_rate, float):
-        name = "layer_rate" if isinstance(policy.rate, float) else "rate"
-        raise TypeError(
-            f"policy: {name} must be a Python number, since the shapes of the optimizer state do "
-            f"not change during training, got {getattr(policy, name)!r:.80}."
-        )
-    if policy.layer_rate != 1.0:
-        raise ValueError(
-            f"policy: layer_rate={policy.layer_rate} lets some layers learn in full in some steps, "
-            "and they would need full optimizer state; use layer_rate=1.0 and a lower rate, or "
-            "freeze_dropped(inner, policy)."
-        )
-    if policy.channel_choice == "bernoulli" and 0.0 < policy.rate < 1.0:
-        raise ValueError(
-            'policy: channel_choice="bernoulli" keeps a different number of channels in every '
-            'selection; use "window" or "exact".'
-        )
-    if policy.layer_choice == "one" and not policy.freezes_others:
-        raise ValueError(
-            'policy: layer_choice="one" with other_layers="full" lets all other layers learn, and '
-            'they need full optimizer state; use other_layers="frozen".'
-        )
+    """Raises a TypeError or ValueError for a policy that `compact` cannot use."""
+    check_same_size(policy)
     if on_switch == "reset" and not isinstance(policy.hold, jax.Array) and policy.hold == 1:
         raise ValueError(
             "policy: hold=1 selects other channels in every step, so the optimizer would start "
@@ -244,10 +234,10 @@ def _check_policy(policy: Policy, on_switch: OnSwitch) -> None:
 def _check_fits(part: KeptPart, fresh: Any, state: CompactState) -> None:
     """Raises a ValueError if the state has other shapes than the part that learns now."""
     new, old = (
-        {"held": held} | {entry.path: entry.nodes[-1] for entry in slots.entries(inner_state)}
-        for held, inner_state in ((part.held, fresh), (state.held, state.inner_state))
+        {entry.path: entry.nodes[-1] for entry in slots.entries(tree)}
+        for tree in (state._replace(held=part.held, inner_state=fresh), state)
     )
-    for path in new.keys() & old.keys():
+    for path in (path for path in old if path in new):
         if jnp.shape(new[path]) != jnp.shape(old[path]):
             raise ValueError(
                 f"state: its entry {path!r} has shape {jnp.shape(old[path])}, but the selection of "

@@ -22,7 +22,11 @@ _UPDATE = "cdb_jax.value_and_grad"  # The context in which models are updated.
 
 
 def value_and_grad(
-    f: Callable[..., Any], argnums: Argnum | Sequence[Argnum] = 0, has_aux: bool = False
+    f: Callable[..., Any],
+    argnums: Argnum | Sequence[Argnum] = 0,
+    has_aux: bool = False,
+    *,
+    compact: bool = False,
 ) -> Callable[..., Any]:
     """`nnx.value_and_grad` that computes only the part of the gradient that a selection keeps.
 
@@ -34,6 +38,7 @@ def value_and_grad(
       argnums: the position of the model, or tree of models, to differentiate; an `nnx.DiffState`
         for variables other than `nnx.Param`; or several of these.
       has_aux: whether `f` returns a pair.
+      compact: as in `cdb_jax.value_and_grad`.
 
     Returns:
       A function of the arguments of `f` and of the keyword argument `selection`, a `Selection` for
@@ -80,7 +85,7 @@ def value_and_grad(
             return value, (aux, new_graph, _changes(given, new_params), new_rest)
 
         (value, (aux, new_graph, changed, new_rest)), gradient = api.value_and_grad(
-            loss, has_aux=True
+            loss, has_aux=True, compact=compact
         )(params[0] if is_single else params, selection=selection)
         with nnx.merge_context(_UPDATE, inner=False) as context:
             call.merge(context, new_graph, _filled(params, changed), new_rest)
@@ -90,13 +95,17 @@ def value_and_grad(
 
 
 def grad(
-    f: Callable[..., Any], argnums: Argnum | Sequence[Argnum] = 0, has_aux: bool = False
+    f: Callable[..., Any],
+    argnums: Argnum | Sequence[Argnum] = 0,
+    has_aux: bool = False,
+    *,
+    compact: bool = False,
 ) -> Callable[..., Any]:
     """Like `value_and_grad`, but returns only the gradient.
 
     With `has_aux`, it returns a pair of the gradient and the auxiliary data.
     """
-    return api.without_value(value_and_grad(f, argnums, has_aux), has_aux)
+    return api.without_value(value_and_grad(f, argnums, has_aux, compact=compact), has_aux)
 
 
 def channel_report(

@@ -1,11 +1,17 @@
 """`compact`: the optimizer on the kept part, and on nothing else."""
 
+import dataclasses
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen, nnx
+from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 import cdb_jax
 from cdb_jax import Axes, Policy, compact
@@ -256,3 +262,338 @@ def test_frozen_layers_have_no_state():
     updates, _ = jax.jit(tx.update)(gradients(0), state, PARAMS)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, PARAMS)
     assert not jnp.any(updates["conv"]["kernel"]) and jnp.all(updates["dense"]["kernel"])
+
+
+# What surrounds it.
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        window(),
+        window(channel_choice="exact", channel_axes=cdb_jax.input_channels),
+        window(share_with_bias=True),
+        window(0.0, layer_choice="one", other_layers="frozen"),
+        window(0.5, layer_choice="one", other_layers="frozen", exempt=("second",)),
+    ],
+)
+def test_the_same_step_with_skipping(policy):
+    direction = policy.channel_axes
+    axes = {"blocks": Axes(direction, stack=0), "first": direction, "second": direction}
+    policy = dataclasses.replace(policy, channel_axes=axes)
+    x = jax.random.normal(jax.random.key(5), (16, 8))
+    params = {
+        "first": {"kernel": PARAMS["dense"]["kernel"], "bias": jnp.ones(6)},
+        "second": {"kernel": jnp.ones((6, 6))},
+        "blocks": {"kernel": jax.random.normal(jax.random.key(6), (3, 6, 6))},
+    }
+
+    def loss(params, x):
+        x = jnp.tanh(x @ params["first"]["kernel"] + params["first"]["bias"][None])
+        x, _ = jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, params["blocks"]["kernel"])
+        return jnp.mean((x @ params["second"]["kernel"]) ** 2)
+
+    def train(skips, **settings):
+        tx = compact(optax.adamw(0.1), policy)
+
+        @jax.jit
+        def step(params, state):
+            selection = policy.select(params, cdb_jax.selection_count(state))
+            if skips:
+                grads = cdb_jax.grad(loss, **settings)(params, x, selection=selection)
+                updates, state = tx.update(grads, state, params, selection=selection)
+            else:
+                updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+            return optax.apply_updates(params, updates), state
+
+        state, now = tx.init(params), params
+        for _ in range(7):
+            now, state = step(now, state)
+        return now, state
+
+    expected = train(False)
+    chex.assert_trees_all_close(train(True), expected, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(train(True, compact=True), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("on_switch", ["reset", "carry"])
+def test_channels_that_the_user_chooses(on_switch):
+    """The state belongs to the channels of the last step, whatever the policy would draw."""
+    policy = Policy(0.75, key=0, channel_choice="exact", only=("dense",), hold=100)
+    tx = compact(optax.sgd(0.1, momentum=0.9), policy, on_switch=on_switch)
+    state, momentum = tx.init(PARAMS), np.zeros(6)
+    for chosen in ([1, 2], [1, 2], [2, 4], [0, 4]):
+        chosen = np.array(chosen)
+        selection = cdb_jax.Selection.of(PARAMS, {"dense/kernel": chosen})
+        ones = jax.tree.map(jnp.ones_like, PARAMS)
+        updates, state = tx.update(ones, state, PARAMS, selection=selection)
+        kept = np.isin(np.arange(6), chosen)
+        if on_switch == "reset" and not momentum[chosen].all():
+            momentum[:] = 0.0
+        momentum = np.where(kept, 0.9 * momentum + 1.0, 0.0)
+        np.testing.assert_allclose(updates["dense"]["kernel"][0], -0.1 * momentum, rtol=1e-6)
+    assert state.count == 4
+
+
+def test_around_and_beside_other_transformations():
+    policy = window()
+    accumulating = optax.MultiSteps(compact(optax.adam(0.1), policy), 2)
+    history = run(accumulating, steps=8)
+    means = [
+        jax.tree.map(lambda x, y: (x + y) / 2, gradients(2 * i), gradients(2 * i + 1))
+        for i in range(4)
+    ]
+    tx = compact(optax.adam(0.1), policy)
+    params, state = PARAMS, tx.init(PARAMS)
+    for mean in means:
+        updates, state = tx.update(mean, state, params)
+        params = optax.apply_updates(params, updates)
+    chex.assert_trees_all_close(history[-1][0], params, rtol=1e-4, atol=1e-6)
+
+    labels = {"conv": "compact", "query": "full", "dense": "compact"}
+    parts = optax.partition({"compact": tx, "full": optax.sgd(0.1)}, labels)
+    state = run(parts)[-1][1].inner_states["compact"].inner_state
+    assert state.inner_state[0].mu["dense"]["kernel"].shape == (8, 3)
+    assert isinstance(state.inner_state[0].mu["query"], optax.MaskedNode)
+
+    rescaled = optax.chain(cdb_jax.channel_drop_back(policy), tx)
+    chex.assert_trees_all_close(run(rescaled)[-1][0], run(tx)[-1][0])
+
+    injected = optax.inject_hyperparams(lambda lr: compact(optax.adam(lr), policy))(lr=0.1)
+    chex.assert_trees_all_close(run(injected)[-1][0], run(tx)[-1][0], rtol=1e-5, atol=1e-6)
+
+
+def test_muon():
+    """Orthogonalises the kept columns among themselves."""
+    policy = window(only=("dense",))
+    (_, _), (params, state) = run(compact(optax.contrib.muon(0.1), policy), steps=1)
+    momentum = jax.tree.leaves(state.inner_state)
+    assert (8, 3) in [x.shape for x in momentum]
+    change = np.asarray(params["dense"]["kernel"] - PARAMS["dense"]["kernel"])
+    change = change[:, change.any(axis=0)]
+    assert change.shape == (8, 3)
+    singular = np.linalg.svd(change, compute_uv=False)
+    assert singular.max() / singular.min() < 2.0  # Of the gradient, the ratio is larger.
+
+
+def test_nnx():
+    model = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
+    policy = window()
+    optimizer = nnx.Optimizer(model, compact(optax.adamw(0.1), policy), wrt=nnx.Param)
+    x = jax.random.normal(jax.random.key(0), (4, 6))
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(x) ** 2))(model))
+
+    for count in range(5):
+        before = model.kernel[...]
+        step(model, optimizer)
+        dropped = policy.select(model, count).factors["kernel"] == 0
+        np.testing.assert_array_equal((model.kernel[...] == before).all(axis=0), dropped)
+    assert optimizer.opt_state.inner_state[0].mu["kernel"].shape == (6, 4)
+
+
+def test_linen():
+    model = linen.Dense(8)
+    x = jax.random.normal(jax.random.key(0), (4, 6))
+    variables = model.init(jax.random.key(0), x)
+    state = TrainState.create(
+        apply_fn=model.apply, params=variables["params"], tx=compact(optax.adamw(0.1), window())
+    )
+
+    @jax.jit
+    def step(state):
+        grads = jax.grad(lambda params: jnp.sum(state.apply_fn({"params": params}, x) ** 2))(
+            state.params
+        )
+        return state.apply_gradients(grads=grads)
+
+    before = state.params["kernel"]
+    state = step(state)
+    dropped = window().select(state.params, 0).factors["kernel"] == 0
+    np.testing.assert_array_equal((state.params["kernel"] == before).all(axis=0), dropped)
+    assert state.opt_state.inner_state[0].mu["kernel"].shape == (6, 4)
+
+
+def test_a_checkpoint_in_the_middle_of_a_held_period(tmp_path):
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    tx = compact(optax.adamw(0.1), window(channel_choice="exact"), on_switch="carry")
+    history = run(tx, steps=8)
+    with checkpoint.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "middle", history[4])
+    with checkpoint.StandardCheckpointer() as saver:
+        template = jax.eval_shape(lambda: (PARAMS, tx.init(PARAMS)))
+        params, state = saver.restore(tmp_path / "middle", template)
+    resumed = run(tx, steps=4, params=params, state=state, start=4)
+    chex.assert_trees_all_equal(resumed[-1], history[-1])
+
+
+@pytest.mark.parametrize("spec", [P(None, "data"), P("data"), P()])
+@pytest.mark.parametrize("on_switch", ["reset", "carry"])
+def test_eight_devices(spec, on_switch):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = {
+        "a": {"kernel": jnp.arange(256.0).reshape(16, 16)},
+        "b": {"kernel": jnp.ones((8, 16))},
+    }
+    groups = 8 if spec == P(None, "data") else None
+    tx = compact(optax.adamw(0.1), window(window_groups=groups), on_switch=on_switch)
+    placed = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec)), params)
+    sharded = run(tx, params=placed)
+    chex.assert_trees_all_close(sharded, run(tx, params=params), rtol=1e-5, atol=1e-6)
+    moments = sharded[-1][1].inner_state[0].mu["a"]["kernel"]
+    assert moments.shape == (16, 8)
+    if spec != P():
+        assert moments.sharding.shard_shape(moments.shape) in ((16, 1), (2, 8))
+
+
+@pytest.mark.parametrize("spec", [P(None, "data"), P("data"), P()])
+def test_explicit_sharding(spec):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    params = {"a": {"kernel": jnp.arange(256.0).reshape(16, 16)}}
+    tx = compact(optax.adamw(0.1), window(window_groups=8), on_switch="carry")
+    alone = run(tx, params=params)[-1]
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(lambda x: jax.device_put(x, spec), params)
+        update = jax.jit(tx.update)
+        state = jax.jit(tx.init)(placed)
+        for count in range(8):
+            grads = jax.tree.map(lambda x: jax.device_put(x, spec), gradients(count, params))
+            updates, state = update(grads, state, placed)
+            placed = optax.apply_updates(placed, updates)
+    assert jax.typeof(placed["a"]["kernel"]).sharding.spec == P(*spec, *[None] * (2 - len(spec)))
+    assert jax.typeof(state.inner_state[0].mu["a"]["kernel"]).sharding.spec[0] == (*spec, None)[0]
+    chex.assert_trees_all_close((placed, state), alone, rtol=1e-5, atol=1e-6)
+
+
+def test_shardings_from_those_of_parameters():
+    tx = compact(optax.adamw(0.1), window())
+    state = jax.eval_shape(tx.init, PARAMS)
+    specs = jax.tree.map(lambda x: P(*[None] * x.ndim), PARAMS)
+    found = optax.tree.map_params(
+        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P()
+    )
+    assert found.inner_state[0].mu == specs and found.held == found.count == P()
+
+
+def test_half_precision_parameters():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    tx = compact(optax.adamw(0.1, mu_dtype=jnp.float32), window(), on_switch="carry")
+    (_, start), *_, (found, state) = run(tx, params=params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, start)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
+    assert state.inner_state[0].mu["dense"]["kernel"].dtype == jnp.float32
+
+
+def test_double_precision():
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: np.asarray(x, np.float64), PARAMS)
+        (_, start), *_, (found, state) = run(compact(optax.adamw(0.1), window()), params=params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, start)
+        assert found["dense"]["kernel"].dtype == jnp.float64 and state.held.dtype == jnp.int32
+    single = run(compact(optax.adamw(0.1), window()))[-1][1]
+    np.testing.assert_array_equal(state.held, single.held)
+
+
+@pytest.mark.parametrize("on_switch", ["reset", "carry"])
+def test_several_seeds_at_once(on_switch):
+    def tx(seed):
+        policy = Policy(0.5, key=seed, channel_choice="exact", hold=HOLD)
+        return compact(optax.adamw(0.1), policy, on_switch=on_switch)
+
+    def train(seed):
+        params, state = PARAMS, tx(seed).init(PARAMS)
+        for count in range(5):
+            updates, state = tx(seed).update(gradients(count), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state.held
+
+    together = jax.jit(jax.vmap(train))(jnp.arange(3))
+    for seed in range(3):
+        one = jax.tree.map(lambda x, seed=seed: x[seed], together)
+        chex.assert_trees_all_close(one, train(seed), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.75])
+def test_gradient_and_state_take_the_memory_of_what_is_kept(rate):
+    """With a norm over the whole gradient, all of it is in memory at once."""
+    params = {f"dense{i}": {"kernel": jnp.ones((256, 256))} for i in range(8)}
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    policy = window(rate)
+    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
+
+    def loss(params, x):
+        for layer in params.values():
+            x = jnp.tanh(x @ layer["kernel"])
+        return jnp.sum(x)
+
+    def memory(tx, grad):
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def step(params, state, x):
+            grads, selection = grad(params, x, state)
+            given = {} if selection is None else {"selection": selection}
+            updates, state = tx.update(grads, state, params, **given)
+            return optax.apply_updates(params, updates), state
+
+        state = jax.eval_shape(tx.init, params)
+        found = step.lower(params, state, jnp.ones((4, 256))).compile().memory_analysis()
+        return found.argument_size_in_bytes - size, found.temp_size_in_bytes
+
+    def skip(params, x, state):
+        selection = policy.select(params, state.count)
+        return cdb_jax.grad(loss, compact=True)(params, x, selection=selection), selection
+
+    full = memory(inner, lambda params, x, _: (jax.grad(loss)(params, x), None))
+    kept = memory(compact(inner, policy), skip)
+    assert kept[0] <= (1 - rate) * full[0] + 2**14
+    print(full, kept)
+    assert full[1] >= size and kept[1] < 1.1 * size
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: compact(optax.sgd(0.1), 0.5), TypeError, "policy must be .*0.5"),
+        (lambda: compact(optax.sgd, window()), TypeError, "inner must be an optimizer"),
+        (lambda: compact(optax.MultiSteps(optax.sgd(0.1), 2), window()), TypeError, "MultiSteps"),
+        (lambda: compact(optax.sgd(0.1), window(), on_switch="keep"), ValueError, "on_switch.*kee"),
+        (lambda: compact(optax.sgd(0.1), window(hold=1)), ValueError, "hold=1.*carry"),
+        (lambda: compact(optax.sgd(0.1), window(lambda _: 0.5)), TypeError, "rate.*number"),
+        (lambda: compact(optax.sgd(0.1), window(layer_rate=0.5)), ValueError, "layer_rate=0.5"),
+        (
+            lambda: compact(optax.sgd(0.1), Policy(0.5, key=0, hold=9)),
+            ValueError,
+            "channel_choice.*bernoulli",
+        ),
+        (
+            lambda: compact(optax.sgd(0.1), window(layer_choice="one")),
+            ValueError,
+            "other_layers.*frozen",
+        ),
+    ],
+)
+def test_mistakes(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.bad_input
+def test_mistakes_of_a_step():
+    tx = compact(optax.adam(0.1), window())
+    state = tx.init(PARAMS)
+    other = compact(optax.adam(0.1), window(0.75)).init(PARAMS)
+    with pytest.raises(ValueError, match=r"'inner_state/.*kernel' has shape \(.*keeps \("):
+        tx.update(PARAMS, other, PARAMS)
+    with pytest.raises(ValueError, match="'held'.*keeps"):
+        chosen = cdb_jax.Selection.of(PARAMS, {"dense/kernel": [1, 2]})
+        tx.update(PARAMS, state, PARAMS, selection=chosen)
+    with pytest.raises(TypeError, match="state must be a CompactState"):
+        tx.update(PARAMS, state.inner_state, PARAMS)
+    memory = compact(optax.lbfgs(0.1, linesearch=None), window(), on_switch="carry")
+    with pytest.raises(ValueError, match="on_switch"):
+        memory.update(PARAMS, memory.init(PARAMS), PARAMS)
+    accumulates = compact(optax.chain(optax.apply_every(2)), window())
+    with pytest.raises(ValueError, match="around compact"):
+        accumulates.update(PARAMS, accumulates.init(PARAMS), PARAMS)

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cdb_jax._checks import check_no_module
+from cdb_jax._checks import check_bool, check_no_module
+from cdb_jax._kept import check_same_size
 from cdb_jax._skipping import program
 from cdb_jax.selection import Mode, Selection, check_selection
 
@@ -22,7 +23,11 @@ wraps = functools.partial(
 
 
 def value_and_grad(
-    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    compact: bool = False,
 ) -> Callable[..., Any]:
     r"""`jax.value_and_grad` that computes only the part of the gradient that a selection keeps.
 
@@ -48,6 +53,9 @@ def value_and_grad(
       argnums: the position of the argument to differentiate, or several positions. With several,
         the selection must be made for the tuple of these arguments.
       has_aux: whether `fun` returns a pair.
+      compact: whether to return the kept part of each gradient without the zeros around it, for the
+        optimizer `cdb_jax.compact`. A kernel of shape `(2, 4)` that keeps one output channel then
+        has a gradient of shape `(2, 1)`, and a leaf that never learns has an `optax.MaskedNode`.
 
     Returns:
       A function of the arguments of `fun` and of the keyword argument `selection`, a `Selection`
@@ -77,20 +85,27 @@ def value_and_grad(
       `arXiv 2412.18027 <https://arxiv.org/abs/2412.18027>`_.
     """
     check_function(fun)
+    check_bool("compact", compact)
     _argnums_as_list(argnums)
 
     @wraps(fun)
     def value_and_gradient(*args: Any, selection: Selection | None = None, **kwargs: Any) -> Any:
         chosen = check_can_skip(selection)
+        if compact and chosen.policy is not None:
+            check_same_size(chosen.policy)
         params, call = _differentiated(fun, args, kwargs, argnums)
-        value, aux, gradient = program.run(call, params, chosen, has_aux)
+        value, aux, gradient = program.run(call, params, chosen, has_aux, compact)
         return ((value, aux) if has_aux else value), gradient
 
     return value_and_gradient
 
 
 def grad(
-    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    compact: bool = False,
 ) -> Callable[..., Any]:
     """`jax.grad` that computes only the part of the gradient that a selection keeps.
 
@@ -105,7 +120,7 @@ def grad(
       >>> cdb_jax.grad(loss)(params, jnp.ones((3, 1)), selection=last_two)
       {'kernel': Array([[0., 0., 3., 3.]], dtype=float32)}
     """
-    return without_value(value_and_grad(fun, argnums, has_aux), has_aux)
+    return without_value(value_and_grad(fun, argnums, has_aux, compact=compact), has_aux)
 
 
 def without_value(value_and_gradient: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.extend import core
 
 from cdb_jax import _explicit as explicit, _parts as parts, channels
 from cdb_jax._compiling import Keyed, compiled
+from cdb_jax._kept import KeptPart
 from cdb_jax._skipping import axis_uses, follow, jaxprs, moves, products, roles
 from cdb_jax._xla import alone_on_cpu
 from cdb_jax.selection import Group, Mode, Selection, mask_leaves, per_layer
@@ -22,10 +24,13 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 def run(
-    call: Callable[[Any], Any], params: Any, selection: Selection, has_aux: bool
+    call: Callable[[Any], Any], params: Any, selection: Selection, has_aux: bool, compact: bool
 ) -> tuple[jax.Array, Any, Any]:
-    """Returns the value of `call(params)`, its auxiliary data, and the masked gradient."""
-    traced = trace(call, params, selection, has_aux)
+    """Returns the value of `call(params)`, its auxiliary data, and the masked gradient.
+
+    If `compact`, the gradient has the kept part of each leaf only.
+    """
+    traced = trace(call, params, selection, has_aux)._replace(is_compact=compact)
     leaves, treedef = jax.tree.flatten(params)
     operands = selection.groups, leaves, list(traced.consts)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
@@ -38,7 +43,8 @@ def run(
         return x.value if isinstance(x, _Static) else x
 
     aux = jax.tree.map(without_box, aux, is_leaf=lambda x: isinstance(x, _Static))
-    return value, aux, jax.tree.unflatten(treedef, gradient)
+    leaves = [optax.MaskedNode() if x is None else x for x in gradient]
+    return value, aux, jax.tree.unflatten(treedef, leaves)
 
 
 class Traced(NamedTuple):
@@ -50,6 +56,7 @@ class Traced(NamedTuple):
       results: the structure of the value and the auxiliary data.
       layout: the leaves of the parameters.
       freezes_others: whether the selection freezes leaves without channels.
+      is_compact: whether the gradient has the kept part of each leaf only.
     """
 
     jaxpr: core.Jaxpr
@@ -57,12 +64,13 @@ class Traced(NamedTuple):
     results: Any
     layout: channels.Layout
     freezes_others: bool
+    is_compact: bool = False
 
     def key(self, leaves: Sequence[Any]) -> Hashable:
         """A key that functions share only if they have the same results and gradients."""
         gradient = jaxprs.differentiated(self.jaxpr, self.consts, leaves)
         programs = jaxprs.identity(self.jaxpr), jaxprs.identity(gradient)
-        return programs, self.layout, self.freezes_others
+        return programs, self.layout, self.freezes_others, self.is_compact
 
 
 @jax.tree_util.register_static
@@ -207,6 +215,11 @@ class _Plan(NamedTuple):
     is_direct: bool
     has_zeros: bool
 
+    @property
+    def is_kept_only(self) -> bool:
+        """Whether products give the gradient of the kept channels, and there is no other."""
+        return self.is_skipped and self.has_zeros and self.target.is_compact
+
     def change_of(self, weight: Any) -> jax.Array:
         """Zeros that receive the gradient that products compute."""
         leaf, target = self.leaf, self.target
@@ -224,8 +237,11 @@ def _evaluate_once(traced: Keyed, *operands: Any) -> Any:
 
 def _evaluate(
     traced: Traced, groups: Sequence[Group], leaves: Sequence[Any], consts: Sequence[Any]
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Returns the results of the program, and the masked gradient."""
+) -> tuple[list[jax.Array], Sequence[jax.Array | None]]:
+    """Returns the results of the program, and the masked gradient.
+
+    If that is compact, a leaf that never learns has None.
+    """
     found = followed(traced, groups)
     plans = _plans(found, traced.layout, _drawn(groups))
     direct = {i: x for i, x in enumerate(leaves) if plans[i].is_direct}
@@ -244,10 +260,15 @@ def _evaluate(
 
     with_gradients = jax.value_and_grad(fun, argnums=(0, 1), has_aux=True)
     (value, aux), (skipped, rest) = with_gradients(changes, direct)
+    kept: dict[int, jax.Array] = {}
+    if traced.is_compact:
+        kept = {i: skipped.pop(i) for i, plan in enumerate(plans) if plan.is_kept_only}
     gradients = _put_back(skipped, plans, leaves), rest
     gradient = [_sum(i, gradients, x) for i, x in enumerate(leaves)]
     masked = {plan.leaf.path for plan in plans if plan.has_zeros}
     gradient = mask_leaves(gradient, traced.layout, groups, rescale=False, done=masked)
+    if traced.is_compact:
+        return [value, *aux], KeptPart.of(traced.layout, groups).compact(gradient, kept)
     return [value, *aux], gradient
 
 
