@@ -89,6 +89,25 @@ def num_kept(rate: float | jax.Array, size: int) -> int | jax.Array:
     return jnp.where(rate >= 1.0, 0, jnp.maximum(1, kept))
 
 
+def expected_shares(policy: Policy, layout: channels.Layout) -> dict[str, float | None]:
+    """The share of each layer that learns in an average step, by path; None if it is not fixed."""
+    layers = sorted(layout.layers, key=lambda layer: (layer.channels, layer.path))
+    if not isinstance(policy.rate, float) or not isinstance(policy.layer_rate, float):
+        return dict.fromkeys([layer.path for layer in layers])
+    weights = _layer_weights(policy, layers)
+    shares: dict[str, float | None] = {}
+    for layer in layers:
+        blocks = policy.window_groups or 1
+        kept = num_kept(policy.rate, layer.channels // blocks)
+        masked = 1.0 - policy.layer_rate * (1.0 - int(kept) * blocks / layer.channels)
+        chance = 1.0
+        if policy.layer_choice == "one":
+            chance = weights[layer.path] / sum(weights.values()) / layer.depth
+        otherwise = 0.0 if policy.freezes_others else 1.0
+        shares[layer.path] = chance * masked + (1.0 - chance) * otherwise
+    return shares
+
+
 def masked_mode(policy: Policy, rate: float | jax.Array, width: int) -> tuple[Mode, Part | None]:
     """What a layer does when it is masked, and the part it keeps, if the part's size is static."""
     if not isinstance(rate, float):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import optax
 from flax import nnx
 
 from cdb_jax import inference, report
@@ -113,6 +114,7 @@ def channel_report(
     policy: Policy,
     f: Callable[..., Any] | None = None,
     *args: Any,
+    optimizer: optax.GradientTransformation | None = None,
     **kwargs: Any,
 ) -> report.ChannelReport:
     """`cdb_jax.channel_report` for the parameters of a model.
@@ -123,6 +125,7 @@ def channel_report(
       f: a loss function `f(model, *args, **kwargs)`, which may return a pair with auxiliary data.
         It is traced, not run.
       *args: other arguments of `f`; arrays may be of type `jax.ShapeDtypeStruct`.
+      optimizer: as in `cdb_jax.channel_report`.
       **kwargs: other arguments of `f`, by name.
 
     Returns:
@@ -139,9 +142,9 @@ def channel_report(
       [('bias', 'in full'), ('kernel', 'skipped')]
     """
     if f is None:
-        return report.channel_report(model, policy)
+        return report.channel_report(model, policy, optimizer=optimizer)
     fun, params = _of_parameters(f, model)
-    return report.channel_report(params, policy, fun, *args, **kwargs)
+    return report.channel_report(params, policy, fun, *args, optimizer=optimizer, **kwargs)
 
 
 def infer_channel_axes(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from cdb_jax import _draw, channels
 from cdb_jax._checks import check_no_module, parameters_of
-from cdb_jax._skipping.explain import explain
+from cdb_jax._skipping.explain import Explained, explain
+from cdb_jax.compact import compact
 from cdb_jax.policy import Policy, check_policy
 
 
@@ -34,11 +36,64 @@ class ChannelRow(NamedTuple):
     gradient: str = ""
 
 
+class Amount(NamedTuple):
+    """What a step needs in full, and with what the policy drops left out.
+
+    `kept` is None if the policy does not determine it: for work, if a rate is a schedule or an
+    array; for memory, if the number of channels that learn varies.
+    """
+
+    full: float
+    kept: float | None
+
+
+class Savings(NamedTuple):
+    """What a policy saves.
+
+    Attributes:
+      flops: floating-point operations of the weight gradients of a step, on average, with
+        `value_and_grad`; None without a loss function.
+      gradient_bytes: size of the gradient; smaller with `value_and_grad(..., compact=True)`.
+      state_bytes: size of the optimizer state; smaller with `compact`. None without an optimizer.
+    """
+
+    flops: Amount | None
+    gradient_bytes: Amount
+    state_bytes: Amount | None
+
+    def __str__(self) -> str:
+        lines = []
+        if self.flops:
+            lines.append(_line("weight gradients", self.flops, "FLOP", "value_and_grad"))
+        lines.append(_line("gradient", self.gradient_bytes, "B", "compact"))
+        if self.state_bytes:
+            lines.append(_line("optimizer state", self.state_bytes, "B", "compact"))
+        return "\n".join(lines)
+
+
+def _line(noun: str, amount: Amount, unit: str, function: str) -> str:
+    full = f"{noun}: {_readable(amount.full)}{unit}"
+    if amount.kept is None:
+        return full
+    share = 100 * amount.kept / max(amount.full, 1)
+    return f"{full}; with {function}: {_readable(amount.kept)}{unit} ({share:.0f} %)"
+
+
+def _readable(number: float) -> str:
+    """Three digits and the prefix of a unit, such as 24.3 M."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if number < 999.5:
+            break
+        number /= 1000
+    return f"{number:.3g} {prefix}"
+
+
 class ChannelReport(NamedTuple):
-    """The rows of a report; print it to see a table."""
+    """The rows of a report, and what the policy saves; print it to see a table."""
 
     rows: tuple[ChannelRow, ...]
     summary: str
+    savings: Savings
 
     def __str__(self) -> str:
         header = ["path", "shape", "channel axis", "stack axis", "channels", "kept", "note"]
@@ -63,7 +118,7 @@ class ChannelReport(NamedTuple):
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
         ]
-        return "\n".join([*table, self.summary])
+        return "\n".join([*table, self.summary, str(self.savings)])
 
 
 def channel_report(
@@ -71,9 +126,10 @@ def channel_report(
     policy: Policy,
     fun: Callable[..., Any] | None = None,
     *args: Any,
+    optimizer: optax.GradientTransformation | None = None,
     **kwargs: Any,
 ) -> ChannelReport:
-    """Shows which axis of each leaf holds its channels, or why it has none.
+    """Shows which axis of each leaf holds its channels, or why it has none, and what that saves.
 
     With a loss function, it also shows how `cdb_jax.value_and_grad` computes each gradient:
     "skipped" (the dropped part is not computed), or "masked only" (it is computed and set to zero)
@@ -87,6 +143,7 @@ def channel_report(
       fun: a loss function `fun(params, *args, **kwargs)`, which may return a pair with auxiliary
         data. It is traced, not run.
       *args: other arguments of `fun`; arrays may be of type `jax.ShapeDtypeStruct`.
+      optimizer: the optimizer that would be inside `compact`, to show the size of its state.
       **kwargs: other arguments of `fun`, by name.
 
     Returns:
@@ -97,7 +154,7 @@ def channel_report(
         for a policy that cannot skip anything.
 
     Examples:
-      >>> import cdb_jax, jax, jax.numpy as jnp
+      >>> import cdb_jax, jax, jax.numpy as jnp, optax
       >>> params = {"dense": {"kernel": jnp.zeros((2, 4)), "bias": jnp.zeros(4)}}
       >>> print(cdb_jax.channel_report(params, cdb_jax.Policy(0.5, key=0, channel_choice="exact")))
       path          shape  channel axis  stack axis  channels  kept  note
@@ -105,12 +162,16 @@ def channel_report(
       dense/bias    4      -             -           -         all   fewer than two dimensions
       dense/kernel  2x4    1             -           4         2
       1 layer, 66.7 % of 12 parameters can be dropped; layer_rate 1.0, rate 0.5, exact channels.
+      gradient: 48 B; with compact: 32 B (67 %)
 
       >>> policy = cdb_jax.Policy(0.5, key=0, channel_choice="window")
       >>> loss = lambda params, x: jnp.sum(x @ params["dense"]["kernel"])
       >>> x = jax.ShapeDtypeStruct((8, 2), jnp.float32)
-      >>> [row.gradient for row in cdb_jax.channel_report(params, policy, loss, x).rows]
+      >>> report = cdb_jax.channel_report(params, policy, loss, x, optimizer=optax.adam(0.1))
+      >>> [row.gradient for row in report.rows]
       ['in full', 'skipped']
+      >>> report.savings.state_bytes
+      Amount(full=100, kept=68)
     """
     if fun is not None:
         check_no_module(params, "params is", "cdb_jax.nnx.channel_report")
@@ -118,12 +179,52 @@ def channel_report(
     layout = check_policy(policy).layout(params)
     _draw.check_layers(policy, layout)
     rows = [_row(leaf, policy) for leaf in layout.leaves]
+    flops = None
     if fun is not None:
         # Only static parts of the selection are read.
         selection = jax.eval_shape(lambda: policy.select(params, 0))
         gradients = explain(fun, params, args, kwargs, selection)
-        rows = [row._replace(gradient=x) for row, x in zip(rows, gradients, strict=True)]
-    return ChannelReport(tuple(rows), _summary(layout, policy))
+        rows = [row._replace(gradient=x.text) for row, x in zip(rows, gradients, strict=True)]
+        flops = _flops(policy, layout, gradients)
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    savings = Savings(flops, *_memory(policy, types, optimizer))
+    return ChannelReport(tuple(rows), _summary(layout, policy), savings)
+
+
+def _flops(policy: Policy, layout: channels.Layout, gradients: Sequence[Explained]) -> Amount:
+    """The weight gradients of an average step."""
+    shares = _draw.expected_shares(policy, layout)
+    pairs = [
+        (x.flops, shares.get(leaf.source, 0.0) if x.is_skipped else 1.0)
+        for leaf, x in zip(layout.leaves, gradients, strict=True)
+    ]
+    known = [n * share for n, share in pairs if share is not None]
+    full = sum(n for n, _ in pairs)
+    return Amount(full, round(sum(known)) if len(known) == len(pairs) else None)
+
+
+def _memory(
+    policy: Policy, params: Any, optimizer: optax.GradientTransformation | None
+) -> tuple[Amount, Amount | None]:
+    """The sizes of the gradient and of the optimizer state."""
+
+    def sizes(tx: optax.GradientTransformation) -> Amount:
+        full = _bytes(jax.eval_shape(tx.init, params))
+        try:
+            state = jax.eval_shape(compact(tx, policy, on_switch="carry").init, params)
+        except (TypeError, ValueError):  # The number of channels that learn varies.
+            return Amount(full, None)
+        return Amount(full, _bytes(state.inner_state))
+
+    return sizes(_GRADIENT), None if optimizer is None else sizes(optimizer)
+
+
+# Its state is as large as the gradient.
+_GRADIENT = optax.GradientTransformation(lambda params: params, lambda g, state, _: (g, state))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _row(leaf: channels.Leaf, policy: Policy) -> ChannelRow:

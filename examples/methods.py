@@ -9,6 +9,7 @@ import jax
 import optax
 
 import cdb_jax
+import cdb_jax.policy
 import models
 from errors import UserError
 
@@ -21,6 +22,7 @@ Name = Literal[
     "cdb",
     "cdb_after",
     "cdb_frozen",
+    "cdb_compact",
     "released",
     "algorithm_1",
     "layer_drop_back",
@@ -31,15 +33,17 @@ Name = Literal[
 
 
 class Method(NamedTuple):
-    """A line of help, the paper's rate, the flags that it reads beside --rate."""
+    """A line of help, the method's rate, the flags that it reads besides --rate."""
 
     help: str
     rate: float
     reads: tuple[str, ...] = ()
     skips: bool = False  # Whether --skip-dropped can save its work.
+    channel_choice: Literal["bernoulli", "window"] = "bernoulli"  # Unless a flag says otherwise.
 
 
 POLICY_FLAGS = ("exempt", "channel_choice", "layer_rate")
+HOLD_FLAGS = ("exempt", "channel_choice", "hold", "on_switch")
 METHODS: dict[str, Method] = {
     "none": Method("the optimizer alone", 0.0),
     "dropout": Method("zeroes units in the forward pass", 0.3),
@@ -47,6 +51,9 @@ METHODS: dict[str, Method] = {
     "cdb_after": Method("masks channels of the update, after the optimizer", 0.3, POLICY_FLAGS),
     "cdb_frozen": Method(
         "dropped channels keep weights and optimizer state", 0.3, POLICY_FLAGS, True
+    ),
+    "cdb_compact": Method(
+        "keeps optimizer state for the channels that learn only", 0.75, HOLD_FLAGS, True, "window"
     ),
     "released": Method("rules and schedule of the ChannelDropBack authors' code", 0.3),
     "algorithm_1": Method(
@@ -78,12 +85,16 @@ def check(config: Config) -> None:
     """Raises a UserError for settings that do not go together."""
     method = METHODS[config.method]
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name in POLICY_FLAGS:
+    for name in dict.fromkeys(POLICY_FLAGS + HOLD_FLAGS):
         if name not in method.reads and getattr(config, name) != defaults[name]:
             raise UserError(
                 f"--{name.replace('_', '-')} has no meaning for --method {config.method}; leave it "
                 "out."
             )
+    by_channel = config.method in ("cdb", "cdb_frozen", "cdb_compact", "algorithm_1")
+    varies = channel_choice(config) == "bernoulli" and 0.0 < config.rate < 1.0
+    if config.method == "cdb_compact" and varies:
+        raise UserError("--method cdb_compact needs --channel-choice window or exact.")
     if not config.skip_dropped:
         return
     if not method.skips:
@@ -91,9 +102,13 @@ def check(config: Config) -> None:
         raise UserError(
             f"--skip-dropped: --method {config.method} cannot save work; these can: {able}."
         )
-    by_channel = config.method in ("cdb", "cdb_frozen", "algorithm_1")
-    if by_channel and config.channel_choice == "bernoulli" and 0.0 < config.rate < 1.0:
+    if by_channel and varies:
         raise UserError("--skip-dropped needs --channel-choice window or exact.")
+
+
+def channel_choice(config: Config) -> cdb_jax.policy.ChannelChoice:
+    """What the flag says, or else the method."""
+    return config.channel_choice or METHODS[config.method].channel_choice
 
 
 def make_policy(config: Config, total_steps: int, epoch_steps: int) -> cdb_jax.Policy | None:
@@ -105,8 +120,16 @@ def make_policy(config: Config, total_steps: int, epoch_steps: int) -> cdb_jax.P
                 config.rate,
                 key=key,
                 layer_rate=config.layer_rate,
-                channel_choice=config.channel_choice,
+                channel_choice=channel_choice(config),
                 exempt=exempt,
+            )
+        case "cdb_compact":
+            return cdb_jax.Policy(
+                config.rate,
+                key=key,
+                channel_choice=channel_choice(config),
+                exempt=exempt,
+                hold=config.hold,
             )
         case "released":
             # With `skip_init_layers` 3: the arrays of index 0 to 3 in PyTorch's order.
@@ -118,7 +141,7 @@ def make_policy(config: Config, total_steps: int, epoch_steps: int) -> cdb_jax.P
             )
         case "algorithm_1":
             return cdb_jax.presets.algorithm_1(
-                config.rate, key=key, exempt=exempt, channel_choice=config.channel_choice
+                config.rate, key=key, exempt=exempt, channel_choice=channel_choice(config)
             )
         case "layer_drop_back":
             return cdb_jax.presets.layer_drop_back(
@@ -166,6 +189,8 @@ def make_optimizer(
         return optimizer
     if config.method in ("cdb_frozen", "layer_drop_back"):
         return cdb_jax.freeze_dropped(optimizer, policy)
+    if config.method == "cdb_compact":
+        return cdb_jax.compact(optimizer, policy, on_switch=config.on_switch)
     if config.method in ("cdb_after", "skip_update"):
         return optax.chain(optimizer, cdb_jax.channel_drop_back(policy))
     return optax.chain(cdb_jax.channel_drop_back(policy), optimizer)

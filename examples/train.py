@@ -61,8 +61,13 @@ class Config:
     """Probability of dropping; None: that of the method, named above."""
     layer_rate: float = 1.0
     """Probability that a layer is masked in a step (cdb, cdb_after, cdb_frozen)."""
-    channel_choice: Literal["bernoulli", "exact", "window"] = "bernoulli"
-    """Draws each channel on its own, a fixed number, or a cyclic run (cdb*, algorithm_1)."""
+    channel_choice: Literal["bernoulli", "exact", "window"] | None = None
+    """Draws each channel independently, a fixed number, or a block that wraps around (cdb*,
+    algorithm_1); None: window for cdb_compact, else bernoulli."""
+    hold: int = 100
+    """Steps for which the same channels learn (cdb_compact)."""
+    on_switch: Literal["reset", "carry"] = "reset"
+    """Whether moments start again when other channels learn, or stay with theirs (cdb_compact)."""
     skip_dropped: bool = False
     """Do not compute what is dropped: saves time."""
     exempt: tuple[str, ...] = ("head",)
@@ -105,7 +110,7 @@ class Config:
     """Number of this process, from 0."""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "learning_rate")
+        positive = ("epochs", "batch_size", "learning_rate", "hold")
         for name in (*positive, "weight_decay", "workers"):
             value, flag = getattr(self, name), "--" + name.replace("_", "-")
             if name in positive and not 0 < value < float("inf"):
@@ -175,7 +180,8 @@ def make_steps(
             selection = policy.select(state.params, cdb_jax.selection_count(state.opt_state))
             dropped, chosen = selection.dropped_fraction, {"selection": selection}
         if config.skip_dropped and policy:
-            value_and_grad = cdb_jax.value_and_grad(loss_fn, has_aux=True)
+            compact = config.method == "cdb_compact"
+            value_and_grad = cdb_jax.value_and_grad(loss_fn, has_aux=True, compact=compact)
             value_and_grad = functools.partial(value_and_grad, **chosen)
         (loss, (accuracy, rest)), grads = value_and_grad(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **chosen)

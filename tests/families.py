@@ -5,7 +5,6 @@ that hold the output channels of each weight: `(channel, stack)`, or None.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -430,15 +429,8 @@ def product_flops(program):
     total = 0
     for eqn in getattr(program, "jaxpr", program).eqns:
         name, params = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            (contracting, _), _ = params["dimension_numbers"]
-            summed = [eqn.invars[0].aval.shape[axis] for axis in contracting]
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(summed)
-        elif name == "conv_general_dilated":
-            kernel, out_axis = eqn.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
-            total += (
-                2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // kernel[out_axis]
-            )
+        if eqn.primitive in jaxprs.PRODUCTS:
+            total += jaxprs.product_flops(eqn)
         else:
             inner = jaxprs.programs_in(params)
             # The last branch of what depends on the platform is that of all other platforms.

@@ -83,7 +83,7 @@ def test_every_method_learns(config, method, capsys):
         assert dropped == [0.0] * 3
         assert "channel axis" not in capsys.readouterr().out
     else:
-        assert 0 < max(dropped) < 0.7
+        assert 0 < max(dropped) < 0.8
         if method == "layer_drop_back":
             assert dropped[0] == dropped[2] == 0.0
         assert "channel axis" in capsys.readouterr().out

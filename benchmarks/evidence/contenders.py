@@ -63,6 +63,16 @@ CONTENDERS = {
 }
 CORE, REST = list(CONTENDERS)[:8], list(CONTENDERS)[8:]
 
+# Optimizer state for the kept channels only. Held for 500 steps, the channels never change here.
+COMPACT = {
+    f"compact, {hold} steps, {on_switch}": Contender(
+        "cdb_compact", (0.5, 0.75, 0.875, 0.9375), settings={"hold": hold, "on_switch": on_switch}
+    )
+    for hold in (20, 100, 500)
+    for on_switch in ("reset", "carry")
+}
+CONTENDERS |= COMPACT
+
 # What saves work, for the comparison by time.
 SAVING = {
     "skip channels": Contender(
@@ -96,7 +106,9 @@ def config_of(contender: Contender, **settings: Any) -> SimpleNamespace:
     """What `examples/methods.py` reads of a configuration; numbers may be traced."""
     defaults = dict(
         layer_rate=1.0,
-        channel_choice="bernoulli",
+        channel_choice=None,
+        hold=100,
+        on_switch="reset",
         skip_dropped=False,
         exempt=("head",),
         schedule="cosine",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from contenders import CONTENDERS, CORE, REST, SAVING
+from contenders import COMPACT, CONTENDERS, CORE, REST, SAVING
 from scipy.stats import qmc
 from tasks import TASKS
 from trial import Program, Settings, score
@@ -66,6 +66,7 @@ GRIDS = {
     "methods": cells(CORE_TASKS, ("none", *REST)),
     "tasks": cells(("digits_all", "textures"), CORE),
     "sgd": cells(CORE_TASKS, CORE, optimizer="sgd"),
+    "compact": cells(CORE_TASKS, ("none", "early stopping", "dropout", *COMPACT)),
     # What a run that skips work needs to be as good.
     "speed": [
         *cells(("digits_all",), ("none", *SAVING), model="vit_wide/4"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -13,20 +13,30 @@ from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax.selection import Mode, Selection
 
 
+class Explained(NamedTuple):
+    """How the gradient of a leaf is computed.
+
+    Attributes:
+      text: for people.
+      is_skipped: whether what a selection drops is not computed.
+      flops: the floating-point operations of the full gradient, as far as products go.
+    """
+
+    text: str
+    is_skipped: bool
+    flops: int
+
+
 def explain(
     fun: Callable[..., Any], params: Any, args: Any, kwargs: Any, selection: Selection
-) -> list[str]:
+) -> list[Explained]:
     """What `value_and_grad(fun)(params, *args, **kwargs)` computes for each leaf of `params`.
 
     The function is traced, not run; arrays may be `jax.ShapeDtypeStruct`s.
     """
     api.check_function(fun)
-    if not api.can_skip(selection):
-        layers = {layer.path for group in selection.groups for layer in group.layers}
-        masked = f"masked only: {Obstacle(Reason.NOT_STATIC)}"
-        return [masked if x.source in layers else "in full" for x in selection.layout.leaves]
     arrays, rebuild = api.split_arrays((params, args, kwargs))
-    explained: list[str] = []
+    explained: list[Explained] = []
 
     def trace(arrays: list[Any]) -> None:
         traced_params, traced_args, traced_kwargs = rebuild(arrays)
@@ -36,30 +46,38 @@ def explain(
             return result[0] if isinstance(result, tuple) else result
 
         traced = program.trace(value, traced_params, selection, has_aux=False)
+        flops = program.weight_flops(traced)
+        if not api.can_skip(selection):
+            explained.extend(map(_not_skipped, traced.layout.leaves, flops))
+            return
         found = program.followed(traced, selection.groups)
         for i, x in enumerate(jax.tree.leaves(params)):
-            explained.append(
-                _gradient(traced.layout.leaves[i], found.targets[i], found.uses.get(i), x)
-            )
+            leaf, target = traced.layout.leaves[i], found.targets[i]
+            explained.append(_explained(leaf, target, found.uses.get(i), x, flops[i]))
 
     jax.eval_shape(trace, arrays)
     return explained
 
 
-def _gradient(
-    leaf: channels.Leaf, target: products.Target, uses: follow.Uses | None, x: Any
-) -> str:
+def _not_skipped(leaf: channels.Leaf, flops: int) -> Explained:
+    masked = f"masked only: {Obstacle(Reason.NOT_STATIC)}"
+    return Explained("in full" if leaf.layer is None else masked, False, flops)
+
+
+def _explained(
+    leaf: channels.Leaf, target: products.Target, uses: follow.Uses | None, x: Any, flops: int
+) -> Explained:
     if target.modes == (Mode.FROZEN,):
-        return "none: frozen"
+        return Explained("none: frozen", True, flops)
     if target.modes == (Mode.FULL,):
-        return "in full"
+        return Explained("in full", False, flops)
     if uses is None:
-        return "masked only: a bias"
+        return Explained("masked only: a bias", False, flops)
     others = "; ".join(map(str, uses.others))
     if not uses.products:
-        return f"masked only: {others or 'not used'}"
+        return Explained(f"masked only: {others or 'not used'}", False, flops)
     exception = f", but not where {others}" if others else ""
-    return "skipped" + exception + _all_gather(target, leaf, x)
+    return Explained("skipped" + exception + _all_gather(target, leaf, x), True, flops)
 
 
 def _all_gather(target: products.Target, leaf: channels.Leaf, x: Any) -> str:

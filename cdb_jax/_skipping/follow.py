@@ -54,11 +54,14 @@ class Uses(NamedTuple):
       products: the number of products that read it.
       layout_only: whether it reaches all of them through changes of layout only.
       others: what else reads it.
+      flops: the floating-point operations of its products, and of its gradient in full. A loop
+        without a fixed number of iterations counts as one.
     """
 
     products: int
     layout_only: bool
     others: tuple[Obstacle, ...]
+    flops: int = 0
 
 
 class Value(NamedTuple):
@@ -112,12 +115,20 @@ class Program(NamedTuple):
     is_changed: bool
 
 
+class _Used(NamedTuple):
+    """A product that reads a weight, and the floating-point operations of the weight's part."""
+
+    weight: moves.Weight
+    flops: int
+
+
 class _Context(NamedTuple):
     targets: Sequence[products.Target]
     is_gated: bool
-    products: list[moves.Weight]  # One for each product.
+    products: list[_Used]
     others: list[tuple[int, Obstacle]]
     is_gradient: bool = False  # Whether the program is a gradient, and needs none itself.
+    repeats: int = 1  # How often the program runs.
 
     def used_otherwise(self, facts: Sequence[Fact], reason: Reason, detail: object = "") -> None:
         obstacle = Obstacle(reason, detail)
@@ -143,9 +154,10 @@ def follow(
     uses = {}
     for leaf in (weight.leaf for fact in facts for weight in fact.weights):
         others = dict.fromkeys(obstacle for other, obstacle in context.others if other == leaf)
-        found = [weight for weight in context.products if weight.leaf == leaf]
-        layout_only = not any(weight.is_whole for weight in found)
-        uses[leaf] = Uses(len(found), layout_only, tuple(others))
+        found = [used for used in context.products if used.weight.leaf == leaf]
+        layout_only = not any(used.weight.is_whole for used in found)
+        flops = sum(used.flops for used in found)
+        uses[leaf] = Uses(len(found), layout_only, tuple(others), flops)
     return followed, uses
 
 
@@ -300,10 +312,18 @@ def _product(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Step |
         if obstacle:
             context.used_otherwise([facts[side]], *obstacle)
             continue
-        context.products.extend(weights)
+        flops = context.repeats * jaxprs.product_flops(eqn)
+        context.products.extend(
+            _Used(x, round(flops * _share(x, shape_of(eqn.invars[side])))) for x in weights
+        )
         context.used_otherwise([facts[1 - side]], Reason.TWO_WEIGHTS)
         return functools.partial(_multiply, found, weights, needs and needs[1 - side])
     return functools.partial(_gate, op, needs) if needs else None
+
+
+def _share(weight: moves.Weight, shape: tuple[int, ...]) -> float:
+    """The share of an operand that a weight takes up."""
+    return weight.box.size / shape[weight.box.axis] if weight.box else 1.0
 
 
 def _product_with(
@@ -580,7 +600,8 @@ def _scan(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
     loop = Loop()
     # What is carried depends on earlier iterations, in which anything may learn.
     inputs = [*consts, *(Fact((), frozenset([loop])) for _ in carried), *sliced]
-    body, results = _follow(eqn.params["jaxpr"], inputs, context)
+    inside = context._replace(repeats=context.repeats * eqn.params["length"])
+    body, results = _follow(eqn.params["jaxpr"], inputs, inside)
     context.used_otherwise(results, Reason.RESULT, "a loop")
     settings = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     scan = _Scan(body, num_consts, num_carry, facts, sliced, settings, loop, context.is_gated)

@@ -8,6 +8,7 @@ Only this package depends on how JAX represents programs. The representation is 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -60,6 +61,17 @@ def apply(eqn: core.JaxprEqn, program: core.Jaxpr, operands: Sequence[Any]) -> l
     """Evaluates one equation of a program."""
     given = {v: x for v, x in zip(eqn.invars, operands, strict=True) if is_variable(v)}
     return list(as_function([eqn], list(given), eqn.outvars, program)(*given.values()))
+
+
+def product_flops(eqn: core.JaxprEqn) -> int:
+    """The floating-point operations of a product, and of its gradient for either operand."""
+    lhs, rhs = (shape_of(v) for v in eqn.invars)
+    out = math.prod(shape_of(eqn.outvars[0]))
+    if eqn.primitive is primitives.dot_general_p:
+        (contracting, _), _ = eqn.params["dimension_numbers"]
+        return 2 * out * math.prod(lhs[axis] for axis in contracting)
+    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
+    return 2 * out * math.prod(rhs) // max(rhs[out_axis], 1)
 
 
 def type_of(v: Atom) -> jax.ShapeDtypeStruct:

@@ -181,6 +181,18 @@ def followed(traced: Traced, groups: Sequence[Group]) -> Followed:
     return Followed(program, targets, is_followed, uses)
 
 
+def weight_flops(traced: Traced) -> list[int]:
+    """The floating-point operations of the full gradient of each leaf, as far as products go."""
+    leaves = traced.layout.leaves
+    whole = products.Target((Mode.FROZEN, Mode.FULL), None)  # Any use of a whole leaf is followed.
+    facts = [follow.Fact()] * len(traced.consts)
+    for i, leaf in enumerate(leaves):
+        weight = moves.Weight(i, (), leaf.stack, tuple(range(len(leaf.stack))))
+        facts.append(follow.Fact((weight,), frozenset([i])))
+    _, uses = follow.follow(traced.jaxpr, facts, [whole] * len(leaves), is_gated=False)
+    return [uses[i].flops for i in range(len(leaves))]
+
+
 def _needs(i: int, target: products.Target) -> follow.Needs:
     """What has to learn for the gradient of a leaf to be needed."""
     if target.modes == (Mode.FROZEN,):

@@ -1,0 +1,396 @@
+"""What a training step keeps in memory: parameters, gradient, optimizer state, temporaries, peak.
+
+All numbers are read off compiled programs; nothing runs but the optimizers that `--update` times.
+Steps of ViTs, whose blocks are scanned so that depth costs no compilation, and of a ResNet-50:
+
+- full: the whole gradient;
+- mask: the same with `channel_drop_back` before the optimizer;
+- skip: `value_and_grad`, which computes the kept part of the gradient;
+- compact: `value_and_grad(..., compact=True)` and `compact`, which keep no more than that part;
+- "input": the same with input channels; "remat": blocks are computed again in the backward pass.
+
+    python benchmarks/memory.py                             # compiled for this machine: minutes
+    python benchmarks/memory.py --update                    # and the time of an optimizer's update
+    tpu/bin/python benchmarks/memory.py --target tpu        # in the environment of tpu_compile.py
+    tpu/bin/python benchmarks/memory.py --target tpu --fit  # and what fits 16 GB, by bisection
+
+Prints a Markdown table and writes `results/memory-<device>.json`; rows that are there already are
+not compiled again. Needs jax, flax, optax, numpy.
+"""
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from overhead import (  # Puts the library on the path.
+    Runner,
+    machine,
+    median_interval,
+    optimizer_alone,
+    publish,
+    results_file,
+    time_pairs,
+    versions,
+)
+
+import cdb_jax
+from models import create
+
+SIZE, CLASSES = 224, 1000
+CAPACITY = 16 * 10**9  # Bytes of a TPU v5e chip.
+OPTIMIZERS = {"adamw": optax.adamw(1e-3), "sgd": optax.sgd(0.1, momentum=0.9)}
+
+
+class Step(NamedTuple):
+    """A row of the table: what is compiled."""
+
+    model: str = "vit_b/16"
+    method: str = "full"  # full, mask, skip or compact
+    kept: float = 1.0  # The fraction of the channels.
+    direction: str = "output"
+    remat: bool = False
+    optimizer: str = "adamw"
+    mesh: str = "one"  # one, dp or fsdp
+    batch: int = 32  # Of a chip.
+    depth: int = 0  # Of a ViT; 0 for that of the model.
+
+
+METHODS = [
+    Step(),
+    Step(method="mask", kept=1 / 2),
+    Step(method="skip", kept=1 / 2),
+    *(Step(method="compact", kept=kept) for kept in (1 / 2, 1 / 4, 1 / 8)),
+    *(Step(method="compact", kept=kept, direction="input") for kept in (1 / 2, 1 / 4)),
+    Step(remat=True),
+    Step(method="compact", kept=1 / 4, remat=True),
+    Step(method="compact", kept=1 / 4, direction="input", remat=True),
+]
+
+
+def steps(models: list[str], optimizers: list[str], meshes: list[str], batch: int) -> list[Step]:
+    return [
+        step._replace(model=model, optimizer=optimizer, mesh=mesh, batch=batch)
+        for model in models
+        for optimizer in optimizers
+        for mesh in meshes
+        for step in METHODS
+        if model.startswith("vit") or not step.remat
+    ]
+
+
+def policy_of(step: Step) -> cdb_jax.Policy:
+    convention = cdb_jax.input_channels if step.direction == "input" else cdb_jax.output_channels
+
+    def axes(path: str, _: Any) -> Any:
+        is_stacked = path.startswith("blocks/0/") and step.model.startswith("vit")
+        return cdb_jax.Axes(convention, stack=0) if is_stacked else convention
+
+    return cdb_jax.Policy(
+        1.0 - step.kept,
+        key=0,
+        channel_axes=axes,
+        channel_choice="window",
+        hold=100,
+        exempt=("head",),
+    )
+
+
+class Scanned:
+    """The blocks of a ViT as one loop over stacked parameters."""
+
+    def __init__(self, block: nnx.Module, params: Any, remat: bool):
+        self.graph, _, self.rest = nnx.split(block, nnx.Param, ...)
+        self.params, self.remat = params, remat
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def body(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
+            return nnx.merge(self.graph, params, self.rest, copy=True)(x), None
+
+        return jax.lax.scan(jax.checkpoint(body) if self.remat else body, x, self.params)[0]
+
+
+class Model(NamedTuple):
+    """Shapes of the parameters and of everything else, and the loss."""
+
+    params: Any
+    rest: Any
+    loss: Callable[..., jax.Array]
+
+
+@functools.cache
+def build(name: str, depth: int, remat: bool, dtype: Any) -> Model:
+    is_vit = name.startswith("vit")
+
+    def make() -> nnx.Module:
+        model = create(
+            name,
+            num_classes=CLASSES,
+            image_shape=(SIZE, SIZE, 3),
+            dtype=dtype,
+            rngs=nnx.Rngs(0),
+        )
+        if is_vit:
+            model.blocks = nnx.List(model.blocks[:1])
+        return model
+
+    graph, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+    if is_vit:
+        depth = depth or {"vit_s": 12, "vit_b": 12, "vit_l": 24}[name.split("/")[0]]
+
+        def stacked(x: Any) -> Any:
+            return jax.ShapeDtypeStruct((depth, *x.shape), x.dtype)
+
+        params["blocks"][0] = jax.tree.map(stacked, params["blocks"][0])
+
+    def loss(params: Any, rest: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        outer = jax.tree.map(lambda x: x, params)
+        if is_vit:
+            outer["blocks"][0] = jax.tree.map(lambda x: x[0], params["blocks"][0])
+        model = nnx.merge(graph, outer, rest, copy=True)
+        if is_vit:
+            scanned = Scanned(model.blocks[0], params["blocks"][0], remat)
+            object.__setattr__(model, "blocks", (scanned,))
+        return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
+
+    return Model(params, rest, loss)
+
+
+def meshes(target: str, kind: str) -> Mesh:
+    if target == "tpu":
+        import tpu
+
+        devices = tpu.chips("2x4")[:1] if kind == "one" else tpu.chips("2x4")
+    else:
+        devices = jax.devices()[:1]
+    return Mesh(devices, ("data",))
+
+
+def shardings(tree: Any, mesh: Mesh, kind: str) -> Any:
+    """Replicated, or split along the largest axis that is not the last and does not stack blocks."""
+
+    def spec(path: Any, x: Any) -> NamedSharding:
+        names = [None] * len(x.shape)
+        first = 1 if "blocks" in jax.tree_util.keystr(path) and len(x.shape) > 2 else 0
+        able = [i for i in range(first, len(x.shape) - 1) if x.shape[i] % mesh.size == 0]
+        if kind == "fsdp" and able:
+            names[max(able, key=lambda i: x.shape[i])] = "data"
+        return NamedSharding(mesh, P(*names))
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def size_of(tree: Any, sharding: Any) -> int:
+    """Bytes on one chip."""
+    return sum(
+        int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize
+        for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(sharding), strict=True)
+    )
+
+
+def compile_step(step: Step, target: str) -> dict[str, Any]:
+    model = build(
+        step.model, step.depth, step.remat, jnp.bfloat16 if target == "tpu" else jnp.float32
+    )
+    mesh, policy = meshes(target, step.mesh), policy_of(step)
+    tx = OPTIMIZERS[step.optimizer]
+    if step.method == "mask":
+        tx = optax.chain(cdb_jax.channel_drop_back(policy), tx)
+    if step.method == "compact":
+        tx = cdb_jax.compact(tx, policy)
+    whole = NamedSharding(mesh, P())
+    of_params = shardings(model.params, mesh, step.mesh)
+
+    def gradient(params: Any, count: jax.Array, *rest: Any) -> tuple[Any, dict[str, Any]]:
+        loss = model.loss
+        if step.mesh == "fsdp":  # Weights are gathered where they are used.
+
+            def loss(params: Any, *rest: Any) -> jax.Array:
+                return model.loss(jax.lax.with_sharding_constraint(params, whole), *rest)
+
+        if step.method in ("full", "mask"):
+            return jax.grad(loss)(params, *rest), {}
+        selection = policy.select(params, count)
+        compact = step.method == "compact"
+        grad = cdb_jax.grad(loss, compact=compact)
+        return grad(params, *rest, selection=selection), {"selection": selection} if compact else {}
+
+    def train(params: Any, state: Any, count: jax.Array, *rest: Any) -> Any:
+        grads, selection = gradient(params, count, *rest)
+        updates, state = tx.update(grads, state, params, **selection)
+        return optax.apply_updates(params, updates), state
+
+    batch = step.batch * mesh.size
+    rest = (
+        model.rest,
+        jax.ShapeDtypeStruct((batch, SIZE, SIZE, 3), jnp.bfloat16),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+    )
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    state = jax.eval_shape(tx.init, model.params)
+    of_state = shardings(state, mesh, step.mesh)
+    by_batch = NamedSharding(mesh, P("data"))
+    jitted = jax.jit(
+        train,
+        in_shardings=(of_params, of_state, whole, whole, by_batch, by_batch),
+        out_shardings=(of_params, of_state),
+        donate_argnums=(0, 1),
+    )
+    start = time.perf_counter()
+    memory = jitted.lower(model.params, state, count, *rest).compile().memory_analysis()
+    grads = jax.eval_shape(lambda *args: gradient(*args)[0], model.params, count, *rest)
+    found = {
+        "parameters": size_of(model.params, of_params),
+        "gradient": size_of(grads, shardings(grads, mesh, step.mesh)),
+        "state": size_of(state, of_state),
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "compile_seconds": round(time.perf_counter() - start, 1),
+    }
+    if target == "tpu":  # The compiler for CPUs does not count temporaries in its peak.
+        found["peak"] = memory.peak_memory_in_bytes
+    return found
+
+
+def fits(step: Step, target: str) -> bool:
+    try:
+        return compile_step(step, target)["peak"] <= CAPACITY
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return False
+
+
+def largest(step: Step, target: str, field: str, start: int) -> int:
+    """The largest multiple of eight of a field with which a step fits, by bisection."""
+    low, high = 0, start
+    while fits(step._replace(**{field: high}), target):
+        low, high = high, 2 * high
+    while high - low > 8:
+        middle = (low + high) // 16 * 8
+        if fits(step._replace(**{field: middle}), target):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def update_row(kept: float, rounds: int) -> dict[str, Any]:
+    """The time of AdamW's update inside `compact` against that of AdamW, on the tree of a ViT-B."""
+    work = optimizer_alone("vit_b/16")
+    adamw = OPTIMIZERS["adamw"]
+    policy = cdb_jax.Policy(1.0 - kept, key=0, channel_choice="window", hold=100, exempt=("head",))
+    tx = cdb_jax.compact(adamw, policy)
+    (grads,) = work.inputs
+
+    def compact_step(carry: Any, kept_grads: Any) -> Any:
+        params, state = carry
+        selection = policy.select(params, state.count)
+        updates, state = tx.update(kept_grads, state, params, selection=selection)
+        return optax.apply_updates(params, updates), state
+
+    def zeros(params: Any) -> Any:  # A gradient of the kept size, as `value_and_grad` returns it.
+        return jax.tree.map(jnp.zeros_like, tx.init(params).inner_state[0].mu)
+
+    runners, seconds = [], []
+    for init, step, inputs in (
+        (work.init(adamw), work.step(adamw), grads),
+        (work.init(tx), compact_step, jax.jit(zeros)(grads)),
+    ):
+        start = time.perf_counter()
+        program = jax.jit(step, donate_argnums=0).lower(init, inputs).compile()
+        seconds.append(time.perf_counter() - start)
+        runners.append(Runner(program, init, (inputs,)))
+    times = time_pairs(*runners, rounds, 0.0)
+    ratio, low, high = median_interval(times[:, 1] / times[:, 0])
+    return {
+        "kept": kept,
+        "time": ratio,
+        "low": low,
+        "high": high,
+        "compile": seconds[1] / seconds[0],
+        "milliseconds": 1e3 * float(np.median(times[:, 0])),
+    }
+
+
+def label(step: Step) -> str:
+    name = step.method
+    if step.method != "full":
+        name += f", 1/{round(1 / step.kept)} of the channels"
+    return name + ", input" * (step.direction == "input") + ", remat" * step.remat
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Bytes against those of the full step; of the full step itself in MB."""
+    columns = ("parameters", "gradient", "state", "temporaries", "peak")
+    lines = [
+        f"| step | {' | '.join(columns)} | parameters + gradient + state | batch | depth |",
+        "| --- " * 9 + "|",
+    ]
+    full: dict[str, float] = {}
+    for row in rows:
+        step = Step(*(row[name] for name in Step._fields))
+        held = sum(row[name] for name in columns[:3])
+        if step.method == "full" and not step.remat:
+            full = row | {"held": held}
+            cells = [f"{row[name] / 1e6:,.0f} MB" for name in columns] + [f"{held / 1e6:,.0f} MB"]
+        else:
+            cells = [f"{row[name] / full[name]:.2f}" for name in columns]
+            cells.append(f"{held / full['held']:.3f}")
+        cells += [str(row.get(f"largest_{name}", "")) for name in ("batch", "depth")]
+        title = f"{step.model}, {step.optimizer}, {step.mesh}, batch {step.batch}: {label(step)}"
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", choices=("cpu", "tpu"), default="cpu")
+    parser.add_argument("--models", nargs="+", default=["vit_s/16", "vit_b/16", "resnet50"])
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw"])
+    parser.add_argument("--meshes", nargs="+", choices=("one", "dp", "fsdp"), default=["one"])
+    parser.add_argument("--batch", type=int, default=32, help="images of a chip")
+    parser.add_argument("--fit", action="store_true", help="also find what fits 16 GB")
+    parser.add_argument("--update", action="store_true", help="also time the update of AdamW")
+    parser.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+    output = results_file("memory", "tpu-v5e" if args.target == "tpu" else "cpu")
+    before = json.loads(output.read_text()) if output.exists() else {}
+    rows, updates = before.get("rows", []), before.get("updates", [])
+
+    def keep() -> None:
+        report = {"machine": machine(), "versions": versions(), "rows": rows, "updates": updates}
+        output.write_text(json.dumps(report, indent=1) + "\n")
+
+    for step in steps(args.models, args.optimizers, args.meshes, args.batch):
+        row = next((x for x in rows if step._asdict().items() <= x.items()), None)
+        if row is None:
+            row = step._asdict() | compile_step(step, args.target)
+            rows.append(row)
+            print(label(step), row, flush=True)
+            keep()
+        if args.fit and "largest_batch" not in row:
+            row["largest_batch"] = largest(step, args.target, "batch", 64)
+            if step.model.startswith("vit"):
+                row["largest_depth"] = largest(step, args.target, "depth", 32)
+            print(label(step), row, flush=True)
+            keep()
+    if args.update:
+        updates = [update_row(kept, args.rounds) for kept in (1 / 2, 1 / 4, 1 / 8)]
+    publish(output, table(rows), rows, updates=updates)
+    for row in updates:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()
