@@ -175,7 +175,7 @@ def meshes(target: str, kind: str) -> Mesh:
 
 
 def shardings(tree: Any, mesh: Mesh, kind: str) -> Any:
-    """Replicated, or split along the largest axis that is not the last and does not stack blocks."""
+    """Replicated, or split along the largest axis but the last and those that stack blocks."""
 
     def spec(path: Any, x: Any) -> NamedSharding:
         names = [None] * len(x.shape)
@@ -329,7 +329,7 @@ def label(step: Step) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Bytes against those of the full step; of the full step itself in MB."""
+    """Bytes against those of the full step with the same remat; of full steps in MB."""
     columns = ("parameters", "gradient", "state", "temporaries", "peak")
     lines = [
         f"| step | {' | '.join(columns)} | parameters + gradient + state | batch | depth |",
@@ -339,7 +339,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         step = Step(*(row[name] for name in Step._fields))
         held = sum(row[name] for name in columns[:3])
-        if step.method == "full" and not step.remat:
+        if step.method == "full":
             full = row | {"held": held}
             cells = [f"{row[name] / 1e6:,.0f} MB" for name in columns] + [f"{held / 1e6:,.0f} MB"]
         else:
