@@ -51,6 +51,7 @@ gated_loss = lambda gates, x, y: jnp.mean((x * gates.sum() - y) ** 2)
 # What fragments of these pages take for granted: the reader's own model, loss and batch.
 GIVEN = {
     "README.md": A_MODEL,
+    "memory.md": A_MODEL,
     "models.md": A_MODEL,
     "skipping.md": A_MODEL,
     "part-of-an-array.md": A_MODEL

@@ -161,8 +161,8 @@ def measure(contender: Contender, tuning: Data, final: Data) -> dict[str, Any]:
     }
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with their differences to AdamW on the same task, in points of accuracy."""
+def compare(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their differences to AdamW on the same task."""
     found = []
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
@@ -171,10 +171,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         tests = [stats.ttest_1samp(x, -MARGIN, alternative="greater").pvalue for x in gaps[1:]]
         for row, gap, p in zip(mine, gaps, [None, *holm(tests)], strict=True):
             at_edge = row["learning_rate"] in (LEARNING_RATES[0], LEARNING_RATES[-1])
+            accuracy = interval(np.array(row["test"]))
             found.append(
-                {key: row[key] for key in ("task", *Contender._fields, "learning_rate")}
-                | {"accuracy": interval(np.array(row["test"])), "difference": interval(gap)}
-                | {"p": p, "at_edge": at_edge}
+                row
+                | {"accuracy": accuracy, "difference": interval(gap), "p": p}
+                | {"at_edge": at_edge}
             )
     return found
 
@@ -182,7 +183,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     columns = ("task", "optimizer", "learning rate", "accuracy, %", "difference, points", "p")
     lines = [header(columns)]
-    for row in summary(rows):
+    for row in compare(rows):
         name = Contender(*(row[field] for field in Contender._fields)).name
         is_base = row["p"] is None
         lines.append(
@@ -209,11 +210,12 @@ def main() -> None:
             if any(about.items() <= row.items() for row in rows):
                 continue
             rows.append({"task": task} | measure(contender, tuning, final))
+            rows = compare(rows)
             report = {"machine": machine(), "versions": versions(), "rows": rows}
             arguments.output.write_text(json.dumps(report, indent=1) + "\n")
             print(table(rows).splitlines()[-1], flush=True)
     settings = {"margin": MARGIN, "steps": STEPS, "learning_rates": LEARNING_RATES}
-    publish(arguments.output, table(rows), rows, **settings, summary=summary(rows))
+    publish(arguments.output, table(rows), compare(rows), **settings)
 
 
 if __name__ == "__main__":
