@@ -63,7 +63,7 @@ def variants(rates: list[float], layer_rates: list[float]) -> list[Variant]:
     for rate in layer_rates:
         whole = policy(1.0, layer_rate=rate)
         found.append(Variant(f"whole layers {rate}", whole, True, changes=True))
-    one = policy(0.0, layer_choice="one", other_layers="frozen")
+    one = policy(0.0, layer_choice="exact", other_layers="frozen")
     found.append(Variant("one layer, others frozen", one, True, changes=True))
     return found
 

@@ -14,7 +14,7 @@ layer, so the number of operations does not grow with the depth of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -60,15 +60,32 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
                 f"window_groups={groups} does not divide the {layer.channels} channels of "
                 f"{layer.path!r}; use a divisor, or exempt the leaf."
             )
-    if policy.layer_choice != "one":
+    depths: dict[str, channels.Leaf] = {}
+    for layer in layout.layers:
+        first = depths.setdefault(block_of(policy, layer), layer)
+        if first.stack_shape != layer.stack_shape:
+            raise ValueError(
+                f"blocks={policy.blocks!r}: {first.path!r} and {layer.path!r} are in one block but "
+                f"stack {first.stack_shape} and {layer.stack_shape} layers; use a pattern that "
+                "separates them, or the same stack axes for both."
+            )
+    if not layout.partial:
+        channels.check_matches("blocks", policy.blocks, [layer.path for layer in layout.layers])
+    if policy.layer_choice != "exact":
         return
-    paths = {layer.path for layer in layout.layers}
+    total = sum(layer.depth for layer in depths.values())
+    if depths and policy.layers_picked > total:
+        raise ValueError(
+            f"num_layers={policy.num_layers} is more than the {total} layers or blocks of this "
+            "tree; use a smaller number."
+        )
+    paths = set(depths)
     if isinstance(policy.layer_weights, str):
         if layout.partial and paths:
             raise ValueError(
-                "layer_choice='one' picks one layer of the whole model, but this tree is only part "
-                "of it (it has MaskedNodes, or the policy has a root); pass layer_weights as a "
-                f"dict with the path of every layer of the model, such as {{{min(paths)!r}: 1.0}}."
+                "layer_choice='exact' picks from the whole model, but this tree is only part of it "
+                "(it has MaskedNodes, or the policy has a root); pass layer_weights as a dict with "
+                f"the path of every layer of the model, such as {{{min(paths)!r}: 1.0}}."
             )
         return
     weighted = set(dict(policy.layer_weights))
@@ -79,6 +96,15 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
             f"layer_weights has a weight for {path!r}, but the tree has no such layer; its layers "
             f"are {sorted(paths)}."
         )
+
+
+def block_of(policy: Policy, layer: channels.Leaf) -> str:
+    """The path of the block that a layer belongs to, or its own if it is in none."""
+    names = layer.path.split("/")
+    for pattern in policy.blocks:
+        if channels.covers(pattern, layer.path):
+            return "/".join(names[: pattern.count("/") + 1])
+    return layer.path
 
 
 def num_kept(rate: float | jax.Array, size: int) -> int | jax.Array:
@@ -94,15 +120,11 @@ def expected_shares(policy: Policy, layout: channels.Layout) -> dict[str, float 
     layers = sorted(layout.layers, key=lambda layer: (layer.channels, layer.path))
     if not isinstance(policy.rate, float) or not isinstance(policy.layer_rate, float):
         return dict.fromkeys([layer.path for layer in layers])
-    weights = _layer_weights(policy, layers)
     shares: dict[str, float | None] = {}
-    for layer in layers:
-        blocks = policy.window_groups or 1
-        kept = num_kept(policy.rate, layer.channels // blocks)
-        masked = 1.0 - policy.layer_rate * (1.0 - int(kept) * blocks / layer.channels)
-        chance = 1.0
-        if policy.layer_choice == "one":
-            chance = weights[layer.path] / sum(weights.values()) / layer.depth
+    for layer, chance in zip(layers, _chances(policy, layers), strict=True):
+        groups = policy.window_groups or 1
+        kept = num_kept(policy.rate, layer.channels // groups)
+        masked = 1.0 - policy.layer_rate * (1.0 - int(kept) * groups / layer.channels)
         otherwise = 0.0 if policy.freezes_others else 1.0
         shares[layer.path] = chance * masked + (1.0 - chance) * otherwise
     return shares
@@ -134,7 +156,7 @@ def possible_modes(policy: Policy, when_masked: Mode) -> tuple[Mode, ...]:
         modes.add(when_masked)
     if layer_rate < 1.0:
         modes.add(Mode.FULL)
-    if policy.layer_choice == "one":
+    if policy.layer_choice == "exact":
         modes.add(Mode.FROZEN if policy.freezes_others else Mode.FULL)
     return tuple(sorted(modes))
 
@@ -180,14 +202,16 @@ class _Rows(NamedTuple):
       layers: the leaves.
       may_be_masked: which rows may be masked in this step: all, or one.
       chance: for each row, the probability that it may be masked.
-      layer_words: random words of the layers as a whole, shape `(rows, 2)`.
+      mask_words: random words that decide whether a layer is masked, shape `(rows,)`.
+      offset_words: random words for the place of a window, shape `(rows,)`.
       channel_words: random words of their channels, shape `(rows, channels)`; empty for windows.
     """
 
     layers: tuple[channels.Leaf, ...]
     may_be_masked: jax.Array | np.ndarray
     chance: np.ndarray
-    layer_words: jax.Array
+    mask_words: jax.Array
+    offset_words: jax.Array
     channel_words: jax.Array
 
 
@@ -199,11 +223,21 @@ def _draw_groups(policy: Policy, layout: channels.Layout, settings: _Settings) -
     by_width = [tuple(layer for layer in layers if layer.channels == width) for width in widths]
     num_rows = [sum(layer.depth for layer in members) for members in by_width]
     may_be_masked, chance = _choose_layers(policy, layers, settings.key)
+    depths = [layer.depth for layer in layers]
+    keys = _keys_of([layer.path for layer in layers], depths, settings.key)
+    layer_words, channel_words = _random_words(policy, keys, widths, num_rows)
+    mask_words = [words[:, 0] for words in layer_words]
+    if policy.blocks:  # One decision for all layers of a block.
+        keys = _keys_of([block_of(policy, layer) for layer in layers], depths, settings.key)
+        folded = _fold_pairwise(keys, np.zeros(sum(depths), np.uint32))
+        mask_words = _split(jax.random.key_data(folded)[:, 0], num_rows)
     columns = zip(
         by_width,
         _split(may_be_masked, num_rows),
         _split(chance, num_rows),
-        *_random_words(policy, _layer_keys(layers, settings.key), widths, num_rows),
+        mask_words,
+        [words[:, 1] for words in layer_words],
+        channel_words,
         strict=True,
     )
     return [_draw_group(policy, settings, _Rows(*column)) for column in columns]
@@ -231,8 +265,8 @@ class _Kept(NamedTuple):
 
 def _draw_group(policy: Policy, settings: _Settings, rows: _Rows) -> Group:
     width, rate = rows.layers[0].channels, settings.rate
-    kept = _choose_channels(policy, rate, width, rows.layer_words[:, 1], rows.channel_words)
-    masked = rows.may_be_masked & (_uniform(rows.layer_words[:, 0]) < settings.layer_rate)
+    kept = _choose_channels(policy, rate, width, rows.offset_words, rows.channel_words)
+    masked = rows.may_be_masked & (_uniform(rows.mask_words) < settings.layer_rate)
     when_masked, part = masked_mode(policy, rate, width)
     learns_in_full = jnp.asarray(rows.may_be_masked) | (not policy.freezes_others)
     otherwise = jnp.where(learns_in_full, np.int32(Mode.FULL), np.int32(Mode.FROZEN))
@@ -270,11 +304,10 @@ _fold_pairwise = jax.vmap(jax.random.fold_in)  # Folds one number into each key.
 _fold_many = jax.vmap(jax.random.fold_in, in_axes=(None, 0))  # Folds many numbers into one key.
 
 
-def _layer_keys(layers: Sequence[channels.Leaf], step_key: jax.Array) -> jax.Array:
-    """One key for each layer and stack index, in the order of the layers."""
-    depths = [layer.depth for layer in layers]
-    ids = np.repeat(np.array([channels.layer_id(x.path) for x in layers], np.uint32), depths)
-    return _fold_pairwise(_fold_many(step_key, ids), _stack_index(depths))
+def _keys_of(paths: Sequence[str], depths: Sequence[int], key: jax.Array) -> jax.Array:
+    """One key for each path and stack index."""
+    ids = np.repeat(np.array([channels.layer_id(path) for path in paths], np.uint32), depths)
+    return _fold_pairwise(_fold_many(key, ids), _stack_index(depths))
 
 
 def _stack_index(depths: Sequence[int]) -> np.ndarray:
@@ -316,32 +349,68 @@ def _choose_layers(
     policy: Policy, layers: Sequence[channels.Leaf], step_key: jax.Array
 ) -> tuple[jax.Array | np.ndarray, np.ndarray]:
     """Which rows may be masked in this step, and the probability of each; shape `(rows,)`."""
-    depths = np.array([layer.depth for layer in layers])
+    depths = [layer.depth for layer in layers]
     if policy.layer_choice == "bernoulli":
-        return np.ones(depths.sum(), bool), np.ones(depths.sum(), np.float32)
+        return np.ones(sum(depths), bool), np.ones(sum(depths), np.float32)
 
-    weights = _layer_weights(policy, layers)
-    paths = sorted(weights)
-    probabilities = np.array([weights[path] for path in paths]) / sum(weights.values())
+    blocks = {block_of(policy, layer): layer.depth for layer in layers}
+    paths = sorted(blocks)
     # Canonical paths have no empty parts, so no layer has this one.
     pick_key = jax.random.fold_in(step_key, channels.layer_id("//layer_choice"))
+    if policy.layers_picked == 1:
+        is_picked = _pick_one(policy, layers, blocks, pick_key)
+    else:
+        keys = _keys_of(paths, [blocks[path] for path in paths], pick_key)
+        words = jax.random.key_data(keys)[:, 0]
+        is_picked = _smallest(words[None], policy.layers_picked)[0]
+    # The rows of `is_picked` are those of the blocks, in the order of `paths`.
+    first = np.cumsum([0, *(blocks[path] for path in paths)])
+    position = np.repeat([paths.index(block_of(policy, layer)) for layer in layers], depths)
+    rows = first[position] + _stack_index(depths)
+    return is_picked[rows], np.repeat(_chances(policy, layers), depths).astype(np.float32)
+
+
+def _pick_one(
+    policy: Policy, layers: Sequence[channels.Leaf], blocks: Mapping[str, int], pick_key: jax.Array
+) -> jax.Array:
+    """Marks one row of the blocks, which are sorted by path."""
+    weights = _layer_weights(policy, layers)
+    paths = sorted(weights)
+    depths = [blocks.get(path, 0) for path in paths]  # Other parts of the model have weights too.
+    probabilities = np.array([weights[path] for path in paths]) / sum(weights.values())
     layer_word, stack_word = jax.random.key_data(pick_key)
     bounds = np.cumsum(probabilities)[:-1].astype(np.float32)
     picked = jnp.sum(_uniform(layer_word) >= bounds)
-    position = np.repeat([paths.index(layer.path) for layer in layers], depths)
+    position = np.repeat(np.arange(len(paths)), depths)
     # Within a stack, every index is equally likely.
-    depth = np.repeat(depths, depths)
-    is_picked_index = _stack_index(depths.tolist()) == stack_word % depth.astype(np.uint32)
-    chance = probabilities[position] / depth
-    return (picked == position) & is_picked_index, chance.astype(np.float32)
+    depth = np.repeat(depths, depths).astype(np.uint32)
+    return (picked == position) & (_stack_index(depths) == stack_word % depth)
+
+
+def _chances(policy: Policy, layers: Sequence[channels.Leaf]) -> list[float]:
+    """For each layer, the probability that it is among those that may be masked."""
+    if policy.layer_choice == "bernoulli":
+        return [1.0] * len(layers)
+    if policy.layers_picked > 1:
+        blocks = {block_of(policy, layer): layer.depth for layer in layers}
+        return [policy.layers_picked / sum(blocks.values())] * len(layers)
+    weights = _layer_weights(policy, layers)
+    total = sum(weights.values())
+    return [weights[block_of(policy, layer)] / total / layer.depth for layer in layers]
 
 
 def _layer_weights(policy: Policy, layers: Sequence[channels.Leaf]) -> dict[str, float]:
-    if policy.layer_weights == "uniform":
-        return {layer.path: float(layer.depth) for layer in layers}
-    if policy.layer_weights == "size":
-        return {layer.path: float(layer.size) for layer in layers}
-    return dict(policy.layer_weights)
+    """The weight of each block, by path."""
+    if not isinstance(policy.layer_weights, str):
+        return dict(policy.layer_weights)
+    weights: dict[str, float] = {}
+    for layer in layers:
+        path = block_of(policy, layer)
+        if policy.layer_weights == "size":
+            weights[path] = weights.get(path, 0.0) + float(layer.size)
+        else:
+            weights[path] = float(layer.depth)
+    return weights
 
 
 def _choose_channels(

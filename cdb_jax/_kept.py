@@ -150,9 +150,9 @@ def check_same_size(policy: Policy) -> None:
             'policy: channel_choice="bernoulli" keeps a different number of channels in every '
             'selection; use "window" or "exact".'
         )
-    if policy.layer_choice == "one" and not policy.freezes_others:
+    if policy.layer_choice == "exact" and not policy.freezes_others:
         raise ValueError(
-            'policy: layer_choice="one" with other_layers="full" lets all other layers learn, so '
+            'policy: layer_choice="exact" with other_layers="full" lets all other layers learn, so '
             'they need full optimizer state; use other_layers="frozen".'
         )
 
@@ -172,10 +172,13 @@ class KeptPart:
     places: Mapping[str, Place]
 
     @classmethod
-    def of(cls, layout: channels.Layout, groups: Sequence[Group]) -> KeptPart:
-        """The part that the groups of a selection keep."""
+    def of(cls, layout: channels.Layout, groups: Sequence[Group], most: int) -> KeptPart:
+        """The part that the groups of a selection keep.
+
+        If others are frozen, at most so many layers of a stack learn in one step.
+        """
         group_of = {layer.path: group for group in groups for layer in group.layers}
-        cuts = tuple(_cut(leaf, group_of.get(leaf.source)) for leaf in layout.leaves)
+        cuts = tuple(_cut(leaf, group_of.get(leaf.source), most) for leaf in layout.leaves)
         return cls(layout, cuts, _places(cuts, groups))
 
     @property
@@ -253,13 +256,14 @@ class KeptPart:
         return jax.tree.unflatten(jax.tree.structure(tree), whole)
 
 
-def _cut(leaf: channels.Leaf, group: Group | None) -> Cut:
+def _cut(leaf: channels.Leaf, group: Group | None, most: int) -> Cut:
+    """The cut of a leaf, if at most so many layers of a stack learn in one step."""
     if group is None or group.modes == (Mode.FULL,):
         return Cut(leaf)
     if group.modes == (Mode.FROZEN,):
         return Cut(leaf, is_frozen=True)
-    may_rest = Mode.FROZEN in group.modes  # Then one layer of the whole tree learns.
-    layers = Part(1, leaf.depth, 1, contiguous=False) if may_rest and leaf.depth > 1 else None
+    may_rest = Mode.FROZEN in group.modes
+    layers = Part(1, leaf.depth, most, contiguous=False) if may_rest and leaf.depth > most else None
     part = group.part if Mode.PARTIAL in group.modes else None
     return Cut(leaf, part, layers, may_rest)
 
@@ -278,7 +282,8 @@ def _places(cuts: Sequence[Cut], groups: Sequence[Group]) -> dict[str, Place]:
         if cut.may_rest:
             learns = (modes[layer] != Mode.FROZEN).astype(jnp.int32).reshape(-1)
         if cut.layers and learns is not None:
-            indices = jnp.argmax(learns, keepdims=True).astype(jnp.int32)
+            first = jnp.argsort(learns, descending=True, stable=True)[: cut.layers.kept]
+            indices = jnp.sort(first).astype(jnp.int32)
             learns = learns[indices]
             if chosen is not None:
                 stack = cut.layers.shape(cut.leaf.stack_shape, range(len(cut.leaf.stack)))

@@ -67,8 +67,8 @@ def compact(
         inside it.
       policy: a `Policy` that keeps the same number of channels in every step: a rate that is a
         Python number, `layer_rate=1`, and `channel_choice` "window" or "exact". With
-        `layer_choice="one"` and `other_layers="frozen"`, a leaf that stacks layers has state for
-        one of them; a leaf that is a single layer has full state.
+        `layer_choice="exact"` and `other_layers="frozen"`, a leaf that stacks layers has state for
+        as many of them as can learn at once; a leaf that is a single layer has full state.
       on_switch: what happens when other channels are selected. "reset" starts the optimizer again:
         all moments, and the count of their bias correction. "carry" keeps them for the channels
         that are kept again; new channels start from zero. The counts of schedules always go on.
@@ -86,15 +86,15 @@ def compact(
       >>> import cdb_jax, jax, jax.numpy as jnp, optax
       >>> params = {"dense": {"kernel": jnp.zeros((2, 4)), "bias": jnp.zeros(4)}}
       >>> policy = cdb_jax.Policy(0.75, key=0, channel_choice="window", hold=100)
-      >>> tx = cdb_jax.compact(optax.adam(0.1), policy)
+      >>> tx = cdb_jax.compact(optax.sgd(0.1, momentum=0.9), policy)
       >>> state = tx.init(params)
-      >>> jax.tree.map(jnp.shape, state.inner_state[0].mu)
+      >>> jax.tree.map(jnp.shape, state.inner_state[0].trace)
       {'dense': {'bias': (4,), 'kernel': (2, 1)}}
       >>> gradients = jax.tree.map(jnp.ones_like, params)
       >>> updates, state = tx.update(gradients, state, params)
       >>> updates["dense"]["kernel"]
-      Array([[-0. , -0. , -0.1, -0. ],
-             [-0. , -0. , -0.1, -0. ]], dtype=float32)
+      Array([[-0. , -0.1, -0. , -0. ],
+             [-0. , -0.1, -0. , -0. ]], dtype=float32)
 
     References:
       BAdam, which resets the state of a block of parameters, `arXiv 2404.02827
@@ -115,7 +115,7 @@ def compact(
             return CompactState(count, fraction, jnp.zeros(0, jnp.int32), inner.init(params))
         layout = policy.layout(params)
         groups, _, _ = _draw(layout, policy, count)
-        part = KeptPart.of(layout, groups)
+        part = KeptPart.of(layout, groups, policy.layers_picked)
         return CompactState(count, fraction, part.held, inner.init(part.take(params)))
 
     def update_fn(
@@ -132,7 +132,7 @@ def compact(
         channels.check_parameters(whole, params, policy.root)
         layout, source = layout_and_source(policy, selection, whole)
         groups, count, fraction = _draw(layout, source, state.count)
-        part = KeptPart.of(layout, groups)
+        part = KeptPart.of(layout, groups, policy.layers_picked)
         gradients = part.mask(updates if is_compact else part.take(updates))
         kept_params = None if params is None else part.take(params)
         if is_compact:

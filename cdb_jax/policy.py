@@ -26,14 +26,14 @@ from cdb_jax.selection import Selection
 
 Rate = float | jax.typing.ArrayLike | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 Key = int | tuple[int, int] | jax.typing.ArrayLike
-LayerChoice = Literal["bernoulli", "one"]
+LayerChoice = Literal["bernoulli", "exact"]
 LayerWeights = Literal["uniform", "size"] | Mapping[str, float] | tuple[tuple[str, float], ...]
 OtherLayers = Literal["full", "frozen"]
 ChannelChoice = Literal["bernoulli", "exact", "window"]
 Rescale = Literal["none", "expected", "realized"]
 
 _CHOICES = {
-    "layer_choice": ("bernoulli", "one"),
+    "layer_choice": ("bernoulli", "exact"),
     "other_layers": ("full", "frozen"),
     "channel_choice": ("bernoulli", "exact", "window"),
     "rescale": ("none", "expected", "realized"),
@@ -65,12 +65,16 @@ class Policy:
         leaf alone; or a rule `(path, leaf)` that returns one of these.
       layer_rate: probability that a layer is masked in a step: a number, a schedule or a scalar
         array. The other layers learn in full.
-      layer_choice: "bernoulli" decides for each layer independently; "one" picks one layer per step
-        (Algorithm 1 of the paper) and masks it with probability `layer_rate`.
-      layer_weights: how "one" picks the layer: "uniform", "size" (in proportion to the number of
-        parameters), or a dict from path to weight.
-      other_layers: with "one", whether the other layers learn in "full" or are "frozen", together
+      layer_choice: "bernoulli" decides for each layer independently; "exact" picks `num_layers`
+        layers per step and masks each with probability `layer_rate`.
+      num_layers: how many layers "exact" picks. By default one, as in Algorithm 1 of the paper.
+      layer_weights: how "exact" picks a single layer: "uniform", "size" (in proportion to the
+        number of parameters), or a dict from path to weight.
+      other_layers: with "exact", whether the other layers learn in "full" or are "frozen", together
         with every leaf that is not `exempt`, including biases and normalisation.
+      blocks: path patterns of blocks, such as `("encoder/layers/*",)`. The layers of a block are
+        masked or picked together, as if they were one layer; so are those with the same index in a
+        block that stacks layers.
       channel_choice: how the channels of a masked layer are chosen. "bernoulli" decides for each
         channel independently; "exact" keeps a fixed number k of channels, and all subsets are
         equally likely; "window" keeps a contiguous block of k that wraps around. Here
@@ -119,8 +123,10 @@ class Policy:
     channel_axes: channels.ChannelAxes = channels.output_channels
     layer_rate: Rate = 1.0
     layer_choice: LayerChoice = "bernoulli"
+    num_layers: int | None = None
     layer_weights: LayerWeights = "uniform"
     other_layers: OtherLayers = "full"
+    blocks: tuple[str, ...] = ()
     channel_choice: ChannelChoice = "bernoulli"
     window_groups: int | None = None
     rescale: Rescale = "none"
@@ -143,7 +149,9 @@ class Policy:
             layer_rate=check_rate("layer_rate", self.layer_rate),
             key=check_policy_key(self.key),
             layer_weights=_check_weights(self.layer_weights),
-            window_groups=_check_groups(self.window_groups),
+            num_layers=_check_static_int("num_layers", self.num_layers),
+            window_groups=_check_static_int("window_groups", self.window_groups),
+            blocks=check_patterns("blocks", self.blocks),
             exempt=check_patterns("exempt", self.exempt),
             only=None if self.only is None else check_patterns("only", self.only),
             hold=_check_hold(self.hold),
@@ -169,8 +177,9 @@ class Policy:
                 "channels; use channel_axes=output_channels or share_with_bias=False."
             )
         needs = (
-            ("layer_weights", "uniform", "layer_choice", "one"),
-            ("other_layers", "full", "layer_choice", "one"),
+            ("layer_weights", "uniform", "layer_choice", "exact"),
+            ("other_layers", "full", "layer_choice", "exact"),
+            ("num_layers", None, "layer_choice", "exact"),
             ("window_groups", None, "channel_choice", "window"),
         )
         for name, default, choice, needed in needs:
@@ -179,6 +188,11 @@ class Policy:
                     f"{name}={getattr(self, name)!r} needs {choice}={needed!r}, got "
                     f"{choice}={getattr(self, choice)!r}."
                 )
+        if self.layers_picked > 1 and self.layer_weights != "uniform":
+            raise ValueError(
+                f"layer_weights={self.layer_weights!r} picks a single layer, got num_layers="
+                f"{self.num_layers}; use layer_weights='uniform'."
+            )
 
     def select(self, params: Any, step: jax.typing.ArrayLike) -> Selection:
         """Draws which channels learn in a step.
@@ -217,9 +231,14 @@ class Policy:
         )
 
     @property
+    def layers_picked(self) -> int:
+        """How many layers or blocks "exact" picks."""
+        return self.num_layers or 1
+
+    @property
     def freezes_others(self) -> bool:
-        """Whether only one layer and the exempt leaves learn in a step."""
-        return self.layer_choice == "one" and self.other_layers == "frozen"
+        """Whether only the layers that are picked and the exempt leaves learn in a step."""
+        return self.layer_choice == "exact" and self.other_layers == "frozen"
 
     @property
     def drops_nothing(self) -> bool:
@@ -285,13 +304,13 @@ def _check_weights(weights: Any) -> LayerWeights:
     return tuple((path, float(weight)) for path, weight in pairs)
 
 
-def _check_groups(groups: Any) -> int | None:
-    if isinstance(groups, jax.Array):
+def _check_static_int(name: str, value: Any) -> int | None:
+    if isinstance(value, jax.Array):
         raise TypeError(
-            "window_groups must be static, got an array; under inject_hyperparams, list "
-            'it in static_args=("window_groups",).'
+            f"{name} must be static, got an array; under inject_hyperparams, list it in "
+            f'static_args=("{name}",).'
         )
-    return None if groups is None else check_positive("window_groups", groups)
+    return None if value is None else check_positive(name, value)
 
 
 def _check_hold(hold: Any) -> int | jax.Array:

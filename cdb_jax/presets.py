@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from cdb_jax import channels
-from cdb_jax._checks import check_positive, check_rate
+from cdb_jax._checks import check_patterns, check_positive, check_rate
 from cdb_jax.policy import ChannelChoice, Key, LayerWeights, OtherLayers, Policy, Rate
 
 Value = float | jax.typing.ArrayLike | Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
@@ -144,16 +144,11 @@ def layer_drop_back(
     """
     check_positive("every", every)
     layer_rate = check_rate("layer_rate", layer_rate)
-    if stack is not None and not isinstance(stack, Mapping):
-        raise TypeError(f"stack must be a dict from path to axes, got {stack!r}.")
-
     schedule = every_nth_epoch(layer_rate, 0.0, steps_per_epoch=steps_per_epoch, n=every)
-    whole = channels.Axes(())
-    stacked = {path: channels.Axes((), axes) for path, axes in (stack or {}).items()}
     return Policy(
         1.0,
         key=key,
-        channel_axes={"": whole, **stacked} if stacked else whole,
+        channel_axes=_whole_layers(stack),
         layer_rate=schedule,
         channel_choice="window",  # Draws nothing for the channels.
         exempt=exempt,
@@ -239,6 +234,113 @@ def skip_update(rate: Rate = 0.5, *, key: Key, exempt: tuple[str, ...] = ()) -> 
     return Policy(rate, key=key, rescale="expected", exempt=exempt)
 
 
+def lisa(
+    *,
+    key: Key,
+    exempt: tuple[str, ...],
+    blocks: tuple[str, ...] = (),
+    stack: Mapping[str, int | tuple[int, ...]] | None = None,
+    num_layers: int = 2,
+    hold: int = 100,
+) -> Policy:
+    """A few random blocks learn for some steps; embeddings and head always learn, as in LISA.
+
+    Pass it to `compact` to keep optimizer state for these blocks only, and to `value_and_grad` to
+    compute no other weight gradients. Only blocks that are stacked (scanned) save state: unrolled
+    blocks have separate leaves, any of which may be picked, so each has full state.
+
+    The paper picks blocks at random and keeps embeddings and head on. We could not confirm how many
+    blocks it picks, and for how many steps: `num_layers` and `hold` are examples to start from.
+
+    Args:
+      key: as in `Policy`.
+      exempt: path patterns of leaves that always learn, such as `("embed", "head")`.
+      blocks: path patterns of unrolled blocks, such as `("blocks/*",)`.
+      stack: a dict from the path of stacked blocks to their stack axes, such as `{"blocks": 0}`.
+      num_layers: number of blocks that learn at a time.
+      hold: number of steps for which they learn.
+
+    Returns:
+      A `Policy`.
+
+    Raises:
+      ValueError: if neither `blocks` nor `stack` is given.
+
+    Examples:
+      >>> import cdb_jax, jax, jax.numpy as jnp, optax
+      >>> blocks, head = {"kernel": jnp.ones((12, 4, 4))}, {"kernel": jnp.ones((4, 2))}
+      >>> params = {"blocks": blocks, "head": head}
+      >>> policy = cdb_jax.presets.lisa(key=0, exempt=("head",), stack={"blocks": 0})
+      >>> state = cdb_jax.compact(optax.adamw(1e-3), policy).init(params)
+      >>> jax.tree.map(jnp.shape, state.inner_state[0].mu)
+      {'blocks': {'kernel': (2, 4, 4)}, 'head': {'kernel': (4, 2)}}
+
+    References:
+      LISA, `arXiv 2403.17919 <https://arxiv.org/abs/2403.17919>`_.
+    """
+    channel_axes = _whole_layers(stack)
+    blocks = (*check_patterns("blocks", blocks), *(stack or {}))
+    if not blocks:
+        raise ValueError(
+            "blocks and stack are empty, so there are no blocks to pick from; pass "
+            "blocks=('blocks/*',) for unrolled blocks or stack={'blocks': 0} for stacked ones."
+        )
+    return Policy(
+        0.0,
+        key=key,
+        channel_axes=channel_axes,
+        layer_choice="exact",
+        num_layers=num_layers,
+        other_layers="frozen",
+        blocks=blocks,
+        exempt=exempt,
+        hold=hold,
+    )
+
+
+def badam(
+    *,
+    key: Key,
+    exempt: tuple[str, ...] = (),
+    blocks: tuple[str, ...] = (),
+    stack: Mapping[str, int | tuple[int, ...]] | None = None,
+    hold: int = 100,
+) -> Policy:
+    """One block learns at a time, as in BAdam; with `compact`, only it has optimizer state.
+
+    Like `lisa` with a single block. Leaves outside of the blocks, such as embeddings and the head,
+    are blocks too unless they are `exempt`. Use `compact(optimizer, policy)`, which starts the
+    optimizer again at each switch. Blocks are drawn independently; we could not confirm the order
+    and the number of steps of the paper.
+
+    Args:
+      key, blocks, stack: as in `lisa`.
+      exempt: path patterns of leaves that always learn.
+      hold: number of steps for which a block learns.
+
+    Returns:
+      A `Policy`.
+
+    Examples:
+      >>> import cdb_jax, optax
+      >>> policy = cdb_jax.presets.badam(key=0, stack={"blocks": 0}, hold=50)
+      >>> tx = cdb_jax.compact(optax.adamw(1e-3), policy)
+
+    References:
+      BAdam, `arXiv 2404.02827 <https://arxiv.org/abs/2404.02827>`_.
+    """
+    return lisa(key=key, exempt=exempt, blocks=blocks, stack=stack, num_layers=1, hold=hold)
+
+
+def _whole_layers(stack: Mapping[str, int | tuple[int, ...]] | None) -> channels.ChannelAxes:
+    """Every leaf as one channel, or one for each index of a stack."""
+    if stack is not None and not isinstance(stack, Mapping):
+        raise TypeError(f"stack must be a dict from path to axes, got {stack!r}.")
+    whole = channels.Axes(())
+    stacked = {path: channels.Axes((), axes) for path, axes in (stack or {}).items()}
+    return {"": whole, **stacked} if stacked else whole
+
+
 def algorithm_1(
     rate: Rate,
     *,
@@ -270,7 +372,7 @@ def algorithm_1(
       >>> import cdb_jax
       >>> policy = cdb_jax.presets.algorithm_1(0.5, key=0, other_layers="frozen")
       >>> policy.layer_choice, policy.channel_choice
-      ('one', 'bernoulli')
+      ('exact', 'bernoulli')
 
     References:
       ChannelDropBack, `arXiv 2411.10891 <https://arxiv.org/abs/2411.10891>`_, Algorithm 1.
@@ -278,7 +380,7 @@ def algorithm_1(
     return Policy(
         rate,
         key=key,
-        layer_choice="one",
+        layer_choice="exact",
         layer_weights=layer_weights,
         other_layers=other_layers,
         channel_choice=channel_choice,

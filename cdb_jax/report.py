@@ -81,11 +81,10 @@ def _line(noun: str, amount: Amount, unit: str, function: str) -> str:
 
 def _readable(number: float) -> str:
     """Three digits and the prefix of a unit, such as 24.3 M."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if number < 999.5:
-            break
-        number /= 1000
-    return f"{number:.3g} {prefix}"
+    prefixes = ["", "k", "M", "G", "T"]
+    while number >= 999.5 and len(prefixes) > 1:
+        number, prefixes = number / 1000, prefixes[1:]
+    return f"{number:.3g} {prefixes[0]}"
 
 
 class ChannelReport(NamedTuple):
@@ -259,7 +258,10 @@ def _summary(layout: channels.Layout, policy: Policy) -> str:
         str(x) if isinstance(x, float) else "scheduled" if callable(x) else "an array"
         for x in (policy.rate, policy.layer_rate)
     )
-    which = "one layer a step, " if policy.layer_choice == "one" else ""
+    which = ""
+    if policy.layer_choice == "exact":
+        nouns = ("block" if policy.blocks else "layer") + "s" * (policy.layers_picked > 1)
+        which = f"{policy.layers_picked} {nouns} a step, "
     noun = "layer" if layers == 1 else "layers"
     return (
         f"{layers} {noun}, {100 * droppable / max(total, 1):.1f} % of "

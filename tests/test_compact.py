@@ -217,7 +217,7 @@ STACKED = {
 def test_one_layer_of_a_stack(rate):
     policy = window(
         rate,
-        layer_choice="one",
+        layer_choice="exact",
         other_layers="frozen",
         channel_axes={"blocks": {"kernel": Axes(-1, stack=0), "scale": None}, "head": -1},
         exempt=("head",),
@@ -239,7 +239,7 @@ def test_one_layer_of_a_stack(rate):
 
 
 def test_one_of_several_leaves_has_the_state_of_all():
-    policy = window(0.0, layer_choice="one", other_layers="frozen")
+    policy = window(0.0, layer_choice="exact", other_layers="frozen")
     history = run(compact(optax.adamw(0.1), policy), steps=20)
     state = history[0][1].inner_state[0].mu
     assert state["dense"]["kernel"].shape == SHAPES["dense"]["kernel"]
@@ -273,8 +273,8 @@ def test_frozen_layers_have_no_state():
         window(),
         window(channel_choice="exact", channel_axes=cdb_jax.input_channels),
         window(share_with_bias=True),
-        window(0.0, layer_choice="one", other_layers="frozen"),
-        window(0.5, layer_choice="one", other_layers="frozen", exempt=("second",)),
+        window(0.0, layer_choice="exact", other_layers="frozen"),
+        window(0.5, layer_choice="exact", other_layers="frozen", exempt=("second",)),
     ],
 )
 def test_the_same_step_with_skipping(policy):
@@ -568,7 +568,7 @@ def test_gradient_and_state_take_the_memory_of_what_is_kept(rate):
             "channel_choice.*bernoulli",
         ),
         (
-            lambda: compact(optax.sgd(0.1), window(layer_choice="one")),
+            lambda: compact(optax.sgd(0.1), window(layer_choice="exact")),
             ValueError,
             "other_layers.*frozen",
         ),

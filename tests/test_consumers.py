@@ -181,7 +181,7 @@ def test_it_is_an_argument_of_shard_map():
 
 
 def test_modes():
-    one = policy(layer_choice="one", other_layers="frozen").select(PARAMS, 0)
+    one = policy(layer_choice="exact", other_layers="frozen").select(PARAMS, 0)
     assert sorted(one.modes) == ["first/bias", "first/kernel", "second/kernel"]
     counts = {mode: list(map(int, one.modes.values())).count(mode) for mode in cdb_jax.Mode}
     assert counts == {cdb_jax.Mode.FROZEN: 2, cdb_jax.Mode.PARTIAL: 1, cdb_jax.Mode.FULL: 0}
@@ -199,7 +199,7 @@ def test_only_is_the_opposite_of_exempt():
     assert set(both.factors) == {"first/kernel"}
     report = cdb_jax.channel_report(PARAMS, policy(only=("second",)))
     assert {row.path: row.note for row in report.rows}["first/kernel"] == "not in `only`"
-    frozen = policy(only=("first",), layer_choice="one", other_layers="frozen")
+    frozen = policy(only=("first",), layer_choice="exact", other_layers="frozen")
     assert not np.any(frozen.select(PARAMS, 0).mask(PARAMS)["second"]["kernel"])
 
 

@@ -108,7 +108,7 @@ def test_every_layer_reads_the_draw_and_none_repeats_it(name):
     """The CPU compiler would fuse the draw into whatever reads it, all of it for every layer."""
     policy = {
         "whole": cdb_jax.Policy(1.0, key=0, layer_rate=0.5),
-        "one": cdb_jax.Policy(0.0, key=0, layer_choice="one", other_layers="frozen"),
+        "one": cdb_jax.Policy(0.0, key=0, layer_choice="exact", other_layers="frozen"),
     }[name]
 
     def deep_loss(params, x):

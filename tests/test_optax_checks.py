@@ -24,7 +24,7 @@ POLICY = cdb_jax.Policy(0.5, key=0, channel_choice="window", channel_axes=last_a
 POLICIES = {
     "window": POLICY,
     "one": cdb_jax.Policy(
-        0.5, key=0, layer_choice="one", channel_choice="exact", channel_axes=last_axis
+        0.5, key=0, layer_choice="exact", channel_choice="exact", channel_axes=last_axis
     ),
 }
 

@@ -41,28 +41,31 @@ AT_CONSTRUCTION = {
     "channel_choice": (dict(channel_choice="block"), "channel_choice must be one of.*'block'"),
     "rescale": (dict(rescale=True), "rescale must be one of.*True"),
     "other_layers": (
-        dict(layer_choice="one", other_layers="still"),
+        dict(layer_choice="exact", other_layers="still"),
         "other_layers must be one of.*'still'",
     ),
     "other_layers alone": (
         dict(other_layers="frozen"),
-        "other_layers='frozen'.*layer_choice='one'",
+        "other_layers='frozen'.*layer_choice='exact'",
     ),
-    "layer_weights alone": (dict(layer_weights="size"), "layer_weights='size'.*layer_choice='one'"),
+    "layer_weights alone": (
+        dict(layer_weights="size"),
+        "layer_weights='size'.*layer_choice",
+    ),
     "layer_weights name": (
-        dict(layer_choice="one", layer_weights="sizes"),
+        dict(layer_choice="exact", layer_weights="sizes"),
         "layer_weights must be one of.*'sizes'",
     ),
     "layer_weights number": (
-        dict(layer_choice="one", layer_weights=3),
+        dict(layer_choice="exact", layer_weights=3),
         "layer_weights must be 'uniform', 'size' or a dict.*3",
     ),
     "negative weight": (
-        dict(layer_choice="one", layer_weights={"a": -1.0}),
+        dict(layer_choice="exact", layer_weights={"a": -1.0}),
         r"layer_weights\['a'\].*-1.0",
     ),
     "no weight": (
-        dict(layer_choice="one", layer_weights={"a": 0.0}),
+        dict(layer_choice="exact", layer_weights={"a": 0.0}),
         "layer_weights must have a positive sum",
     ),
     "window_groups alone": (dict(window_groups=2), "window_groups=2.*channel_choice='window'"),
@@ -138,18 +141,18 @@ ON_A_TREE = {
     ),
     "weights too few": (
         DENSE,
-        dict(layer_choice="one", layer_weights={"other/kernel": 1.0}),
+        dict(layer_choice="exact", layer_weights={"other/kernel": 1.0}),
         "no weight for the layer 'dense/kernel'",
     ),
     "weights too many": (
         DENSE,
-        dict(layer_choice="one", layer_weights={"dense/kernel": 1.0, "head/kernel": 1.0}),
+        dict(layer_choice="exact", layer_weights={"dense/kernel": 1.0, "head/kernel": 1.0}),
         "weight for 'head/kernel'",
     ),
     "one layer of a part": (
         DENSE | {"head": optax.MaskedNode()},
-        dict(layer_choice="one"),
-        "layer_choice='one' picks one layer of the whole model",
+        dict(layer_choice="exact"),
+        "layer_choice='exact' picks from the whole model",
     ),
     "schedule of percents": (
         DENSE,
@@ -238,7 +241,7 @@ def test_other_keys_differ_and_policies_can_be_changed():
     keys = [1, 2**32, jax.random.key(7, impl="rbg"), jax.random.key(8, impl="unsafe_rbg")]
     words = {Policy(0.3, key=key).key for key in keys}
     assert len(words) == len(keys)
-    policy = Policy(0.3, key=keys[2], layer_choice="one", layer_weights={"b": 1, "a": 2})
+    policy = Policy(0.3, key=keys[2], layer_choice="exact", layer_weights={"b": 1, "a": 2})
     assert dataclasses.replace(policy, rate=0.3) == policy
     assert hash(policy) == hash(dataclasses.replace(policy))
 

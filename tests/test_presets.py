@@ -120,6 +120,17 @@ def test_mistakes(settings, message):
         layer_drop_back(**settings)
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize("preset", [cdb_jax.presets.lisa, cdb_jax.presets.badam])
+def test_mistakes_about_blocks(preset):
+    with pytest.raises(ValueError, match="blocks and stack are empty"):
+        preset(key=0, exempt=())
+    with pytest.raises(TypeError, match="stack must be a dict.*0"):
+        preset(key=0, exempt=(), stack=0)
+    with pytest.raises(TypeError, match="blocks must be a tuple"):
+        preset(key=0, exempt=(), blocks="blocks/*")
+
+
 def test_stacks_that_are_not_there():
     policy = layer_drop_back(stack={"layers": 0})
     with pytest.raises(ValueError, match="channel_axes.*'layers'"):

@@ -124,7 +124,7 @@ def test_factors_are_finite_and_shaped(rate, layer_rate, width, choice, rescale,
 def test_one_layer_a_step():
     tree = {name: dense(2, 6) for name in "abc"}
     weights = {"a/kernel": 1.0, "b/kernel": 2.0, "c/kernel": 5.0}
-    policy = Policy(0.5, key=6, layer_choice="one", layer_weights=weights, channel_choice="exact")
+    policy = Policy(0.5, key=6, layer_choice="exact", layer_weights=weights, channel_choice="exact")
     selection = draws(policy, tree)
     masked = np.stack([(selection[path] == 0).any(axis=1) for path in sorted(weights)], axis=1)
     assert (masked.sum(axis=1) == 1).all()
@@ -135,7 +135,7 @@ def test_one_layer_a_step():
 @pytest.mark.parametrize("others", ["full", "frozen"])
 def test_the_expected_update_of_whole_layers_is_unbiased(others):
     tree = {name: dense(2, 6) for name in "ab"}
-    settings = dict(layer_rate=0.5, layer_choice="one", other_layers=others, rescale="expected")
+    settings = dict(layer_rate=0.5, layer_choice="exact", other_layers=others, rescale="expected")
     factors = draws(Policy(1.0, key=0, **settings), tree)["a/kernel"][:, :1]
     assert_rate(factors > 0, learns := 0.75 if others == "full" else 0.25)
     np.testing.assert_allclose(factors.max(), 1 / learns, rtol=1e-6)
@@ -144,7 +144,7 @@ def test_the_expected_update_of_whole_layers_is_unbiased(others):
 def test_one_layer_of_a_part_is_the_one_of_the_whole():
     tree = {name: dense(2, 6) for name in "abc"}
     weights = {f"{name}/kernel": 1.0 for name in "abc"}
-    policy = Policy(0.5, key=6, layer_choice="one", layer_weights=weights)
+    policy = Policy(0.5, key=6, layer_choice="exact", layer_weights=weights)
     part = tree | {"b": optax.MaskedNode()}
     whole, some = draws(policy, tree, 200), draws(policy, part, 200)
     for path, factors in some.items():

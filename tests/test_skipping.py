@@ -60,7 +60,7 @@ def test_higher_derivatives():
 @pytest.mark.parametrize("one", [False, True])
 def test_adding_it_to_a_loop_changes_the_time_alone(rescale, one):
     """With `channel_drop_back` and `freeze_dropped` in the loop, for every rescaling."""
-    settings = dict(layer_choice="one", other_layers="frozen") if one else {}
+    settings = dict(layer_choice="exact", other_layers="frozen") if one else {}
     policy = window(rescale=rescale, layer_rate=0.7, **settings)
     x = normal(9, 8, 64)
     drop = cdb_jax.channel_drop_back(policy)
@@ -103,7 +103,7 @@ def test_gradient_accumulation_shares_the_selection():
 
 
 def test_no_tracer_leaks_and_no_host_sync():
-    policy, x = window(layer_choice="one", other_layers="frozen"), normal(9, 8, 64)
+    policy, x = window(layer_choice="exact", other_layers="frozen"), normal(9, 8, 64)
     with jax.checking_leaks():
         step = jax.jit(drawn.value_and_grad(lambda p, x: (mlp(p, x), x), policy, has_aux=True))
         compiled = step.lower(mlp_params(), x, step=jnp.int32(0)).compile()

@@ -162,7 +162,7 @@ EXPLICIT = {
     "window in groups": {"window_groups": 4},
     "exact": {"channel_choice": "exact"},
     "some layers": {"layer_rate": 0.5},
-    "one": {"layer_choice": "one", "other_layers": "frozen"},
+    "one": {"layer_choice": "exact", "other_layers": "frozen"},
 }
 
 

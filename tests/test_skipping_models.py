@@ -33,11 +33,11 @@ POLICIES = {
     ),
     "whole layers": cdb_jax.Policy(1.0, key=0, layer_rate=0.5),
     "whole layers, rescaled": cdb_jax.Policy(1.0, key=0, layer_rate=0.5, rescale="expected"),
-    "one": window(layer_choice="one"),
-    "one, others still": window(layer_choice="one", other_layers="frozen"),
-    "one in full": cdb_jax.Policy(0.0, key=0, layer_choice="one", other_layers="frozen"),
+    "one": window(layer_choice="exact"),
+    "one, others still": window(layer_choice="exact", other_layers="frozen"),
+    "one in full": cdb_jax.Policy(0.0, key=0, layer_choice="exact", other_layers="frozen"),
     "one, sometimes in part": window(
-        layer_choice="one", other_layers="frozen", layer_rate=0.5, exempt=("conv",)
+        layer_choice="exact", other_layers="frozen", layer_rate=0.5, exempt=("conv",)
     ),
 }
 
@@ -158,7 +158,7 @@ STACKED = {
     [
         window(channel_axes=STACKED),
         window(channel_axes=STACKED, layer_rate=0.5),
-        window(channel_axes=STACKED, layer_choice="one", other_layers="frozen"),
+        window(channel_axes=STACKED, layer_choice="exact", other_layers="frozen"),
         cdb_jax.Policy(0.5, key=0, channel_choice="exact", channel_axes=STACKED),
     ],
     ids=["window", "layers", "one", "exact"],

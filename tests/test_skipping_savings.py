@@ -62,7 +62,7 @@ def test_nothing_below_the_lowest_layer_that_learns():
             x = jnp.tanh(watch(x) @ layer["kernel"])
         return jnp.mean(x**2)
 
-    policy = cdb_jax.Policy(0.0, key=0, layer_choice="one", other_layers="frozen")
+    policy = cdb_jax.Policy(0.0, key=0, layer_choice="exact", other_layers="frozen")
     params, x = mlp_params(), normal(9, 8, 64)
     step = jax.jit(drawn.grad(loss, policy))
     for count in range(8):

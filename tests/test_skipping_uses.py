@@ -330,7 +330,7 @@ def scaled_by_what_is_carried(w, x):
 )
 def test_loops_that_read_a_stack_twice(use):
     params, x = {"w": 0.5 * normal(0, 4, 8, 8)}, normal(1, 8, 8)
-    for settings in ({}, {"layer_choice": "one", "other_layers": "frozen"}):
+    for settings in ({}, {"layer_choice": "exact", "other_layers": "frozen"}):
         policy = window(channel_axes=cdb_jax.Axes(2, stack=0), **settings)
         check(lambda p, x: jnp.mean(use(p["w"], x) ** 2), params, policy, x, counts=6)
 
@@ -425,7 +425,7 @@ def test_random_convolutions(convolution, rate, which, exact):
     def loss(params, x):
         return jnp.mean(jnp.sin(lax.conv_general_dilated(x, params["kernel"], **arguments)))
 
-    settings = {"all": {}, "layers": {"layer_rate": 0.5}, "one": {"layer_choice": "one"}}[which]
+    settings = {"all": {}, "layers": {"layer_rate": 0.5}, "one": {"layer_choice": "exact"}}[which]
     choice = {"channel_choice": "exact"} if exact else {"window_groups": groups}
     policy = cdb_jax.Policy(
         rate,

@@ -56,6 +56,7 @@ class Traced(NamedTuple):
       results: the structure of the value and the auxiliary data.
       layout: the leaves of the parameters.
       freezes_others: whether the selection freezes leaves without channels.
+      layers_picked: how many layers of a stack learn at most, if others are frozen.
       is_compact: whether the gradient has the kept part of each leaf only.
     """
 
@@ -64,13 +65,14 @@ class Traced(NamedTuple):
     results: Any
     layout: channels.Layout
     freezes_others: bool
+    layers_picked: int
     is_compact: bool = False
 
     def key(self, leaves: Sequence[Any]) -> Hashable:
         """A key that functions share only if they have the same results and gradients."""
         gradient = jaxprs.differentiated(self.jaxpr, self.consts, leaves)
         programs = jaxprs.identity(self.jaxpr), jaxprs.identity(gradient)
-        return programs, self.layout, self.freezes_others, self.is_compact
+        return programs, self[3:]
 
 
 @jax.tree_util.register_static
@@ -107,6 +109,7 @@ def trace(call: Callable[[Any], Any], params: Any, selection: Selection, has_aux
         jax.tree.structure(shapes),
         layout,
         selection.freezes_others,
+        selection.policy.layers_picked if selection.policy else 0,
     )
 
 
@@ -280,7 +283,8 @@ def _evaluate(
     masked = {plan.leaf.path for plan in plans if plan.has_zeros}
     gradient = mask_leaves(gradient, traced.layout, groups, rescale=False, done=masked)
     if traced.is_compact:
-        return [value, *aux], KeptPart.of(traced.layout, groups).compact(gradient, kept)
+        part = KeptPart.of(traced.layout, groups, traced.layers_picked)
+        return [value, *aux], part.compact(gradient, kept)
     return [value, *aux], gradient
 
 
