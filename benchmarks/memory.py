@@ -7,7 +7,9 @@ Steps of ViTs, whose blocks are scanned so that depth costs no compilation, and 
 - mask: the same with `channel_drop_back` before the optimizer;
 - skip: `value_and_grad`, which computes the kept part of the gradient;
 - compact: `value_and_grad(..., compact=True)` and `compact`, which keep no more than that part;
-- "input": the same with input channels; "remat": blocks are computed again in the backward pass.
+- "input": the same with input channels;
+- "elementwise" or "blocks computed again": with `jax.checkpoint` around each block, which keeps the
+  results of products with weights, or nothing inside the block.
 
     python benchmarks/memory.py                             # compiled for this machine: minutes
     python benchmarks/memory.py --update                    # the time of an optimizer's update
@@ -57,7 +59,7 @@ class Step(NamedTuple):
     method: str = "full"  # full, mask, skip or compact
     kept: float = 1.0  # The fraction of the channels.
     direction: str = "output"
-    remat: bool = False
+    remat: str = "none"  # none, elementwise or blocks
     optimizer: str = "adamw"
     mesh: str = "one"  # one, dp or fsdp
     batch: int = 32  # Of a chip.
@@ -70,10 +72,23 @@ METHODS = [
     Step(method="skip", kept=1 / 2),
     *(Step(method="compact", kept=kept) for kept in (1 / 2, 1 / 4, 1 / 8)),
     *(Step(method="compact", kept=kept, direction="input") for kept in (1 / 2, 1 / 4)),
-    Step(remat=True),
-    Step(method="compact", kept=1 / 4, remat=True),
-    Step(method="compact", kept=1 / 4, direction="input", remat=True),
+    *(
+        step._replace(remat=remat)
+        for remat in ("elementwise", "blocks")
+        for step in (
+            Step(),
+            Step(method="compact", kept=1 / 4),
+            Step(method="compact", kept=1 / 4, direction="input"),
+        )
+    ),
 ]
+REMAT = {
+    "none": lambda body: body,
+    "elementwise": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "blocks": jax.checkpoint,
+}
 
 
 def steps(models: list[str], optimizers: list[str], meshes: list[str], batch: int) -> list[Step]:
@@ -83,7 +98,7 @@ def steps(models: list[str], optimizers: list[str], meshes: list[str], batch: in
         for optimizer in optimizers
         for mesh in meshes
         for step in METHODS
-        if model.startswith("vit") or not step.remat
+        if model.startswith("vit") or step.remat == "none"
     ]
 
 
@@ -107,7 +122,7 @@ def policy_of(step: Step) -> cdb_jax.Policy:
 class Scanned:
     """The blocks of a ViT as one loop over stacked parameters."""
 
-    def __init__(self, block: nnx.Module, params: Any, remat: bool):
+    def __init__(self, block: nnx.Module, params: Any, remat: str):
         self.graph, _, self.rest = nnx.split(block, nnx.Param, ...)
         self.params, self.remat = params, remat
 
@@ -115,7 +130,7 @@ class Scanned:
         def body(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
             return nnx.merge(self.graph, params, self.rest, copy=True)(x), None
 
-        return jax.lax.scan(jax.checkpoint(body) if self.remat else body, x, self.params)[0]
+        return jax.lax.scan(REMAT[self.remat](body), x, self.params)[0]
 
 
 class Model(NamedTuple):
@@ -127,7 +142,7 @@ class Model(NamedTuple):
 
 
 @functools.cache
-def build(name: str, depth: int, remat: bool, dtype: Any) -> Model:
+def build(name: str, depth: int, remat: str, dtype: Any) -> Model:
     is_vit = name.startswith("vit")
 
     def make() -> nnx.Module:
@@ -324,8 +339,10 @@ def update_row(kept: float, rounds: int) -> dict[str, Any]:
 def label(step: Step) -> str:
     name = step.method
     if step.method != "full":
-        name += f", 1/{round(1 / step.kept)} of the channels"
-    return name + ", input" * (step.direction == "input") + ", remat" * step.remat
+        name += f", 1/{1 / step.kept:.0f} of the channels"
+    if step.direction == "input":
+        name += ", input"
+    return name if step.remat == "none" else f"{name}, {step.remat} computed again"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
