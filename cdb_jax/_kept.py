@@ -17,6 +17,7 @@ import optax
 
 from cdb_jax import _explicit as explicit, _parts as parts, channels
 from cdb_jax._compiling import compiled
+from cdb_jax._xla import alone_on_cpu
 from cdb_jax.policy import Policy
 from cdb_jax.selection import Group, Mode, Part, broadcastable, per_layer
 
@@ -313,7 +314,7 @@ def _put_once(
     whole: Sequence[jax.Array],
 ) -> list[jax.Array]:
     """Updates for whole leaves; `kept` has none for frozen ones."""
-    remaining = iter(kept)
+    remaining = iter(_computed_first(list(kept)))
     updates = []
     for cut, x in zip(cuts, whole, strict=True):
         if cut.is_frozen:
@@ -324,6 +325,17 @@ def _put_once(
             place = places[cut.leaf.source]
             updates.append(-cut.put(_masked(cut, place, -next(remaining)), place, x))
     return updates
+
+
+def _computed_first(kept: list[jax.Array]) -> list[jax.Array]:
+    """Updates that the CPU compiler computes once, not for every entry of the whole leaves."""
+    if not kept:
+        return kept
+
+    def on_cpu(kept: list[jax.Array]) -> list[jax.Array]:
+        return alone_on_cpu(lambda x: x, lambda x: [jnp.zeros_like(y) for y in x], kept)
+
+    return jax.lax.platform_dependent(kept, cpu=on_cpu, default=lambda x: x)
 
 
 @compiled
