@@ -66,6 +66,7 @@ class Step(NamedTuple):
     depth: int = 0  # Of a ViT; 0 for that of the model.
 
 
+WHERE = ("model", "optimizer", "mesh")
 METHODS = [
     Step(),
     Step(method="mask", kept=1 / 2),
@@ -345,6 +346,15 @@ def label(step: Step) -> str:
     return name if step.remat == "none" else f"{name}, {step.remat} computed again"
 
 
+def place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a row stands in the table: after the full step that it is compared with."""
+    step = Step(*(row[name] for name in Step._fields))
+    order = METHODS.index(
+        step._replace(**{name: getattr(Step(), name) for name in (*WHERE, "batch", "depth")})
+    )
+    return (*(row[name] for name in WHERE), row["batch"], list(REMAT).index(step.remat), order)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Bytes against those of the full step with the same remat; of full steps in MB."""
     columns = ("parameters", "gradient", "state", "temporaries", "peak")
@@ -388,6 +398,7 @@ def main() -> None:
     rows = before.get("rows", [])
 
     def keep() -> None:
+        rows.sort(key=place)
         report = {"machine": machine(), "versions": versions(), "rows": rows}
         output.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -404,6 +415,7 @@ def main() -> None:
                 row["largest_depth"] = largest(step, args.target, "depth", 32)
             print(label(step), row, flush=True)
             keep()
+    rows.sort(key=place)
     publish(output, table(rows), rows)
 
 

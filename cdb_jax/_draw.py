@@ -76,8 +76,14 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
     total = sum(layer.depth for layer in depths.values())
     if depths and policy.layers_picked > total:
         raise ValueError(
-            f"num_layers={policy.num_layers} is more than the {total} layers or blocks of this "
-            "tree; use a smaller number."
+            f"num_layers={policy.num_layers} is more than this tree has: {total} (a block counts "
+            "as one layer); use a smaller number."
+        )
+    if layout.partial and depths and policy.layers_picked > 1:
+        raise ValueError(
+            f"num_layers={policy.num_layers} picks from the whole model, but this tree is only a "
+            "part of it (it has MaskedNodes, or the policy has a root); use the whole tree, with "
+            "the leaves that always learn in exempt, or num_layers=1."
         )
     paths = set(depths)
     if isinstance(policy.layer_weights, str):
@@ -100,11 +106,8 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
 
 def block_of(policy: Policy, layer: channels.Leaf) -> str:
     """The path of the block that a layer belongs to, or its own if it is in none."""
-    names = layer.path.split("/")
-    for pattern in policy.blocks:
-        if channels.covers(pattern, layer.path):
-            return "/".join(names[: pattern.count("/") + 1])
-    return layer.path
+    found = (channels.matching_prefix(pattern, layer.path) for pattern in policy.blocks)
+    return next((path for path in found if path is not None), layer.path)
 
 
 def num_kept(rate: float | jax.Array, size: int) -> int | jax.Array:

@@ -110,6 +110,30 @@ class Cut(NamedTuple):
 
         return explicit.call(put, lambda: jax.typeof(whole).sharding.spec, x, place)
 
+    def move(self, x: jax.Array, before: Place, after: Place) -> jax.Array:
+        """The kept part for another place, with zeros for what was not kept before."""
+        stack, channel, part, layers = self.leaf.stack, self.leaf.channel, self.part, self.layers
+
+        def move(x: jax.Array, before: Place, after: Place) -> jax.Array:
+            places = before.channels
+            if layers and before.layers is not None and after.layers is not None:
+                rows = (layers, before.layers, after.layers)
+                x = parts.move(x, stack, (), *rows)
+                if places is not None:
+                    places = parts.move(places, tuple(range(len(stack))), (), *rows)
+            if part and places is not None and after.channels is not None:
+                x = parts.move(x, channel, stack, part, places, after.channels)
+            return x
+
+        return explicit.call(move, lambda: jax.typeof(x).sharding.spec, x, before, after)
+
+    def mask(self, x: jax.Array, place: Place) -> jax.Array:
+        """Sets kept layers that do not learn in this step to zero, in an array of the kept part."""
+        if place.learns is None:
+            return x
+        learns = broadcastable(place.learns == 1, self.kept_leaf, self.leaf.stack)
+        return jnp.where(learns, x, jnp.zeros((), x.dtype))
+
     def of_entry(self, shape: tuple[int, ...], axes: Axes) -> Cut | None:
         """The cut of an entry of an optimizer state that belongs to the kept part.
 
@@ -133,13 +157,22 @@ class Cut(NamedTuple):
         return (self.leaf.stack if self.layers else ()) + (self.leaf.axes if self.part else ())
 
 
+def has_same_size(policy: Policy) -> bool:
+    """Whether every selection of a policy keeps as much."""
+    try:
+        check_same_size(policy)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def check_same_size(policy: Policy) -> None:
     """Raises a TypeError or ValueError for a policy that does not keep as much in every step."""
     rate, layer_rate = policy.rate, policy.layer_rate
     if not isinstance(rate, float):
         raise TypeError(
-            "policy: rate must be a Python number, so that every selection has the same size, got "
-            f"{rate!r:.80}."
+            f"policy: rate must be a Python number, got {rate!r:.80}; otherwise the selections may "
+            "differ in size."
         )
     if not isinstance(layer_rate, float) or layer_rate != 1.0:
         raise ValueError(
@@ -241,6 +274,19 @@ class KeptPart:
                 parts.append(cut.take(x, self.places[cut.leaf.source]))
         return parts
 
+    def check(self, kept: Any) -> None:
+        """Raises a ValueError if a tree does not have the shapes of the kept part."""
+        expected = {cut.leaf.path: cut.kept_leaf.shape for cut in self.cuts if not cut.is_frozen}
+        found = channels.shapes_by_path(kept, self.layout.root)
+        for path in sorted(expected.keys() | found.keys()):
+            shapes = [tree.get(path, "no array") for tree in (found, expected)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"updates: for {path!r} they have {shapes[0]}, but this selection keeps "
+                    f"{shapes[1]}; pass the selection with which value_and_grad(..., compact=True) "
+                    "was called."
+                )
+
     def mask(self, kept: Any) -> Any:
         """Sets kept layers that do not learn in this step to zero."""
         cuts = tuple(cut for cut in self.cuts if not cut.is_frozen)
@@ -323,7 +369,7 @@ def _put_once(
             updates.append(next(remaining))
         else:
             place = places[cut.leaf.source]
-            updates.append(-cut.put(_masked(cut, place, -next(remaining)), place, x))
+            updates.append(-cut.put(cut.mask(-next(remaining), place), place, x))
     return updates
 
 
@@ -335,7 +381,10 @@ def _computed_first(kept: list[jax.Array]) -> list[jax.Array]:
     def on_cpu(kept: list[jax.Array]) -> list[jax.Array]:
         return alone_on_cpu(lambda x: x, lambda x: [jnp.zeros_like(y) for y in x], kept)
 
-    return jax.lax.platform_dependent(kept, cpu=on_cpu, default=lambda x: x)
+    def on_any(kept: list[jax.Array]) -> list[jax.Array]:
+        return jax.lax.platform_dependent(kept, cpu=on_cpu, default=lambda x: x)
+
+    return explicit.call(on_any, lambda: [jax.typeof(x).sharding.spec for x in kept], kept)
 
 
 @compiled
@@ -343,14 +392,6 @@ def _mask_once(
     cuts: Sequence[Cut], places: Mapping[str, Place], kept: Sequence[jax.Array]
 ) -> list[jax.Array]:
     return [
-        _masked(cut, places[cut.leaf.source], x) if cut.may_rest else x
+        cut.mask(x, places[cut.leaf.source]) if cut.may_rest else x
         for cut, x in zip(cuts, kept, strict=True)
     ]
-
-
-def _masked(cut: Cut, place: Place, x: jax.Array) -> jax.Array:
-    """Zero for kept layers that do not learn in this step."""
-    if place.learns is None:
-        return x
-    learns = broadcastable(place.learns == 1, cut.kept_leaf, cut.leaf.stack)
-    return jnp.where(learns, x, jnp.zeros((), x.dtype))

@@ -14,6 +14,7 @@ import optax
 
 from cdb_jax import channels
 from cdb_jax._compiling import by_structure
+from cdb_jax.transform import ChannelDropBackState
 
 Shape = tuple[int, ...]
 SlotAxes = Callable[[str, Shape | None, Shape], tuple[int | None, ...] | None]
@@ -77,7 +78,13 @@ def restarting(state_and_updates: tuple[Any, Any], wrapper: Wrapper) -> tuple[bo
     found = list(_entries_of(state_and_updates))
     for entry in found:
         _check_supported(entry, wrapper)
-    holders = {id(entry.holder) for entry in found if isinstance(entry.parameter, int)}
+    # With a single array as parameters, a count may look like an entry of it, so numbers alone do
+    # not make a holder.
+    holders = {
+        id(entry.holder)
+        for entry in found
+        if isinstance(entry.parameter, int) and getattr(entry.nodes[-1], "shape", False)
+    }
     return tuple(id(entry.holder) in holders for entry in found)
 
 
@@ -245,14 +252,14 @@ _AROUND: dict[type, str] = {
 }
 
 
-def check_inner(inner: Any, wrapper: Wrapper) -> None:
+def check_inner(inner: Any, wrapper: Wrapper, argument: str = "inner") -> None:
     """Raises a TypeError if `inner` is not an optimizer that fits into a wrapper."""
     if isinstance(inner, optax.MultiSteps):
         raise TypeError(_several_updates(optax.MultiStepsState, wrapper))
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
-            f"inner must be an optimizer such as optax.adamw(1e-3), got {inner!r}; the policy is "
-            "the second argument."
+            f"{argument} must be an optimizer such as optax.adamw(1e-3), got {inner!r:.80}; the "
+            "policy is the second argument."
         )
 
 
@@ -272,6 +279,12 @@ def _check_supported(entry: Entry, wrapper: Wrapper) -> None:
                 "inner: GaLore keeps moments of a projected gradient, which mixes the channels, so "
                 "no channel can be frozen; mask gradients only: optax.chain("
                 "cdb_jax.channel_drop_back(policy), optax.contrib.galore(...))."
+            )
+        if isinstance(node, ChannelDropBackState) and wrapper == "compact":
+            raise ValueError(
+                "inner: it contains channel_drop_back, which would drop channels of the kept part "
+                "again; chain it before: optax.chain(cdb_jax.channel_drop_back(policy), "
+                "cdb_jax.compact(optimizer, policy))."
             )
         is_transparent = isinstance(node, optax.contrib.SAMState) and node.cache is None
         if type(node) in _AROUND and not is_transparent:

@@ -74,6 +74,51 @@ def put(
     return _split(x, shape, order)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def move(
+    x: jax.Array, channel: Axes, stack: Axes, part: Part, before: jax.Array, after: jax.Array
+) -> jax.Array:
+    """`take(put(x, before), after)` without the array between: a part for another place.
+
+    Channels that were kept before keep their entries; the others have zeros.
+    """
+    if not channel:
+        return x
+    if stack:
+        inner = _without(stack[0], channel), _without(stack[0], stack[1:])
+
+        def move_in_layer(x: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
+            return move(x, *inner, part, before, after)
+
+        axes = (stack[0], 0, 0)
+        return jax.vmap(move_in_layer, in_axes=axes, out_axes=stack[0])(x, before, after)
+    shape = x.shape
+    x, axis, order = _merge(x, channel, part.blocks, part.kept)
+    old, new = _channels_at(part, before), _channels_at(part, after)
+    nearest, was_kept = _find(old, new)
+    x = jnp.take(x, nearest, axis=axis, indices_are_sorted=True, mode="clip")
+    x = jnp.where(_along(axis, x.ndim, was_kept), x, jnp.zeros((), x.dtype))
+    return _split(x, shape, order)
+
+
+def _channels_at(part: Part, place: jax.Array) -> jax.Array:
+    """The channels of a block that are kept, in the order in which a part holds them: ascending."""
+    if not part.contiguous:
+        return place
+    position, last = jnp.arange(part.kept, dtype=jnp.int32), part.size - part.kept
+    return jnp.where(position < place - last, position, jnp.minimum(place, last) + position)
+
+
+def _find(ascending: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where each of the wanted numbers stands in an ascending vector, and whether it does."""
+    # One comparison compiles faster than a search, and is cheap unless the layer is wide. The
+    # search is unrolled, since a loop for each layer would launch many kernels on a GPU.
+    method = "compare_all" if ascending.size * wanted.size <= 2**20 else "scan_unrolled"
+    nearest = jnp.searchsorted(ascending, wanted, method=method).astype(jnp.int32)
+    nearest = jnp.minimum(nearest, ascending.size - 1)
+    return nearest, ascending[nearest] == wanted
+
+
 def _take_window(x: jax.Array, axis: int, kept: int, start: jax.Array) -> jax.Array:
     """Takes `kept` entries from `start` on, wrapping around: two slices and a choice between them.
 
@@ -105,15 +150,9 @@ def _put_window(x: jax.Array, axis: int, size: int, start: jax.Array) -> jax.Arr
 
 def _put_channels(x: jax.Array, axis: int, size: int, place: jax.Array) -> jax.Array:
     """The inverse of `jnp.take`, by a gather: unlike a scatter, it fuses into the optimizer."""
-    kept, channels = x.shape[axis], jnp.arange(size, dtype=jnp.int32)
-    # One comparison compiles faster than a search, and is cheap unless the layer is wide. The
-    # search is unrolled, since a loop for each layer would launch many kernels on a GPU.
-    method = "compare_all" if kept * size <= 2**20 else "scan_unrolled"
-    nearest = jnp.searchsorted(place, channels, method=method).astype(jnp.int32)
-    nearest = jnp.minimum(nearest, kept - 1)
-    is_kept = _along(axis, x.ndim, place[nearest] == channels)
+    nearest, is_kept = _find(place, jnp.arange(size, dtype=jnp.int32))
     x = jnp.take(x, nearest, axis=axis, indices_are_sorted=True, mode="clip")
-    return jnp.where(is_kept, x, jnp.zeros((), x.dtype))
+    return jnp.where(_along(axis, x.ndim, is_kept), x, jnp.zeros((), x.dtype))
 
 
 def _along(axis: int, rank: int, vector: jax.Array) -> jax.Array:

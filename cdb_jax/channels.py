@@ -287,14 +287,10 @@ def check_parameters(updates: Any, params: Any, root: str) -> None:
     def shapes(tree: Any) -> list[Any]:
         return [getattr(x, "shape", None) for x in jax.tree.leaves(tree)]
 
-    def shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
-        pairs = jax.tree_util.tree_leaves_with_path(tree)
-        return {canonical_path(keys, root): x.shape for keys, x in pairs if hasattr(x, "shape")}
-
     if params is None or shapes(updates) == shapes(params):
         return
-    expected = shapes_by_path(params)
-    for path, shape in shapes_by_path(updates).items():
+    expected = shapes_by_path(params, root)
+    for path, shape in shapes_by_path(updates, root).items():
         if shape != expected.get(path, shape):
             raise ValueError(
                 f"the update of {path!r} has shape {shape}, but its parameter has shape "
@@ -303,6 +299,12 @@ def check_parameters(updates: Any, params: Any, root: str) -> None:
                 "optax.chain(optax.contrib.differentially_private_aggregate(...), "
                 "cdb_jax.channel_drop_back(...))."
             )
+
+
+def shapes_by_path(tree: Any, root: str) -> dict[str, tuple[int, ...]]:
+    """The shape of each array, by canonical path."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    return {canonical_path(keys, root): x.shape for keys, x in pairs if hasattr(x, "shape")}
 
 
 # Paths.
@@ -326,9 +328,14 @@ def is_below(path: str, top: str) -> bool:
 
 def covers(pattern: str, path: str) -> bool:
     """Whether a glob pattern matches a path or anything above it."""
+    return matching_prefix(pattern, path) is not None
+
+
+def matching_prefix(pattern: str, path: str) -> str | None:
+    """The shortest path that a glob pattern matches, from the given one and those above it."""
     parts = path.split("/")
     prefixes = ("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes)
+    return next((prefix for prefix in prefixes if fnmatch.fnmatchcase(prefix, pattern)), None)
 
 
 def layer_id(path: str) -> int:

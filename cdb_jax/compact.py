@@ -18,7 +18,7 @@ from cdb_jax.policy import Policy, check_policy
 from cdb_jax.selection import Group, Selection, fraction_of
 from cdb_jax.transform import Given, check_state, groups_from, layout_and_source
 
-OnSwitch = Literal["reset", "carry"]
+OnSwitch = Literal["carry", "reset"]
 
 
 class CompactState(NamedTuple):
@@ -27,7 +27,7 @@ class CompactState(NamedTuple):
     Attributes:
       count: number of steps taken, which is the step of the next selection: int32, a scalar.
       dropped_fraction: `Selection.dropped_fraction` of the last step: float32, a scalar.
-      held: which channels the inner state belongs to: int32, one vector for the whole tree.
+      held: where the channels lie that the inner state belongs to: int32, one vector for the tree.
       inner_state: the state of the inner optimizer for the kept part of each leaf.
     """
 
@@ -41,7 +41,7 @@ def compact(
     inner: optax.GradientTransformation,
     policy: Policy,
     *,
-    on_switch: OnSwitch = "reset",
+    on_switch: OnSwitch = "carry",
     slot_axes: Mapping[type, slots.SlotAxes] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that it keeps state for the channels that learn, and for no others.
@@ -69,9 +69,10 @@ def compact(
         Python number, `layer_rate=1`, and `channel_choice` "window" or "exact". With
         `layer_choice="exact"` and `other_layers="frozen"`, a leaf that stacks layers has state for
         as many of them as can learn at once; a leaf that is a single layer has full state.
-      on_switch: what happens when other channels are selected. "reset" starts the optimizer again:
-        all moments, and the count of their bias correction. "carry" keeps them for the channels
-        that are kept again; new channels start from zero. The counts of schedules always go on.
+      on_switch: what happens when other channels are selected. "carry" keeps the moments of
+        channels that are kept again; those of others start from zero. "reset" starts the optimizer
+        again: all moments, and the count of their bias correction. Schedules that count for
+        themselves, as in `optax.adamw(schedule)`, always go on.
       slot_axes: with "carry", as in `freeze_dropped`.
 
     Returns:
@@ -102,7 +103,7 @@ def compact(
       `arXiv 2406.17660 <https://arxiv.org/abs/2406.17660>`_.
     """
     slots.check_inner(inner, "compact")
-    check_choice("on_switch", on_switch, ("reset", "carry"))
+    check_choice("on_switch", on_switch, ("carry", "reset"))
     policy = check_policy(policy)
     _check_policy(policy, on_switch)
     inner = optax.with_extra_args_support(inner)
@@ -127,17 +128,17 @@ def compact(
         **extra_args: Any,
     ) -> tuple[Any, CompactState]:
         check_state(state, CompactState)
-        is_compact = params is not None and selection is not None and not _fit(updates, params)
+        _check_no_function(extra_args)
+        is_compact = _differ(updates, params, policy.root, selection)
         whole = params if is_compact else updates
-        channels.check_parameters(whole, params, policy.root)
         layout, source = layout_and_source(policy, selection, whole)
         groups, count, fraction = _draw(layout, source, state.count)
         part = KeptPart.of(layout, groups, policy.layers_picked)
+        if is_compact:
+            part.check(updates)
         gradients = part.mask(updates if is_compact else part.take(updates))
         kept_params = None if params is None else part.take(params)
-        if is_compact:
-            channels.check_parameters(gradients, kept_params, policy.root)
-        fresh = inner.init(gradients if params is None else kept_params)
+        fresh = inner.init(_like(gradients, gradients if params is None else kept_params))
         _check_fits(part, fresh, state)
 
         inner_state = begin(part, gradients, fresh, state)
@@ -149,10 +150,38 @@ def compact(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _fit(updates: Any, params: Any) -> bool:
-    """Whether updates have the shapes of parameters, rather than those of kept parts."""
-    shapes = [[jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (updates, params)]
-    return shapes[0] == shapes[1]
+def _differ(updates: Any, params: Any, root: str, selection: Given) -> bool:
+    """Whether updates have other shapes than parameters, which only those of kept parts may."""
+    expected = {} if params is None else channels.shapes_by_path(params, root)
+    for path, shape in channels.shapes_by_path(updates, root).items():
+        if shape != expected.get(path, shape):
+            if selection is None:
+                raise ValueError(
+                    f"updates: the gradient of {path!r} has shape {shape}, but its parameter has "
+                    f"shape {expected[path]}. Gradients of value_and_grad(..., compact=True) need "
+                    "their selection: tx.update(grads, state, params, selection=selection)."
+                )
+            return True
+    return False
+
+
+def _like(updates: Any, tree: Any) -> Any:
+    """A tree without the leaves that have no update."""
+    return jax.tree.map(
+        lambda update, x: None if update is None else x,
+        updates,
+        tree,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def _check_no_function(extra_args: Mapping[str, Any]) -> None:
+    if "value_fn" in extra_args:
+        raise ValueError(
+            "value_fn: the optimizer inside compact would call it with the kept part of the "
+            "parameters only; use an optimizer without a line search, such as "
+            "optax.lbfgs(learning_rate, linesearch=None)."
+        )
 
 
 @compiled
@@ -175,7 +204,7 @@ def _reset(part: KeptPart, gradients: Any, fresh: Any, state: CompactState) -> A
     has_switched = jnp.any(part.held != state.held)
     # A choice between zeros and an array costs no memory traffic, unlike a conditional.
     return treedef.unflatten(
-        jnp.where(has_switched, x, y) if restarts and y is not None else y
+        y if not restarts or x is None or y is None else jnp.where(has_switched, x, y)
         for restarts, x, y in zip(restarting, new, old, strict=True)
     )
 
@@ -216,9 +245,9 @@ def _moved(
 ) -> jax.Array:
     """The entry for the channels that are kept now: new values for those that were not before."""
     source = cut.leaf.source
-    was_kept = cut.take(cut.put(jnp.ones_like(old, bool), before[source], old), after[source])
-    whole = cut.put(old, before[source], old)
-    return jnp.where(was_kept, cut.take(whole, after[source]), new)
+    places = before[source], after[source]
+    learned = cut.mask(jnp.ones_like(old, bool), before[source])
+    return jnp.where(cut.move(learned, *places), cut.move(old, *places), new)
 
 
 def _check_policy(policy: Policy, on_switch: OnSwitch) -> None:
@@ -234,13 +263,15 @@ def _check_policy(policy: Policy, on_switch: OnSwitch) -> None:
 def _check_fits(part: KeptPart, fresh: Any, state: CompactState) -> None:
     """Raises a ValueError if the state has other shapes than the part that learns now."""
     new, old = (
-        {entry.path: entry.nodes[-1] for entry in slots.entries(tree)}
+        {entry.path: getattr(entry.nodes[-1], "shape", None) for entry in slots.entries(tree)}
         for tree in (state._replace(held=part.held, inner_state=fresh), state)
     )
-    for path in (path for path in old if path in new):
-        if jnp.shape(new[path]) != jnp.shape(old[path]):
+    for path, shape in old.items():
+        kept = new.get(path, shape)
+        if None not in (shape, kept) and shape != kept:
             raise ValueError(
-                f"state: its entry {path!r} has shape {jnp.shape(old[path])}, but the selection of "
-                f"this step keeps {jnp.shape(new[path])}; every selection must keep as many "
-                "channels of each layer as the policy with which the state was made."
+                f"state: its entry {path!r} has shape {shape}, but the selection of this step "
+                f"keeps {kept}; every selection must keep as many channels of each layer, chosen "
+                "in the same way, as the policy with which the state was made. Gradients of "
+                "value_and_grad(..., compact=True) need params and selection."
             )

@@ -72,9 +72,9 @@ class Policy:
         number of parameters), or a dict from path to weight.
       other_layers: with "exact", whether the other layers learn in "full" or are "frozen", together
         with every leaf that is not `exempt`, including biases and normalisation.
-      blocks: path patterns of blocks, such as `("encoder/layers/*",)`. The layers of a block are
-        masked or picked together, as if they were one layer; so are those with the same index in a
-        block that stacks layers.
+      blocks: path patterns of blocks, such as `("encoder/layers/*",)`. The layers below a path that
+        matches are masked or picked together, as if they were one layer; if they are stacked, those
+        with the same index are. The first pattern that matches a layer counts.
       channel_choice: how the channels of a masked layer are chosen. "bernoulli" decides for each
         channel independently; "exact" keeps a fixed number k of channels, and all subsets are
         equally likely; "window" keeps a contiguous block of k that wraps around. Here

@@ -256,7 +256,8 @@ def lisa(
       key: as in `Policy`.
       exempt: path patterns of leaves that always learn, such as `("embed", "head")`.
       blocks: path patterns of unrolled blocks, such as `("blocks/*",)`.
-      stack: a dict from the path of stacked blocks to their stack axes, such as `{"blocks": 0}`.
+      stack: a dict from the path of stacked blocks (no pattern) to their stack axes, such as
+        `{"blocks": 0}`.
       num_layers: number of blocks that learn at a time.
       hold: number of steps for which they learn.
 
@@ -309,9 +310,9 @@ def badam(
     """One block learns at a time, as in BAdam; with `compact`, only it has optimizer state.
 
     Like `lisa` with a single block. Leaves outside of the blocks, such as embeddings and the head,
-    are blocks too unless they are `exempt`. Use `compact(optimizer, policy)`, which starts the
-    optimizer again at each switch. Blocks are drawn independently; we could not confirm the order
-    and the number of steps of the paper.
+    are blocks too unless they are `exempt`. As in the paper, start the optimizer again at each
+    switch. Blocks are drawn independently; we could not confirm the order and the number of steps
+    of the paper.
 
     Args:
       key, blocks, stack: as in `lisa`.
@@ -324,7 +325,7 @@ def badam(
     Examples:
       >>> import cdb_jax, optax
       >>> policy = cdb_jax.presets.badam(key=0, stack={"blocks": 0}, hold=50)
-      >>> tx = cdb_jax.compact(optax.adamw(1e-3), policy)
+      >>> tx = cdb_jax.compact(optax.adamw(1e-3), policy, on_switch="reset")
 
     References:
       BAdam, `arXiv 2404.02827 <https://arxiv.org/abs/2404.02827>`_.

@@ -10,6 +10,8 @@ import optax
 
 from cdb_jax import _draw, channels
 from cdb_jax._checks import check_no_module, parameters_of
+from cdb_jax._kept import has_same_size
+from cdb_jax._optax_states import check_inner
 from cdb_jax._skipping.explain import Explained, explain
 from cdb_jax.compact import compact
 from cdb_jax.policy import Policy, check_policy
@@ -172,6 +174,10 @@ def channel_report(
       >>> report.savings.state_bytes
       Amount(full=100, kept=68)
     """
+    if isinstance(fun, optax.GradientTransformation):
+        raise TypeError("fun is an optimizer; pass it by name: optimizer=optax.adamw(1e-3).")
+    if optimizer is not None:
+        check_inner(optimizer, "compact", "optimizer")
     if fun is not None:
         check_no_module(params, "params is", "cdb_jax.nnx.channel_report")
     params = parameters_of(params)
@@ -209,11 +215,9 @@ def _memory(
 
     def sizes(tx: optax.GradientTransformation) -> Amount:
         full = _bytes(jax.eval_shape(tx.init, params))
-        try:
-            state = jax.eval_shape(compact(tx, policy, on_switch="carry").init, params)
-        except (TypeError, ValueError):  # The number of channels that learn varies.
+        if not has_same_size(policy):
             return Amount(full, None)
-        return Amount(full, _bytes(state.inner_state))
+        return Amount(full, _bytes(jax.eval_shape(compact(tx, policy).init, params).inner_state))
 
     return sizes(_GRADIENT), None if optimizer is None else sizes(optimizer)
 

@@ -159,10 +159,11 @@ def layout_and_source(
         if selection.policy is None or policy.draws_like(selection.policy):
             return selection.layout_of(updates), selection
     raise ValueError(
-        "selection: it was drawn from another policy than that of channel_drop_back or "
-        "freeze_dropped, so each would drop different channels; use the same Policy object for "
-        "both (two schedules are equal only if they are one object). If a chain has several "
-        "policies, pass a tuple with a selection of each; without a selection, each is drawn."
+        "selection: it was drawn from another policy than that of channel_drop_back, "
+        "freeze_dropped or compact, so each would drop different channels; use the same Policy "
+        "object for both (two schedules are equal only if they are one object). If a chain has "
+        "several policies, pass a tuple with a selection of each; without a selection, each is "
+        "drawn."
     )
 
 

@@ -66,8 +66,9 @@ class Config:
     algorithm_1); None: window for cdb_compact, else bernoulli."""
     hold: int = 100
     """Steps for which the same channels learn (cdb_compact)."""
-    on_switch: Literal["reset", "carry"] = "reset"
-    """Whether moments start again when other channels learn, or stay with theirs (cdb_compact)."""
+    on_switch: Literal["carry", "reset"] = "carry"
+    """When other channels learn: moments stay with those that are kept again, or all start again
+    (cdb_compact)."""
     skip_dropped: bool = False
     """Do not compute what is dropped: saves time."""
     exempt: tuple[str, ...] = ("head",)

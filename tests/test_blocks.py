@@ -80,6 +80,14 @@ def test_unrolled_blocks_are_picked_together():
     assert len(seen) == 6
 
 
+@pytest.mark.parametrize("pattern", ["*/layers/*", "*layers/?", "enc/*/layers/*"])
+def test_wildcards_may_span_several_names(pattern):
+    layers = {str(i): {"a": {"kernel": jnp.ones((3, 4))}} for i in range(4)}
+    policy = Policy(0.0, key=0, blocks=(pattern,), **FROZEN)
+    modes = policy.select({"enc": {"stack": {"layers": layers}}}, 0).modes
+    assert sum(mode != Mode.FROZEN for mode in modes.values()) == 1
+
+
 @pytest.mark.parametrize("make, params", [(scanned, SCANNED), (unrolled, UNROLLED)])
 def test_blocks_are_masked_together(make, params):
     policy = make(1.0, layer_rate=0.5)
@@ -207,6 +215,13 @@ def test_the_report_counts_blocks():
 def test_mistakes_on_a_tree(settings, message):
     with pytest.raises(ValueError, match=message):
         scanned(**settings).select(SCANNED, 0)
+
+
+@pytest.mark.bad_input
+def test_several_layers_of_a_part_of_the_model():
+    policy = Policy(0.0, key=0, num_layers=2, root="encoder", **FROZEN)
+    with pytest.raises(ValueError, match="num_layers=2.*part of it.*num_layers=1"):
+        policy.select(UNROLLED, 0)
 
 
 @pytest.mark.bad_input

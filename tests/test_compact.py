@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import cdb_jax
 from cdb_jax import Axes, Policy, compact
+from cdb_jax._kept import KeptPart
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # For optax's own optimizers.
 
@@ -111,7 +112,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_is_the_optimizer_on_the_kept_part(name, axes, choice):
     policy, inner = window(channel_choice=choice, channel_axes=axes), OPTIMIZERS[name]
-    history = run(compact(inner, policy))
+    history = run(compact(inner, policy, on_switch="reset"))
     params = PARAMS
     for count, (found, _) in enumerate(history[1:]):
         part = Oracle(policy, PARAMS, count)
@@ -191,6 +192,16 @@ def test_schedules_run_on_and_bias_correction_begins_again(on_switch):
         assert cdb_jax.selection_count(state) == count
 
 
+@pytest.mark.parametrize("params", [jnp.ones((8, 6)), (jnp.ones((8, 6)), jnp.ones((6, 8)))])
+def test_schedules_run_on_whatever_the_tree_looks_like(params):
+    schedule = optax.inject_hyperparams(optax.sgd)(learning_rate=lambda count: 1.0 * count)
+    inner = optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda x: x), schedule)
+    tx = compact(inner, window(), on_switch="reset")
+    for count, (_, state) in enumerate(run(tx, params=params)):
+        _, scheduled, injected = state.inner_state
+        assert scheduled.count == injected.count == count
+
+
 def test_a_switch_happens_inside_one_program():
     tx = compact(optax.adamw(0.1), window(channel_choice="exact"), on_switch="carry")
     update = jax.jit(tx.update)
@@ -252,6 +263,27 @@ def test_one_of_several_leaves_has_the_state_of_all():
         assert changed[picked[0].split("/")[0]]["kernel"]
         learned.update(picked)
     assert len(learned) == 3
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_moments_of_a_layer_that_rested_start_from_zero(is_stacked):
+    layers = jnp.ones((3, 4, 4))
+    params = {"blocks": layers} if is_stacked else {str(i): x for i, x in enumerate(layers)}
+    axes = Axes((), stack=0) if is_stacked else Axes(())
+    policy = Policy(
+        0.0, key=0, layer_choice="exact", other_layers="frozen", channel_axes=axes, hold=2
+    )
+    tx = compact(optax.sgd(1.0, momentum=0.5), policy)
+    ones = jax.tree.map(jnp.ones_like, params)
+    state, momentum, learned = tx.init(params), np.zeros(3), None
+    for step in range(16):
+        updates, state = tx.update(ones, state, params)
+        modes = policy.select(params, step).modes
+        learns = np.ravel([modes[path] for path in sorted(modes)]) != cdb_jax.Mode.FROZEN
+        momentum = np.where(learns & (learns == learned), 0.5 * momentum + 1, 1.0 * learns)
+        learned = learns
+        found = -np.stack([np.asarray(x) for x in jax.tree.leaves(updates)]).reshape(3, 16)
+        np.testing.assert_allclose(found[:, 0], momentum, rtol=1e-6)
 
 
 def test_frozen_layers_have_no_state():
@@ -361,6 +393,19 @@ def test_around_and_beside_other_transformations():
 
     injected = optax.inject_hyperparams(lambda lr: compact(optax.adam(lr), policy))(lr=0.1)
     chex.assert_trees_all_close(run(injected)[-1][0], run(tx)[-1][0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("on_switch", ["reset", "carry"])
+def test_parameters_without_a_gradient(on_switch):
+    whole = {"dense": PARAMS["dense"], "table": jnp.arange(3)}
+    grads = {"dense": PARAMS["dense"], "table": None}
+    for inner, first in ((optax.adamw(0.1), grads), (optax.sgd(0.1), whole)):
+        tx = compact(inner, window(), on_switch=on_switch)
+        updates, state = tx.update(grads, tx.init(first), whole)
+        assert updates["table"] is None
+        selection = window().select(grads, 0)
+        given, _ = tx.update(grads, tx.init(first), whole, selection=selection)
+        chex.assert_trees_all_equal(given, updates)
 
 
 def test_muon():
@@ -515,8 +560,9 @@ def test_several_seeds_at_once(on_switch):
         chex.assert_trees_all_close(one, train(seed), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("on_switch", ["reset", "carry"])
 @pytest.mark.parametrize("rate", [0.5, 0.75])
-def test_gradient_and_state_take_the_memory_of_what_is_kept(rate):
+def test_gradient_and_state_take_the_memory_of_what_is_kept(rate, on_switch):
     """With a norm over the whole gradient, all of it is in memory at once."""
     params = {f"dense{i}": {"kernel": jnp.ones((256, 256))} for i in range(8)}
     size = sum(x.nbytes for x in jax.tree.leaves(params))
@@ -545,10 +591,9 @@ def test_gradient_and_state_take_the_memory_of_what_is_kept(rate):
         return cdb_jax.grad(loss, compact=True)(params, x, selection=selection), selection
 
     full = memory(inner, lambda params, x, _: (jax.grad(loss)(params, x), None))
-    kept = memory(compact(inner, policy), skip)
+    kept = memory(compact(inner, policy, on_switch=on_switch), skip)
     assert kept[0] <= (1 - rate) * full[0] + 2**14
-    print(full, kept)
-    assert full[1] >= size and kept[1] < 1.1 * size
+    assert full[1] >= size and kept[1] <= 0.7 * full[1]
 
 
 @pytest.mark.bad_input
@@ -559,7 +604,11 @@ def test_gradient_and_state_take_the_memory_of_what_is_kept(rate):
         (lambda: compact(optax.sgd, window()), TypeError, "inner must be an optimizer"),
         (lambda: compact(optax.MultiSteps(optax.sgd(0.1), 2), window()), TypeError, "MultiSteps"),
         (lambda: compact(optax.sgd(0.1), window(), on_switch="keep"), ValueError, "on_switch.*kee"),
-        (lambda: compact(optax.sgd(0.1), window(hold=1)), ValueError, "hold=1.*carry"),
+        (
+            lambda: compact(optax.sgd(0.1), window(hold=1), on_switch="reset"),
+            ValueError,
+            "hold=1.*carry",
+        ),
         (lambda: compact(optax.sgd(0.1), window(lambda _: 0.5)), TypeError, "rate.*number"),
         (lambda: compact(optax.sgd(0.1), window(layer_rate=0.5)), ValueError, "layer_rate=0.5"),
         (
@@ -589,6 +638,18 @@ def test_mistakes_of_a_step():
     with pytest.raises(ValueError, match="'held'.*keeps"):
         chosen = cdb_jax.Selection.of(PARAMS, {"dense/kernel": [1, 2]})
         tx.update(PARAMS, state, PARAMS, selection=chosen)
+    selection = window().select(PARAMS, 0)
+    grads = KeptPart.of(selection.layout, selection.groups, 1).take(PARAMS)
+    with pytest.raises(ValueError, match=r"updates.*\(3, 3, 2, 4\).*selection=selection"):
+        tx.update(grads, state, PARAMS)
+    with pytest.raises(ValueError, match="updates: for 'dense/kernel' they have no array"):
+        missing = {name: x for name, x in grads.items() if name != "dense"}
+        tx.update(missing, state, PARAMS, selection=selection)
+    with pytest.raises(ValueError, match="value_fn"):
+        tx.update(PARAMS, state, PARAMS, value_fn=lambda params: 0.0)
+    twice = compact(optax.chain(cdb_jax.channel_drop_back(window()), optax.sgd(0.1)), window())
+    with pytest.raises(ValueError, match="inner: it contains channel_drop_back"):
+        twice.update(PARAMS, twice.init(PARAMS), PARAMS)
     with pytest.raises(TypeError, match="state must be a CompactState"):
         tx.update(PARAMS, state.inner_state, PARAMS)
     memory = compact(optax.lbfgs(0.1, linesearch=None), window(), on_switch="carry")

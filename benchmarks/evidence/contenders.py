@@ -108,7 +108,7 @@ def config_of(contender: Contender, **settings: Any) -> SimpleNamespace:
         layer_rate=1.0,
         channel_choice=None,
         hold=100,
-        on_switch="reset",
+        on_switch="carry",
         skip_dropped=False,
         exempt=("head",),
         schedule="cosine",
