@@ -13,6 +13,7 @@ Steps of ViTs, whose blocks are scanned so that depth costs no compilation, and 
 
     python benchmarks/memory.py                             # compiled for this machine: minutes
     python benchmarks/memory.py --update                    # the time of an optimizer's update
+    python benchmarks/memory.py --residuals                 # what the blocks of a ViT-B/16 store
     tpu/bin/python benchmarks/memory.py --target tpu        # in the environment of tpu_compile.py
     tpu/bin/python benchmarks/memory.py --target tpu --fit  # and what fits 16 GB, by bisection
 
@@ -24,7 +25,7 @@ import argparse
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -389,10 +390,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="images of a chip")
     parser.add_argument("--fit", action="store_true", help="also find what fits 16 GB")
     parser.add_argument("--update", action="store_true", help="time the update of AdamW instead")
+    parser.add_argument("--residuals", action="store_true", help="list what blocks store instead")
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     if args.update:
         return time_updates(args.rounds)
+    if args.residuals:
+        return count_residuals()
     output = results_file("memory", "tpu-v5e" if args.target == "tpu" else "cpu")
     before = json.loads(output.read_text()) if output.exists() else {}
     rows = before.get("rows", [])
@@ -417,6 +421,52 @@ def main() -> None:
             keep()
     rows.sort(key=place)
     publish(output, table(rows), rows)
+
+
+def residuals(step: Step) -> dict[str, Any]:
+    """What the blocks of a ViT store for their backward pass, read off the traced program."""
+    model, policy = build(step.model, step.depth, step.remat, jnp.bfloat16), policy_of(step)
+
+    def gradient(params: Any, *rest: Any) -> Any:
+        if step.method == "full":
+            return jax.grad(model.loss)(params, *rest)
+        selection = policy.select(params, 0)
+        return cdb_jax.grad(model.loss, compact=True)(params, *rest, selection=selection)
+
+    images = jax.ShapeDtypeStruct((step.batch, SIZE, SIZE, 3), jnp.bfloat16)
+    labels = jax.ShapeDtypeStruct((step.batch,), jnp.int32)
+    program = jax.make_jaxpr(gradient)(model.params, model.rest, images, labels).jaxpr
+    _, *stored = next(scans(program)).outvars  # The first are the tokens after the last block.
+    sizes: dict[str, int] = {}
+    for x in (v.aval for v in stored):
+        name = f"{x.dtype}{list(x.shape)}"
+        sizes[name] = sizes.get(name, 0) + x.size * x.dtype.itemsize
+    arrays = dict(sorted(sizes.items(), key=lambda item: -item[1]))
+    return step._asdict() | {"stored": sum(sizes.values()), "arrays": arrays}
+
+
+def scans(program: Any) -> Iterator[Any]:
+    for eqn in program.eqns:
+        if eqn.primitive.name == "scan":
+            yield eqn
+        for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(x, "jaxpr", x)
+            if hasattr(inner, "eqns"):
+                yield from scans(inner)
+
+
+def count_residuals() -> None:
+    chosen = [
+        step for step in METHODS if step.remat != "blocks" and step.method in ("full", "compact")
+    ]
+    rows = [residuals(step) for step in chosen]
+    lines = ["| step | stored for the backward pass | the largest |", "| --- " * 3 + "|"]
+    for step, row in zip(chosen, rows, strict=True):
+        largest = ", ".join(
+            f"{x / 1e6:,.0f} MB {name}" for name, x in list(row["arrays"].items())[:4]
+        )
+        lines.append(f"| {label(step)} | {row['stored'] / 1e6:,.0f} MB | {largest} |")
+    publish(results_file("residuals"), "\n".join(lines), rows)
 
 
 def time_updates(rounds: int) -> None:

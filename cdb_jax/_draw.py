@@ -356,21 +356,24 @@ def _choose_layers(
     if policy.layer_choice == "bernoulli":
         return np.ones(sum(depths), bool), np.ones(sum(depths), np.float32)
 
-    blocks = {block_of(policy, layer): layer.depth for layer in layers}
-    paths = sorted(blocks)
+    blocks = _depth_of_blocks(policy, layers)
     # Canonical paths have no empty parts, so no layer has this one.
     pick_key = jax.random.fold_in(step_key, channels.layer_id("//layer_choice"))
     if policy.layers_picked == 1:
         is_picked = _pick_one(policy, layers, blocks, pick_key)
     else:
-        keys = _keys_of(paths, [blocks[path] for path in paths], pick_key)
+        keys = _keys_of(list(blocks), list(blocks.values()), pick_key)
         words = jax.random.key_data(keys)[:, 0]
         is_picked = _smallest(words[None], policy.layers_picked)[0]
-    # The rows of `is_picked` are those of the blocks, in the order of `paths`.
-    first = np.cumsum([0, *(blocks[path] for path in paths)])
-    position = np.repeat([paths.index(block_of(policy, layer)) for layer in layers], depths)
-    rows = first[position] + _stack_index(depths)
+    first_row = dict(zip(blocks, np.cumsum([0, *blocks.values()]), strict=False))
+    first = np.repeat([first_row[block_of(policy, layer)] for layer in layers], depths)
+    rows = first + _stack_index(depths)
     return is_picked[rows], np.repeat(_chances(policy, layers), depths).astype(np.float32)
+
+
+def _depth_of_blocks(policy: Policy, layers: Sequence[channels.Leaf]) -> dict[str, int]:
+    """The number of layers that each block stacks, sorted by path."""
+    return dict(sorted((block_of(policy, layer), layer.depth) for layer in layers))
 
 
 def _pick_one(
@@ -395,8 +398,8 @@ def _chances(policy: Policy, layers: Sequence[channels.Leaf]) -> list[float]:
     if policy.layer_choice == "bernoulli":
         return [1.0] * len(layers)
     if policy.layers_picked > 1:
-        blocks = {block_of(policy, layer): layer.depth for layer in layers}
-        return [policy.layers_picked / sum(blocks.values())] * len(layers)
+        num_rows = sum(_depth_of_blocks(policy, layers).values())
+        return [policy.layers_picked / num_rows] * len(layers)
     weights = _layer_weights(policy, layers)
     total = sum(weights.values())
     return [weights[block_of(policy, layer)] / total / layer.depth for layer in layers]

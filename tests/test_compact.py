@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toy_models
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -92,11 +93,7 @@ class Oracle:
 
 
 OPTIMIZERS = {
-    "sgd": optax.sgd(0.1, momentum=0.9, nesterov=True),
-    "adam": optax.adam(0.1),
-    "adamw": optax.adamw(0.1, weight_decay=0.1),
-    "lion": optax.lion(0.1),
-    "rmsprop": optax.rmsprop(0.1, centered=True, momentum=0.9),
+    **toy_models.OPTIMIZERS,
     "clip": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)),
     "lamb": optax.lamb(0.1),
     "adafactor": optax.adafactor(0.1, min_dim_size_to_factor=2),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toy_models
 from flax import nnx
 from hypothesis import given, strategies as st
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -59,11 +60,7 @@ def by_path(tree):
 
 
 OPTIMIZERS = {
-    "sgd": optax.sgd(0.1, momentum=0.9, nesterov=True),
-    "adam": optax.adam(0.1),
-    "adamw": optax.adamw(0.1, weight_decay=0.1),
-    "lion": optax.lion(0.1),
-    "rmsprop": optax.rmsprop(0.1, centered=True, momentum=0.9),
+    **toy_models.OPTIMIZERS,
     "adadelta": optax.adadelta(1.0),
     "radam": optax.radam(0.1),
     "lamb": optax.lamb(0.1),

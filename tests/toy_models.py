@@ -5,6 +5,7 @@ import drawn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 import cdb_jax
@@ -84,3 +85,13 @@ def mlp_params(depth=4, width=64):
 
 def compilations(caplog):
     return [r.message for r in caplog.records if r.message.startswith("Compiling")]
+
+
+# Optimizers with states of the shape of the parameters.
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": optax.adam(0.1),
+    "adamw": optax.adamw(0.1, weight_decay=0.1),
+    "lion": optax.lion(0.1),
+    "rmsprop": optax.rmsprop(0.1, centered=True, momentum=0.9),
+}
