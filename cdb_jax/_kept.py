@@ -110,29 +110,32 @@ class Cut(NamedTuple):
 
         return explicit.call(put, lambda: jax.typeof(whole).sharding.spec, x, place)
 
-    def move(self, x: jax.Array, before: Place, after: Place) -> jax.Array:
-        """The kept part for another place, with zeros for what was not kept before."""
+    def move(self, x: jax.Array, fill: jax.Array, before: Place, after: Place) -> jax.Array:
+        """The kept part for another place; `fill` has what did not learn before."""
         stack, channel, part, layers = self.leaf.stack, self.leaf.channel, self.part, self.layers
+        kept_leaf = self.kept_leaf
 
-        def move(x: jax.Array, before: Place, after: Place) -> jax.Array:
-            places = before.channels
+        def move(x: jax.Array, fill: jax.Array, before: Place, after: Place) -> jax.Array:
+            places, learns = before.channels, before.learns
             if layers and before.layers is not None and after.layers is not None:
                 rows = (layers, before.layers, after.layers)
-                x = parts.move(x, stack, (), *rows)
+                x = parts.move(x, fill, stack, (), *rows)
                 if places is not None:
-                    places = parts.move(places, tuple(range(len(stack))), (), *rows)
+                    axes = tuple(range(len(stack)))
+                    places = parts.move(places, jnp.zeros_like(places), axes, (), *rows)
+                if learns is not None:
+                    learns = parts.move(learns, jnp.zeros_like(learns), (0,), (), *rows)
             if part and places is not None and after.channels is not None:
-                x = parts.move(x, channel, stack, part, places, after.channels)
-            return x
+                x = parts.move(x, fill, channel, stack, part, places, after.channels)
+            return x if learns is None else _where_learns(learns, kept_leaf, x, fill)
 
-        return explicit.call(move, lambda: jax.typeof(x).sharding.spec, x, before, after)
+        return explicit.call(move, lambda: jax.typeof(x).sharding.spec, x, fill, before, after)
 
     def mask(self, x: jax.Array, place: Place) -> jax.Array:
         """Sets kept layers that do not learn in this step to zero, in an array of the kept part."""
         if place.learns is None:
             return x
-        learns = broadcastable(place.learns == 1, self.kept_leaf, self.leaf.stack)
-        return jnp.where(learns, x, jnp.zeros((), x.dtype))
+        return _where_learns(place.learns, self.kept_leaf, x, jnp.zeros((), x.dtype))
 
     def of_entry(self, shape: tuple[int, ...], axes: Axes) -> Cut | None:
         """The cut of an entry of an optimizer state that belongs to the kept part.
@@ -155,6 +158,13 @@ class Cut(NamedTuple):
     @property
     def _cut_axes(self) -> tuple[int, ...]:
         return (self.leaf.stack if self.layers else ()) + (self.leaf.axes if self.part else ())
+
+
+def _where_learns(
+    learns: jax.Array, kept: channels.Leaf, x: jax.Array, other: jax.Array
+) -> jax.Array:
+    """An array for the kept layers that learn in this step, another for those that do not."""
+    return jnp.where(broadcastable(learns == 1, kept, kept.stack), x, other)
 
 
 def has_same_size(policy: Policy) -> bool:
@@ -378,11 +388,8 @@ def _computed_first(kept: list[jax.Array]) -> list[jax.Array]:
     if not kept:
         return kept
 
-    def on_cpu(kept: list[jax.Array]) -> list[jax.Array]:
-        return alone_on_cpu(lambda x: x, lambda x: [jnp.zeros_like(y) for y in x], kept)
-
     def on_any(kept: list[jax.Array]) -> list[jax.Array]:
-        return jax.lax.platform_dependent(kept, cpu=on_cpu, default=lambda x: x)
+        return jax.lax.platform_dependent(kept, cpu=alone_on_cpu, default=lambda x: x)
 
     return explicit.call(on_any, lambda: [jax.typeof(x).sharding.spec for x in kept], kept)
 

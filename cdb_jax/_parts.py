@@ -70,43 +70,45 @@ def put(
     if part.contiguous:
         x = _put_window(x, axis, part.size, place)
     else:
-        x = _put_channels(x, axis, part.size, place)
+        # A gather: unlike a scatter, it fuses into the optimizer.
+        every = jnp.arange(part.size, dtype=jnp.int32)
+        x = _pick_channels(x, jnp.zeros((), x.dtype), axis, place, every)
     return _split(x, shape, order)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
 def move(
-    x: jax.Array, channel: Axes, stack: Axes, part: Part, before: jax.Array, after: jax.Array
+    x: jax.Array,
+    fill: jax.Array,
+    channel: Axes,
+    stack: Axes,
+    part: Part,
+    before: jax.Array,
+    after: jax.Array,
 ) -> jax.Array:
-    """`take(put(x, before), after)` without the array between: a part for another place.
+    """A part for another place: like `take(put(x, before), after)`, but with nothing of full size.
 
-    Channels that were kept before keep their entries; the others have zeros.
+    Channels that were kept before keep their entries; the others have those of `fill`.
     """
     if not channel:
         return x
     if stack:
         inner = _without(stack[0], channel), _without(stack[0], stack[1:])
 
-        def move_in_layer(x: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
-            return move(x, *inner, part, before, after)
+        def move_in_layer(x: jax.Array, fill: jax.Array, *places: jax.Array) -> jax.Array:
+            return move(x, fill, *inner, part, *places)
 
-        axes = (stack[0], 0, 0)
-        return jax.vmap(move_in_layer, in_axes=axes, out_axes=stack[0])(x, before, after)
-    shape = x.shape
-    x, axis, order = _merge(x, channel, part.blocks, part.kept)
-    old, new = _channels_at(part, before), _channels_at(part, after)
-    nearest, was_kept = _find(old, new)
-    x = jnp.take(x, nearest, axis=axis, indices_are_sorted=True, mode="clip")
-    x = jnp.where(_along(axis, x.ndim, was_kept), x, jnp.zeros((), x.dtype))
-    return _split(x, shape, order)
-
-
-def _channels_at(part: Part, place: jax.Array) -> jax.Array:
-    """The channels of a block that are kept, in the order in which a part holds them: ascending."""
-    if not part.contiguous:
-        return place
-    position, last = jnp.arange(part.kept, dtype=jnp.int32), part.size - part.kept
-    return jnp.where(position < place - last, position, jnp.minimum(place, last) + position)
+        axes = (stack[0], stack[0], 0, 0)
+        return jax.vmap(move_in_layer, in_axes=axes, out_axes=stack[0])(x, fill, before, after)
+    shape, axis = x.shape, channel[-1]
+    if part.blocks > 1:
+        blocks = (*shape[:axis], part.blocks, part.kept, *shape[axis + 1 :])
+        x, fill, axis = x.reshape(blocks), fill.reshape(blocks), axis + 1
+    if part.contiguous:
+        x = _move_window(x, fill, axis, part.size, before, after)
+    else:
+        x = _pick_channels(x, fill, axis, before, after)
+    return x.reshape(shape)
 
 
 def _find(ascending: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,7 +128,7 @@ def _take_window(x: jax.Array, axis: int, kept: int, start: jax.Array) -> jax.Ar
     Each entry is already in place in one of two slices of full length, so nothing has to be moved.
     """
     last = x.shape[axis] - kept
-    run = lax.dynamic_slice_in_dim(x, jnp.minimum(start, last), kept, axis)
+    run = _slice(x, jnp.minimum(start, last), kept, axis)
     first = lax.slice_in_dim(x, 0, kept, axis=axis)
     wrapped = jnp.arange(kept, dtype=jnp.int32) < start - last
     return jnp.where(_along(axis, x.ndim, wrapped), first, run)
@@ -140,7 +142,7 @@ def _put_window(x: jax.Array, axis: int, size: int, start: jax.Array) -> jax.Arr
     pad = [(0, 0, 0)] * x.ndim
     pad[axis] = (last, last, 0)
     begin = jnp.minimum(start, last)
-    run = lax.dynamic_slice_in_dim(lax.pad(x, zero, pad), last - begin, size, axis)
+    run = _slice(lax.pad(x, zero, pad), last - begin, size, axis)
     pad[axis] = (0, last, 0)
     first = lax.pad(x, zero, pad)
     position = jnp.arange(size, dtype=jnp.int32)
@@ -148,11 +150,52 @@ def _put_window(x: jax.Array, axis: int, size: int, start: jax.Array) -> jax.Arr
     return jnp.where(_along(axis, x.ndim, position < start - last), first, run)
 
 
-def _put_channels(x: jax.Array, axis: int, size: int, place: jax.Array) -> jax.Array:
-    """The inverse of `jnp.take`, by a gather: unlike a scatter, it fuses into the optimizer."""
-    nearest, is_kept = _find(place, jnp.arange(size, dtype=jnp.int32))
+def _move_window(
+    x: jax.Array, fill: jax.Array, axis: int, size: int, before: jax.Array, after: jax.Array
+) -> jax.Array:
+    """A window for another start, by pads and slices; `fill` has what was not in it.
+
+    A gather would do, but the CPU compiler transposes arrays, and all that depends on them, for it.
+    """
+    kept = x.shape[axis]
+    # Where a window wraps around, its last channels are stored behind its first ones.
+    first_before, first_after = before - (size - kept), after - (size - kept)
+    shift_before, shift_after = jnp.minimum(before, size - kept), jnp.minimum(after, size - kept)
+    position = jnp.arange(kept, dtype=jnp.int32)
+    is_first = position < first_after
+    channel = jnp.where(is_first, position, position + shift_after)
+    was_first = channel < first_before
+    source = channel - shift_before
+    was_kept = (source >= jnp.maximum(first_before, 0)) & (source < kept)
+
+    def shifted(low: int, high: int, by: jax.Array) -> jax.Array:
+        """`x[i + by]` for each position i, for shifts of at least `-low` and at most `high`."""
+        pad = [(0, 0, 0)] * x.ndim
+        pad[axis] = (low, high, 0)
+        padded = lax.pad(x, jnp.zeros((), x.dtype), pad)
+        return _slice(padded, low + jnp.clip(by, -low, high), kept, axis)
+
+    for chosen, y in (  # No pad occurs twice, so that each fuses into its slice.
+        (is_first & was_first, x),
+        (is_first & ~was_first & was_kept, shifted(kept, 0, -shift_before)),
+        (~is_first & was_first, shifted(0, kept, shift_after)),
+        (~is_first & ~was_first & was_kept, shifted(kept, kept, shift_after - shift_before)),
+    ):
+        fill = jnp.where(_along(axis, x.ndim, chosen), y, fill)
+    return fill
+
+
+def _pick_channels(
+    x: jax.Array, fill: jax.Array, axis: int, place: jax.Array, wanted: jax.Array
+) -> jax.Array:
+    """Entries of an array that holds the channels at `place`; `fill` has those that it lacks."""
+    nearest, is_kept = _find(place, wanted)
     x = jnp.take(x, nearest, axis=axis, indices_are_sorted=True, mode="clip")
-    return jnp.where(_along(axis, x.ndim, is_kept), x, jnp.zeros((), x.dtype))
+    return jnp.where(_along(axis, x.ndim, is_kept), x, fill)
+
+
+def _slice(x: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, start, size, axis, allow_negative_indices=False)
 
 
 def _along(axis: int, rank: int, vector: jax.Array) -> jax.Array:

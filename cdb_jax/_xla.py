@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_MAX_RESULTS = 64  # Per conditional, since its compilation time grows with their square.
-
 
 def materialise(
     f: Callable[[Any], Any], x: Any, *, on_cpu: Callable[[Any], Any] | None = None
@@ -27,7 +25,7 @@ def materialise(
 
     Args:
       f: a function of a tree of arrays.
-      x: its argument; see `alone_on_cpu`.
+      x: its argument.
       on_cpu: another function with the same result, which replaces `f` on CPU.
     """
 
@@ -36,27 +34,32 @@ def materialise(
 
     if not jax.tree.leaves(x):
         return f(x)
-    cpu = functools.partial(alone_on_cpu, on_cpu or f, _zeros_like(f))
-    return jax.lax.platform_dependent(x, cpu=cpu, default=with_barrier)
+    compute = on_cpu or f
+    return jax.lax.platform_dependent(
+        x, cpu=lambda x: alone_on_cpu(compute(x)), default=with_barrier
+    )
 
 
-def alone_on_cpu(f: Callable[[Any], Any], otherwise: Callable[[Any], Any], x: Any) -> Any:
-    """Returns `f(x)`, which the CPU compiler does not fuse with the operations that read it.
+def alone_on_cpu(tree: Any) -> Any:
+    """Returns a tree of arrays that the CPU compiler does not fuse with what reads them.
 
-    That compiler drops optimization barriers before it fuses, but it fuses nothing through a
-    conditional. On other platforms, a conditional may wait for the host.
+    That compiler drops optimization barriers before it fuses, but it fuses nothing through a loop.
+    A loop works in place, unlike a conditional, whose branches copy what they return. On other
+    platforms, either may wait for the host.
 
     Args:
-      f: a function of a tree of arrays.
-      otherwise: a function with results of the same types, for the branch that is never taken.
-      x: their argument. If the first of its arrays is constant, the compiler drops the conditional.
+      tree: the arrays. If the first is constant, the compiler drops the loop.
     """
-    first = jax.tree.leaves(x)[0]
+    first = jax.tree.leaves(tree)[0]
     entry = first[(0,) * first.ndim]
     if jnp.issubdtype(first.dtype, jnp.inexact):
         entry = jax.lax.bitcast_convert_type(jnp.real(entry).astype(jnp.float32), jnp.int32)
-    # This is always true, but the compiler does not know that.
-    return jax.lax.cond((entry.astype(jnp.int32) | 1) != 0, f, otherwise, x)
+    never = (entry.astype(jnp.int32) | 1) == 0  # The compiler does not know that this is false.
+
+    def body(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return ~carry[0], jax.tree.map(jnp.zeros_like, carry[1])
+
+    return jax.lax.while_loop(lambda carry: carry[0], body, (never, tree))[1]
 
 
 class _Block(NamedTuple):
@@ -90,14 +93,11 @@ def unstack(
         for shape in shapes:
             start, stop = stop, stop + math.prod(shape)
             blocks.append(_Block(i, start, stop, shape))
-    found = []
-    for first in range(0, len(blocks), _MAX_RESULTS):
-        run = blocks[first : first + _MAX_RESULTS]
-        found += materialise(
-            functools.partial(_cut, run, _slice),
-            matrices,
-            on_cpu=functools.partial(_cut, run, _pick),
-        )
+    found = materialise(
+        functools.partial(_cut, blocks, _slice),
+        matrices,
+        on_cpu=functools.partial(_cut, blocks, _pick),
+    )
     results = iter(found)
     return [list(itertools.islice(results, len(shapes))) for shapes in stacks]
 
@@ -129,10 +129,3 @@ def _pick(matrix: jax.Array, start: int, stop: int) -> jax.Array:
     is_row = np.arange(first, first + len(rows)) == start
     is_row = is_row.reshape(-1, *[1] * (matrix.ndim - 1))
     return jnp.max(rows, axis=0, where=is_row, initial=matrix.dtype.type(0))
-
-
-def _zeros_like(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def zeros(x: Any) -> Any:
-        return jax.tree.map(jnp.zeros_like, jax.eval_shape(f, x))
-
-    return zeros

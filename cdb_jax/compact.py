@@ -13,7 +13,7 @@ import optax
 from cdb_jax import _optax_states as slots, channels
 from cdb_jax._checks import check_choice
 from cdb_jax._compiling import compiled
-from cdb_jax._kept import Cut, KeptPart, Place, check_same_size
+from cdb_jax._kept import KeptPart, check_same_size
 from cdb_jax.policy import Policy, check_policy
 from cdb_jax.selection import Group, Selection, fraction_of
 from cdb_jax.transform import Given, check_state, groups_from, layout_and_source
@@ -224,9 +224,12 @@ def _carry(
     before = part.at(state.held)
 
     def move(entries: dict[int, tuple[jax.Array, jax.Array]]) -> dict[int, jax.Array]:
-        return {
-            i: _moved(moving[i], x, y, before.places, part.places) for i, (x, y) in entries.items()
-        }
+        """The entries for the channels that learn now, with new values for those that did not."""
+        found = {}
+        for i, (x, y) in entries.items():
+            source = moving[i].leaf.source
+            found[i] = moving[i].move(y, x, before.places[source], part.places[source])
+        return found
 
     def stay(entries: dict[int, tuple[jax.Array, jax.Array]]) -> dict[int, jax.Array]:
         return {i: y for i, (_, y) in entries.items()}
@@ -234,20 +237,6 @@ def _carry(
     has_switched = jnp.any(part.held != state.held)
     moved = jax.lax.cond(has_switched, move, stay, {i: (new[i], old[i]) for i in moving})
     return treedef.unflatten(moved.get(i, x) for i, x in enumerate(old))
-
-
-def _moved(
-    cut: Cut,
-    new: jax.Array,
-    old: jax.Array,
-    before: Mapping[str, Place],
-    after: Mapping[str, Place],
-) -> jax.Array:
-    """The entry for the channels that are kept now: new values for those that were not before."""
-    source = cut.leaf.source
-    places = before[source], after[source]
-    learned = cut.mask(jnp.ones_like(old, bool), before[source])
-    return jnp.where(cut.move(learned, *places), cut.move(old, *places), new)
 
 
 def _check_policy(policy: Policy, on_switch: OnSwitch) -> None:

@@ -43,6 +43,10 @@ def put(x, shape, channel_axes, stack_axes, part, place):
     return parts.put(x, shape, channel_axes, stack_axes, Part(*part), place)
 
 
+def move(x, fill, channel_axes, stack_axes, part, before, after):
+    return parts.move(x, fill, channel_axes, stack_axes, Part(*part), before, after)
+
+
 # Parts in NumPy, which `test_products.py` uses too.
 
 
@@ -204,6 +208,24 @@ def test_put(drawn):
         for case, x, actual in zip(drawn, arrays, filled, strict=True):
             expected = scattered(x, case.shape, case.entries(turn))
             np.testing.assert_array_equal(actual, expected, f"{case}, {turn=}", strict=True)
+
+
+@one_program(cases(), 40)
+def test_move(drawn):
+    arrays = [numbered(case.entries(0).shape) for case in drawn]
+
+    @jax.jit
+    def program(arrays, before, after):
+        operands = zip(drawn, arrays, before, after, strict=True)
+        return [move(x, -x, *case.layout, old, new) for case, x, old, new in operands]
+
+    for turns in itertools.product(range(NUM_TURNS), repeat=2):
+        places = ([case.place(turn) for case in drawn] for turn in turns)
+        for case, x, actual in zip(drawn, arrays, program(arrays, *places), strict=True):
+            before, after = (case.entries(turn) for turn in turns)
+            was_kept = np.isin(after, before)
+            expected = np.where(was_kept, np.take(scattered(x, case.shape, before), after), -x)
+            np.testing.assert_array_equal(actual, expected, f"{case}, {turns=}", strict=True)
 
 
 @pytest.mark.parametrize("start, channels", [(0, [0, 1, 2]), (3, [0, 3, 4]), (4, [0, 1, 4])])

@@ -2,13 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from jax.extend import core
 
 import cdb_jax
-from cdb_jax import _xla
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 POLICY = cdb_jax.Policy(0.5, key=0, channel_choice="window")
@@ -59,17 +57,3 @@ def test_the_program_grows_linearly_in_leaves_and_not_with_stacks():
         return {"blocks": {"kernel": jax.ShapeDtypeStruct((depth, 64, 64), jnp.float32)}}
 
     assert operations(stacked(1000), policy) == operations(stacked(2), policy)
-
-
-def test_more_layers_than_are_cut_together(monkeypatch):
-    """Layers of several widths and stacks, over the bounds of the runs that they are cut in."""
-    params = {f"layer{i}": {"kernel": jnp.ones((1 + i % 3, 2, 3 + i % 2))} for i in range(11)}
-    axes = cdb_jax.Axes(-1, stack=0)
-    policy = cdb_jax.Policy(0.5, key=0, channel_axes=axes, rescale="realized")
-    drawn = policy.select(params, 0).factors
-    monkeypatch.setattr(_xla, "_MAX_RESULTS", 4)
-    drop = cdb_jax.channel_drop_back(policy)
-    updates, _ = drop.update(params, drop.init(params))
-    for name, layer in params.items():
-        expected = layer["kernel"] * drawn[f"{name}/kernel"][:, None]
-        np.testing.assert_array_equal(updates[name]["kernel"], expected)

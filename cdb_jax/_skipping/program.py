@@ -337,7 +337,7 @@ def _put_back(
 ) -> dict[int, jax.Array]:
     """Expands the gradients of kept parts to the shapes of their weights."""
     compact = {
-        i: (x, drawn.place, weights[i])
+        i: (x, drawn.place)
         for i, x in kept.items()
         if plans[i].target.is_compact and (drawn := plans[i].drawn)
     }
@@ -346,22 +346,18 @@ def _put_back(
 
     def put(operands: dict[int, tuple[jax.Array, ...]]) -> dict[int, jax.Array]:
         full = {}
-        for i, (x, place, _) in operands.items():
+        for i, (x, place) in operands.items():
             leaf, part = plans[i].leaf, plans[i].target.part
             assert part is not None
             full[i] = parts.put(x, leaf.shape, leaf.channel, leaf.stack, part, place)
         return full
 
-    def weights_themselves(operands: dict[int, tuple[jax.Array, ...]]) -> dict[int, jax.Array]:
-        return {i: weight for i, (_, _, weight) in operands.items()}
-
     # This is best done in the loops of the optimizer, where it costs no memory traffic. On CPU, the
     # compiler would repeat it several times per entry there, more slowly than in a separate loop.
     def put_on_any(compact: dict[int, tuple[jax.Array, ...]]) -> dict[int, jax.Array]:
-        cpu = functools.partial(alone_on_cpu, put, weights_themselves)
-        return jax.lax.platform_dependent(compact, cpu=cpu, default=put)
+        return jax.lax.platform_dependent(compact, cpu=lambda x: alone_on_cpu(put(x)), default=put)
 
     def specs() -> dict[int, Any]:
-        return {i: jax.typeof(weight).sharding.spec for i, (_, _, weight) in compact.items()}
+        return {i: jax.typeof(weights[i]).sharding.spec for i in compact}
 
     return kept | explicit.call(put_on_any, specs, compact)
