@@ -356,7 +356,7 @@ def _choose_layers(
     if policy.layer_choice == "bernoulli":
         return np.ones(sum(depths), bool), np.ones(sum(depths), np.float32)
 
-    blocks = _depth_of_blocks(policy, layers)
+    blocks = depth_of_blocks(policy, layers)
     # Canonical paths have no empty parts, so no layer has this one.
     pick_key = jax.random.fold_in(step_key, channels.layer_id("//layer_choice"))
     if policy.layers_picked == 1:
@@ -371,7 +371,7 @@ def _choose_layers(
     return is_picked[rows], np.repeat(_chances(policy, layers), depths).astype(np.float32)
 
 
-def _depth_of_blocks(policy: Policy, layers: Sequence[channels.Leaf]) -> dict[str, int]:
+def depth_of_blocks(policy: Policy, layers: Sequence[channels.Leaf]) -> dict[str, int]:
     """The number of layers that each block stacks, sorted by path."""
     return dict(sorted((block_of(policy, layer), layer.depth) for layer in layers))
 
@@ -398,7 +398,7 @@ def _chances(policy: Policy, layers: Sequence[channels.Leaf]) -> list[float]:
     if policy.layer_choice == "bernoulli":
         return [1.0] * len(layers)
     if policy.layers_picked > 1:
-        num_rows = sum(_depth_of_blocks(policy, layers).values())
+        num_rows = sum(depth_of_blocks(policy, layers).values())
         return [policy.layers_picked / num_rows] * len(layers)
     weights = _layer_weights(policy, layers)
     total = sum(weights.values())

@@ -40,6 +40,7 @@ def materialise(
     )
 
 
+@jax.custom_jvp  # JAX cannot transpose loops of this kind.
 def alone_on_cpu(tree: Any) -> Any:
     """Returns a tree of arrays that the CPU compiler does not fuse with what reads them.
 
@@ -60,6 +61,11 @@ def alone_on_cpu(tree: Any) -> Any:
         return ~carry[0], jax.tree.map(jnp.zeros_like, carry[1])
 
     return jax.lax.while_loop(lambda carry: carry[0], body, (never, tree))[1]
+
+
+@alone_on_cpu.defjvp
+def _alone_on_cpu_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    return alone_on_cpu(*primals), tangents[0]
 
 
 class _Block(NamedTuple):

@@ -337,6 +337,11 @@ def _whole_layers(stack: Mapping[str, int | tuple[int, ...]] | None) -> channels
     """Every leaf as one channel, or one for each index of a stack."""
     if stack is not None and not isinstance(stack, Mapping):
         raise TypeError(f"stack must be a dict from path to axes, got {stack!r}.")
+    if stack and "" in stack:
+        raise ValueError(
+            "stack has the path '', which is the whole tree; name the part of it that stacks "
+            "blocks, such as stack={'blocks': 0}."
+        )
     whole = channels.Axes(())
     stacked = {path: channels.Axes((), axes) for path, axes in (stack or {}).items()}
     return {"": whole, **stacked} if stacked else whole

@@ -247,6 +247,8 @@ def _row(leaf: channels.Leaf, policy: Policy) -> ChannelRow:
 def _kept(policy: Policy, width: int) -> str:
     if not isinstance(policy.rate, float):
         return "scheduled" if callable(policy.rate) else "an array"
+    if policy.rate == 0.0:
+        return str(width)
     if policy.channel_choice == "bernoulli":  # If all would be dropped, none is.
         spared = policy.rate**width if policy.rate < 1.0 else 0.0
         return f"~{(1.0 - policy.rate + spared) * width:.3g}"
@@ -262,13 +264,18 @@ def _summary(layout: channels.Layout, policy: Policy) -> str:
         str(x) if isinstance(x, float) else "scheduled" if callable(x) else "an array"
         for x in (policy.rate, policy.layer_rate)
     )
-    which = ""
+    picked = ""
     if policy.layer_choice == "exact":
-        nouns = ("block" if policy.blocks else "layer") + "s" * (policy.layers_picked > 1)
-        which = f"{policy.layers_picked} {nouns} a step, "
+        noun = "blocks" if policy.blocks else "layers"
+        # A part of a model does not tell how many there are to pick from.
+        every = sum(_draw.depth_of_blocks(policy, layout.layers).values())
+        picked = f"{noun} a step: {policy.layers_picked}"
+        picked += ", " if layout.partial else f" of {every}, "
+    what = f"rate {rate}, {policy.channel_choice} channels"
+    if isinstance(policy.rate, float) and policy.rate == 0.0:
+        what = "all channels"
     noun = "layer" if layers == 1 else "layers"
     return (
         f"{layers} {noun}, {100 * droppable / max(total, 1):.1f} % of "
-        f"{total:,} parameters can be dropped; {which}layer_rate {layer_rate}, rate {rate}, "
-        f"{policy.channel_choice} channels."
+        f"{total:,} parameters can be dropped; {picked}layer_rate {layer_rate}, {what}."
     )

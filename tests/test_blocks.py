@@ -193,7 +193,7 @@ def test_the_report_counts_blocks():
     report = cdb_jax.channel_report(
         SCANNED, scanned(num_layers=2, exempt=("head",), **FROZEN), optimizer=optax.adam(0.1)
     )
-    assert "2 blocks a step" in report.summary
+    assert "blocks a step: 2 of 6, layer_rate 1.0, all channels" in report.summary
     full, kept = report.savings.gradient_bytes
     assert kept == pytest.approx((full - 24) / 3 + 24)
 

@@ -129,6 +129,8 @@ def test_mistakes_about_blocks(preset):
         preset(key=0, exempt=(), stack=0)
     with pytest.raises(TypeError, match="blocks must be a tuple"):
         preset(key=0, exempt=(), blocks="blocks/*")
+    with pytest.raises(ValueError, match="stack has the path '', which is the whole tree"):
+        preset(key=0, exempt=(), stack={"": 0})
 
 
 def test_stacks_that_are_not_there():
