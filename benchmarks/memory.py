@@ -6,7 +6,7 @@ Steps of ViTs, whose blocks are scanned so that depth costs no compilation, and 
 - full: the whole gradient;
 - mask: the same with `channel_drop_back` before the optimizer;
 - skip: `value_and_grad`, which computes the kept part of the gradient;
-- compact: `value_and_grad(..., compact=True)` and `compact`, which keep no more than that part;
+- compact: `value_and_grad(..., kept_only=True)` and `compact`, which keep no more than that part;
 - "input": the same with input channels;
 - "elementwise" or "blocks computed again": with `jax.checkpoint` around each block, which keeps the
   results of products with weights, or nothing inside the block.
@@ -238,7 +238,7 @@ def compile_step(step: Step, target: str) -> dict[str, Any]:
             return jax.grad(loss)(params, *rest), {}
         selection = policy.select(params, count)
         compact = step.method == "compact"
-        grad = cdb_jax.grad(loss, compact=compact)
+        grad = cdb_jax.grad(loss, kept_only=compact)
         return grad(params, *rest, selection=selection), {"selection": selection} if compact else {}
 
     def train(params: Any, state: Any, count: jax.Array, *rest: Any) -> Any:
@@ -441,7 +441,7 @@ def residuals(step: Step) -> dict[str, Any]:
         if step.method == "full":
             return jax.grad(model.loss)(params, *rest)
         selection = policy.select(params, 0)
-        return cdb_jax.grad(model.loss, compact=True)(params, *rest, selection=selection)
+        return cdb_jax.grad(model.loss, kept_only=True)(params, *rest, selection=selection)
 
     images = jax.ShapeDtypeStruct((step.batch, SIZE, SIZE, 3), jnp.bfloat16)
     labels = jax.ShapeDtypeStruct((step.batch,), jnp.int32)

@@ -41,6 +41,7 @@ class Variant(NamedTuple):
     policy: cdb_jax.Policy | None
     skips: bool
     changes: bool = False  # Whether the work differs from step to step.
+    compact: bool = False  # Whether gradient and optimizer state have the kept size.
 
 
 def variants(rates: list[float], layer_rates: list[float]) -> list[Variant]:
@@ -50,6 +51,9 @@ def variants(rates: list[float], layer_rates: list[float]) -> list[Variant]:
     found = []
     for rate in rates:
         found.append(Variant(f"window {rate}", policy(rate, channel_choice="window"), True))
+    for rate in rates:
+        held = policy(rate, channel_choice="window", hold=100)
+        found.append(Variant(f"window {rate}, compact", held, True, compact=True))
     middle = 0.5 if 0.5 in rates else rates[0]
     window = policy(middle, channel_choice="window")
     into = policy(middle, channel_choice="window", channel_axes=cdb_jax.input_channels)
@@ -116,10 +120,13 @@ class Task:
         tx = self.tx
         if variant and not variant.skips:
             tx = optax.chain(cdb_jax.channel_drop_back(variant.policy), tx)
+        is_compact = variant is not None and variant.compact
+        if is_compact:
+            tx = cdb_jax.compact(tx, variant.policy)
 
         def train(params, opt_state, rest, images, labels, count):
             if variant and variant.skips:
-                value_and_grad = cdb_jax.value_and_grad(self.loss, has_aux=True)
+                value_and_grad = cdb_jax.value_and_grad(self.loss, has_aux=True, kept_only=is_compact)
                 selection = variant.policy.select(params, count)
                 (loss, rest), grads = value_and_grad(
                     params, rest, images, labels, selection=selection
@@ -127,7 +134,8 @@ class Task:
             else:
                 value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
                 (loss, rest), grads = value_and_grad(params, rest, images, labels)
-            updates, opt_state = tx.update(grads, opt_state, params)
+            given = {"selection": selection} if is_compact else {}
+            updates, opt_state = tx.update(grads, opt_state, params, **given)
             return optax.apply_updates(params, updates), opt_state, rest, loss
 
         state = tx.init(self.params)

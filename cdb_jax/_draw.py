@@ -77,7 +77,8 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
     if depths and policy.layers_picked > total:
         raise ValueError(
             f"num_layers={policy.num_layers} is more than this tree has: {total} (a block counts "
-            "as one layer); use a smaller number."
+            "as one layer); use a smaller number. If layers are stacked in one array, tell "
+            "the stack axis: Axes(..., stack=0) in channel_axes, or a preset's stack={'blocks': 0}."
         )
     if layout.partial and depths and policy.layers_picked > 1:
         raise ValueError(

@@ -21,7 +21,7 @@ from cdb_jax._xla import alone_on_cpu
 from cdb_jax.policy import Policy
 from cdb_jax.selection import Group, Mode, Part, broadcastable, per_layer
 
-Axes = Sequence[int | None]  # For each axis of an array, the axis of the leaf it corresponds to.
+EntryAxes = Sequence[int | None]  # For each axis of an array, that of the leaf.
 
 
 class Place(NamedTuple):
@@ -111,7 +111,7 @@ class Cut(NamedTuple):
         return explicit.call(put, lambda: jax.typeof(whole).sharding.spec, x, place)
 
     def move(self, x: jax.Array, fill: jax.Array, before: Place, after: Place) -> jax.Array:
-        """The kept part for another place; `fill` has what did not learn before."""
+        """Moves a kept part to another place; `fill` has what did not learn before."""
         stack, channel, part, layers = self.leaf.stack, self.leaf.channel, self.part, self.layers
         kept_leaf = self.kept_leaf
 
@@ -137,7 +137,7 @@ class Cut(NamedTuple):
             return x
         return _where_learns(place.learns, self.kept_leaf, x, jnp.zeros((), x.dtype))
 
-    def of_entry(self, shape: tuple[int, ...], axes: Axes) -> Cut | None:
+    def for_entry(self, shape: tuple[int, ...], axes: EntryAxes) -> Cut | None:
         """The cut of an entry of an optimizer state that belongs to the kept part.
 
         None if the cut goes through axes that the entry does not have, so that its channels share
@@ -165,15 +165,6 @@ def _where_learns(
 ) -> jax.Array:
     """An array for the kept layers that learn in this step, another for those that do not."""
     return jnp.where(broadcastable(learns == 1, kept, kept.stack), x, other)
-
-
-def has_same_size(policy: Policy) -> bool:
-    """Whether every selection of a policy keeps as much."""
-    try:
-        check_same_size(policy)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def check_same_size(policy: Policy) -> None:
@@ -216,13 +207,15 @@ class KeptPart:
     places: Mapping[str, Place]
 
     @classmethod
-    def of(cls, layout: channels.Layout, groups: Sequence[Group], most: int) -> KeptPart:
+    def from_groups(
+        cls, layout: channels.Layout, groups: Sequence[Group], max_layers: int
+    ) -> KeptPart:
         """The part that the groups of a selection keep.
 
-        If others are frozen, at most so many layers of a stack learn in one step.
+        If others are frozen, at most `max_layers` layers of a stack learn in one step.
         """
         group_of = {layer.path: group for group in groups for layer in group.layers}
-        cuts = tuple(_cut(leaf, group_of.get(leaf.source), most) for leaf in layout.leaves)
+        cuts = tuple(_cut(leaf, group_of.get(leaf.source), max_layers) for leaf in layout.leaves)
         return cls(layout, cuts, _places(cuts, groups))
 
     @property
@@ -231,8 +224,8 @@ class KeptPart:
         vectors = [x.reshape(-1) for x in jax.tree.leaves(self.places)]
         return jnp.concatenate([jnp.zeros(0, jnp.int32), *vectors])
 
-    def at(self, held: jax.Array) -> KeptPart:
-        """A part of the same size in other places."""
+    def with_places(self, held: jax.Array) -> KeptPart:
+        """A part of the same size in the places that a vector holds."""
         leaves = jax.tree.leaves(self.places)
         stops = np.cumsum([x.size for x in leaves]).tolist()
         vectors = [held[stop - x.size : stop] for x, stop in zip(leaves, stops, strict=True)]
@@ -265,7 +258,7 @@ class KeptPart:
                 leaves.append(optax.MaskedNode() if cut.is_frozen else next(kept))
         return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
-    def compact(
+    def kept_gradients(
         self, leaves: Sequence[jax.Array], kept: Mapping[int, jax.Array]
     ) -> list[jax.Array | None]:
         """The part of each leaf, or None for what never learns.
@@ -293,8 +286,8 @@ class KeptPart:
             if shapes[0] != shapes[1]:
                 raise ValueError(
                     f"updates: for {path!r} they have {shapes[0]}, but this selection keeps "
-                    f"{shapes[1]}; pass the selection with which value_and_grad(..., compact=True) "
-                    "was called."
+                    f"{shapes[1]}; pass the selection with which "
+                    "value_and_grad(..., kept_only=True) was called."
                 )
 
     def mask(self, kept: Any) -> Any:
@@ -313,14 +306,16 @@ class KeptPart:
         return jax.tree.unflatten(jax.tree.structure(tree), whole)
 
 
-def _cut(leaf: channels.Leaf, group: Group | None, most: int) -> Cut:
-    """The cut of a leaf, if at most so many layers of a stack learn in one step."""
+def _cut(leaf: channels.Leaf, group: Group | None, max_layers: int) -> Cut:
+    """The cut of a leaf of whose stack at most `max_layers` layers learn in one step."""
     if group is None or group.modes == (Mode.FULL,):
         return Cut(leaf)
     if group.modes == (Mode.FROZEN,):
         return Cut(leaf, is_frozen=True)
     may_rest = Mode.FROZEN in group.modes
-    layers = Part(1, leaf.depth, most, contiguous=False) if may_rest and leaf.depth > most else None
+    layers = None
+    if may_rest and leaf.depth > max_layers:
+        layers = Part(1, leaf.depth, max_layers, contiguous=False)
     part = group.part if Mode.PARTIAL in group.modes else None
     return Cut(leaf, part, layers, may_rest)
 

@@ -14,7 +14,6 @@ import optax
 
 from cdb_jax import channels
 from cdb_jax._compiling import by_structure
-from cdb_jax.transform import ChannelDropBackState
 
 Shape = tuple[int, ...]
 SlotAxes = Callable[[str, Shape | None, Shape], tuple[int | None, ...] | None]
@@ -63,7 +62,7 @@ def find(
     """
     found = []
     for entry in _entries_of(state_and_updates):
-        _check_supported(entry, wrapper)
+        _check_entry(entry, wrapper)
         found.append(_slot(entry, layout, dict(rules), wrapper))
     return tuple(found)
 
@@ -77,7 +76,7 @@ def restarting(state_and_updates: tuple[Any, Any], wrapper: Wrapper) -> tuple[bo
     """
     found = list(_entries_of(state_and_updates))
     for entry in found:
-        _check_supported(entry, wrapper)
+        _check_entry(entry, wrapper)
     # With a single array as parameters, a count may look like an entry of it, so numbers alone do
     # not make a holder.
     holders = {
@@ -244,6 +243,11 @@ def _ruled_axes(
 
 # What the optimizer inside a wrapper must be like.
 
+_DROPPING = {
+    "ChannelDropBackState": "channel_drop_back",
+    "FreezeDroppedState": "freeze_dropped",
+    "CompactState": "compact",
+}
 _AROUND: dict[type, str] = {
     optax.MultiStepsState: "optax.MultiSteps({}, every_k_schedule=k)",
     optax.ApplyEvery: "optax.MultiSteps({}, every_k_schedule=k)",
@@ -252,13 +256,13 @@ _AROUND: dict[type, str] = {
 }
 
 
-def check_inner(inner: Any, wrapper: Wrapper, argument: str = "inner") -> None:
+def check_inner(inner: Any, wrapper: Wrapper) -> None:
     """Raises a TypeError if `inner` is not an optimizer that fits into a wrapper."""
     if isinstance(inner, optax.MultiSteps):
         raise TypeError(_several_updates(optax.MultiStepsState, wrapper))
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
-            f"{argument} must be an optimizer such as optax.adamw(1e-3), got {inner!r:.80}; the "
+            f"inner must be an optimizer such as optax.adamw(1e-3), got {inner!r:.80}; the "
             "policy is the second argument."
         )
 
@@ -271,7 +275,13 @@ def _several_updates(state_class: type, wrapper: Wrapper) -> str:
     )
 
 
-def _check_supported(entry: Entry, wrapper: Wrapper) -> None:
+def check_supported(state: Any, wrapper: Wrapper) -> None:
+    """Raises a ValueError for the state of an optimizer that a wrapper cannot have inside."""
+    for entry in entries(state):
+        _check_entry(entry, wrapper)
+
+
+def _check_entry(entry: Entry, wrapper: Wrapper) -> None:
     """Raises a ValueError if an entry is part of a state that a wrapper cannot have inside."""
     for node in entry.nodes:
         if isinstance(node, optax.contrib.GaLoreState) and wrapper == "freeze_dropped":
@@ -280,11 +290,11 @@ def _check_supported(entry: Entry, wrapper: Wrapper) -> None:
                 "no channel can be frozen; mask gradients only: optax.chain("
                 "cdb_jax.channel_drop_back(policy), optax.contrib.galore(...))."
             )
-        if isinstance(node, ChannelDropBackState) and wrapper == "compact":
+        # By name, as some of their modules import this one.
+        if wrapper == "compact" and (found := _DROPPING.get(type(node).__name__)):
             raise ValueError(
-                "inner: it contains channel_drop_back, which would drop channels of the kept part "
-                "again; chain it before: optax.chain(cdb_jax.channel_drop_back(policy), "
-                "cdb_jax.compact(optimizer, policy))."
+                f"inner: it contains {found}, which would drop channels of the kept part again; "
+                "pass the optimizer itself, such as optax.adamw(1e-3)."
             )
         is_transparent = isinstance(node, optax.contrib.SAMState) and node.cache is None
         if type(node) in _AROUND and not is_transparent:

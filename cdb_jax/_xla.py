@@ -51,7 +51,9 @@ def alone_on_cpu(tree: Any) -> Any:
     Args:
       tree: the arrays. If the first is constant, the compiler drops the loop.
     """
-    first = jax.tree.leaves(tree)[0]
+    first = next((x for x in jax.tree.leaves(tree) if x.size), None)
+    if first is None:
+        return tree
     entry = first[(0,) * first.ndim]
     if jnp.issubdtype(first.dtype, jnp.inexact):
         entry = jax.lax.bitcast_convert_type(jnp.real(entry).astype(jnp.float32), jnp.int32)

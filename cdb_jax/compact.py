@@ -15,8 +15,8 @@ from cdb_jax._checks import check_choice
 from cdb_jax._compiling import compiled
 from cdb_jax._kept import KeptPart, check_same_size
 from cdb_jax.policy import Policy, check_policy
-from cdb_jax.selection import Group, Selection, fraction_of
-from cdb_jax.transform import Given, check_state, groups_from, layout_and_source
+from cdb_jax.selection import Selection
+from cdb_jax.transform import Given, advance, check_state, layout_and_source
 
 OnSwitch = Literal["carry", "reset"]
 
@@ -46,8 +46,8 @@ def compact(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that it keeps state for the channels that learn, and for no others.
 
-    A policy with `hold=n` keeps a selection for n steps, and for so long the optimizer needs state
-    for the kept channels K only. With parameters :math:`\theta`, gradients g and a state s of the
+    A policy with `hold=n` keeps a selection for n steps, during which the optimizer needs state
+    only for the kept channels K. With parameters :math:`\theta`, gradients g and a state s of the
     size of :math:`\theta_K`, one step is
 
     .. math:: (u, s) \leftarrow \mathrm{inner}(g_K,\; s,\; \theta_K), \qquad
@@ -57,22 +57,24 @@ def compact(
     kept part only. Leaves without channels, such as biases and normalisation, have full state. With
     a quarter of the channels, AdamW's moments take a quarter of the memory.
 
-    Gradients may come from anywhere. Those of `cdb_jax.value_and_grad(loss, compact=True)` have
-    the size of the kept part too; pass their `selection` and `params` to `update`. Gradients are
-    not rescaled: if `policy` has a `rescale`, chain `channel_drop_back(policy)` before this. Put
-    everything that moves parameters into `inner`.
+    Gradients may come from anywhere. Those of `cdb_jax.value_and_grad(loss, kept_only=True)` have
+    the size of the kept part. Pass them to `update` with the same `selection`, and with `params`.
+    No other optimizer takes them: if one channel is kept, it broadcasts its gradient over all of
+    them, without an error. Put everything that moves parameters into `inner`; wrappers around
+    `compact` need gradients of full size.
 
     Args:
       inner: the optimizer, which may be a chain. Put `optax.MultiSteps` around `compact`, not
-        inside it.
+        inside it, and then use gradients of full size.
       policy: a `Policy` that keeps the same number of channels in every step: a rate that is a
-        Python number, `layer_rate=1`, and `channel_choice` "window" or "exact". With
+        Python number, `layer_rate=1`, and `channel_choice` "window" or "exact". No `rescale`. With
         `layer_choice="exact"` and `other_layers="frozen"`, a leaf that stacks layers has state for
         as many of them as can learn at once; a leaf that is a single layer has full state.
       on_switch: what happens when other channels are selected. "carry" keeps the moments of
-        channels that are kept again; those of others start from zero. "reset" starts the optimizer
-        again: all moments, and the count of their bias correction. Schedules that count for
-        themselves, as in `optax.adamw(schedule)`, always go on.
+        channels that are kept again; those of others start as in `inner.init`. Adam's bias
+        correction does not start again, so the first steps of these are up to six times as long.
+        "reset" reinitialises the optimizer: all moments, and the count of their bias correction.
+        Schedules that count for themselves, as in `optax.adamw(schedule)`, always go on.
       slot_axes: with "carry", as in `freeze_dropped`.
 
     Returns:
@@ -105,7 +107,7 @@ def compact(
     slots.check_inner(inner, "compact")
     check_choice("on_switch", on_switch, ("carry", "reset"))
     policy = check_policy(policy)
-    _check_policy(policy, on_switch)
+    check_fits(policy, on_switch)
     inner = optax.with_extra_args_support(inner)
     rules = slots.checked_rules(slot_axes or {})
     begin = _reset if on_switch == "reset" else functools.partial(_carry, rules)
@@ -115,9 +117,11 @@ def compact(
         if not jax.tree.leaves(params):  # `optax.tree.map_params` looks where parameters go.
             return CompactState(count, fraction, jnp.zeros(0, jnp.int32), inner.init(params))
         layout = policy.layout(params)
-        groups, _, _ = _draw(layout, policy, count)
-        part = KeptPart.of(layout, groups, policy.layers_picked)
-        return CompactState(count, fraction, part.held, inner.init(part.take(params)))
+        groups, _, _ = _advance(layout, policy, count)
+        part = KeptPart.from_groups(layout, groups, policy.layers_picked)
+        inner_state = inner.init(part.take(params))
+        slots.check_supported(inner_state, "compact")
+        return CompactState(count, fraction, part.held, inner_state)
 
     def update_fn(
         updates: Any,
@@ -129,16 +133,18 @@ def compact(
     ) -> tuple[Any, CompactState]:
         check_state(state, CompactState)
         _check_no_function(extra_args)
-        is_compact = _differ(updates, params, policy.root, selection)
-        whole = params if is_compact else updates
+        are_kept = _are_kept(updates, params, policy.root, selection)
+        whole = params if are_kept else updates
         layout, source = layout_and_source(policy, selection, whole)
-        groups, count, fraction = _draw(layout, source, state.count)
-        part = KeptPart.of(layout, groups, policy.layers_picked)
-        if is_compact:
+        groups, count, fraction = _advance(layout, source, state.count)
+        part = KeptPart.from_groups(layout, groups, policy.layers_picked)
+        if are_kept:
             part.check(updates)
-        gradients = part.mask(updates if is_compact else part.take(updates))
+        gradients = part.mask(updates if are_kept else part.take(updates))
         kept_params = None if params is None else part.take(params)
-        fresh = inner.init(_like(gradients, gradients if params is None else kept_params))
+        fresh = inner.init(
+            _without_missing(gradients, gradients if params is None else kept_params)
+        )
         _check_fits(part, fresh, state)
 
         inner_state = begin(part, gradients, fresh, state)
@@ -150,22 +156,35 @@ def compact(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _differ(updates: Any, params: Any, root: str, selection: Given) -> bool:
-    """Whether updates have other shapes than parameters, which only those of kept parts may."""
+def _are_kept(updates: Any, params: Any, root: str, selection: Given) -> bool:
+    """Whether updates have the size of the kept part, and not that of the parameters."""
     expected = {} if params is None else channels.shapes_by_path(params, root)
-    for path, shape in channels.shapes_by_path(updates, root).items():
-        if shape != expected.get(path, shape):
-            if selection is None:
-                raise ValueError(
-                    f"updates: the gradient of {path!r} has shape {shape}, but its parameter has "
-                    f"shape {expected[path]}. Gradients of value_and_grad(..., compact=True) need "
-                    "their selection: tx.update(grads, state, params, selection=selection)."
-                )
-            return True
+    if isinstance(selection, Selection) and params is None:
+        expected = {leaf.path: leaf.shape for leaf in selection.layout.leaves}
+
+    def is_masked(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_masked)
+    masked = {channels.canonical_path(keys, root) for keys, x in leaves if is_masked(x)}
+    found: dict[str, Any] = dict.fromkeys(masked, "no array")
+    found |= channels.shapes_by_path(updates, root)
+    for path, shape in found.items():
+        if shape == expected.get(path, shape):
+            continue
+        missing = [noun for noun, x in (("selection", selection), ("params", params)) if x is None]
+        if missing:
+            raise ValueError(
+                f"{missing[0]}: the gradient of {path!r} has {shape}, but its parameter has "
+                f"{expected[path]}. Gradients of value_and_grad(..., kept_only=True) need both: "
+                "tx.update(grads, state, params, selection=selection). (Linen's "
+                "TrainState.apply_gradients passes no selection on; call state.tx.update.)"
+            )
+        return True
     return False
 
 
-def _like(updates: Any, tree: Any) -> Any:
+def _without_missing(updates: Any, tree: Any) -> Any:
     """A tree without the leaves that have no update."""
     return jax.tree.map(
         lambda update, x: None if update is None else x,
@@ -184,13 +203,7 @@ def _check_no_function(extra_args: Mapping[str, Any]) -> None:
         )
 
 
-@compiled
-def _draw(
-    layout: channels.Layout, source: Policy | Selection, count: jax.Array
-) -> tuple[tuple[Group, ...], jax.Array, jax.Array]:
-    """The groups of this step, the next count, and the dropped fraction."""
-    groups = groups_from(source, layout, count)
-    return groups, optax.safe_increment(count), fraction_of(groups, layout)
+_advance = compiled(advance)
 
 
 # The inner state with which a step begins. Each function takes the part that learns in this step,
@@ -218,10 +231,10 @@ def _carry(
     cuts = [cut for cut in part.cuts if not cut.is_frozen]
     moving = {}
     for i, (slot, x) in enumerate(zip(owners, old, strict=True)):
-        cut = slot and cuts[slot.parameter].of_entry(tuple(x.shape), slot.axes)
+        cut = slot and cuts[slot.parameter].for_entry(tuple(x.shape), slot.axes)
         if cut and not cut.is_whole:
             moving[i] = cut
-    before = part.at(state.held)
+    before = part.with_places(state.held)
 
     def move(entries: dict[int, tuple[jax.Array, jax.Array]]) -> dict[int, jax.Array]:
         """The entries for the channels that learn now, with new values for those that did not."""
@@ -239,9 +252,15 @@ def _carry(
     return treedef.unflatten(moved.get(i, x) for i, x in enumerate(old))
 
 
-def _check_policy(policy: Policy, on_switch: OnSwitch) -> None:
+def check_fits(policy: Policy, on_switch: OnSwitch = "carry") -> None:
     """Raises a TypeError or ValueError for a policy that `compact` cannot use."""
     check_same_size(policy)
+    if policy.rescale != "none":
+        raise ValueError(
+            f"policy: compact does not rescale gradients, so rescale={policy.rescale!r} would have "
+            'no effect; use rescale="none". To rescale gradients of full size, chain '
+            "channel_drop_back, with a policy that differs in rescale only, before compact."
+        )
     if on_switch == "reset" and not isinstance(policy.hold, jax.Array) and policy.hold == 1:
         raise ValueError(
             "policy: hold=1 selects other channels in every step, so the optimizer would start "
@@ -260,7 +279,7 @@ def _check_fits(part: KeptPart, fresh: Any, state: CompactState) -> None:
         if None not in (shape, kept) and shape != kept:
             raise ValueError(
                 f"state: its entry {path!r} has shape {shape}, but the selection of this step "
-                f"keeps {kept}; every selection must keep as many channels of each layer, chosen "
-                "in the same way, as the policy with which the state was made. Gradients of "
-                "value_and_grad(..., compact=True) need params and selection."
+                f"keeps {kept}; every selection must keep as many channels of each layer as the "
+                "policy with which the state was made. Gradients of "
+                "value_and_grad(..., kept_only=True) need params and selection."
             )

@@ -41,8 +41,9 @@ def selection_count(opt_state: Any) -> jax.Array:
     counts = [jax.tree.leaves(state.count)[0] for state in states]  # NNX puts values into boxes.
     if not counts:
         raise ValueError(
-            "opt_state holds no state of channel_drop_back, freeze_dropped or compact; count the "
-            "steps yourself."
+            "opt_state holds no state of channel_drop_back, freeze_dropped or compact. If it comes "
+            "from a checkpoint, restore it into tx.init(params), to keep its types; without any of "
+            "these, count the steps yourself."
         )
     first, *others = counts
     if first.shape:

@@ -12,8 +12,8 @@ import optax
 from cdb_jax import _optax_states as slots, channels
 from cdb_jax._compiling import compiled
 from cdb_jax.policy import Policy, check_policy
-from cdb_jax.selection import Selection, broadcastable, fraction_of, kept_channels
-from cdb_jax.transform import Given, check_state, groups_from, layout_and_source, touched_leaves
+from cdb_jax.selection import Selection, broadcastable, kept_channels
+from cdb_jax.transform import Given, advance, check_state, layout_and_source, touched_leaves
 
 
 class FreezeDroppedState(NamedTuple):
@@ -145,10 +145,9 @@ def _mask(
     layout: channels.Layout, source: Policy | Selection, leaves: list[Any], count: jax.Array
 ) -> tuple[dict[str, jax.Array], list[Any], jax.Array, jax.Array]:
     """Returns the kept channels, the masked gradients, the next count and the dropped fraction."""
-    groups = groups_from(source, layout, count)
+    groups, count, fraction = advance(layout, source, count)
     keep = kept_channels(groups)
-    masked = _replace_dropped(leaves, layout, keep, 0.0)
-    return keep, masked, optax.safe_increment(count), fraction_of(groups, layout)
+    return keep, _replace_dropped(leaves, layout, keep, 0.0), count, fraction
 
 
 @compiled

@@ -27,7 +27,7 @@ def value_and_grad(
     argnums: Argnum | Sequence[Argnum] = 0,
     has_aux: bool = False,
     *,
-    compact: bool = False,
+    kept_only: bool = False,
 ) -> Callable[..., Any]:
     """`nnx.value_and_grad` that computes only the part of the gradient that a selection keeps.
 
@@ -39,7 +39,7 @@ def value_and_grad(
       argnums: the position of the model, or tree of models, to differentiate; an `nnx.DiffState`
         for variables other than `nnx.Param`; or several of these.
       has_aux: whether `f` returns a pair.
-      compact: as in `cdb_jax.value_and_grad`.
+      kept_only: as in `cdb_jax.value_and_grad`.
 
     Returns:
       A function of the arguments of `f` and of the keyword argument `selection`, a `Selection` for
@@ -86,7 +86,7 @@ def value_and_grad(
             return value, (aux, new_graph, _changes(given, new_params), new_rest)
 
         (value, (aux, new_graph, changed, new_rest)), gradient = api.value_and_grad(
-            loss, has_aux=True, compact=compact
+            loss, has_aux=True, kept_only=kept_only
         )(params[0] if is_single else params, selection=selection)
         with nnx.merge_context(_UPDATE, inner=False) as context:
             call.merge(context, new_graph, _filled(params, changed), new_rest)
@@ -100,13 +100,13 @@ def grad(
     argnums: Argnum | Sequence[Argnum] = 0,
     has_aux: bool = False,
     *,
-    compact: bool = False,
+    kept_only: bool = False,
 ) -> Callable[..., Any]:
     """Like `value_and_grad`, but returns only the gradient.
 
     With `has_aux`, it returns a pair of the gradient and the auxiliary data.
     """
-    return api.without_value(value_and_grad(f, argnums, has_aux, compact=compact), has_aux)
+    return api.without_value(value_and_grad(f, argnums, has_aux, kept_only=kept_only), has_aux)
 
 
 def channel_report(

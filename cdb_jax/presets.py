@@ -245,6 +245,8 @@ def lisa(
 ) -> Policy:
     """A few random blocks learn for some steps; embeddings and head always learn, as in LISA.
 
+    A leaf that is in neither `blocks`, `stack` nor `exempt` counts as a block of its own.
+
     Pass it to `compact` to keep optimizer state for these blocks only, and to `value_and_grad` to
     compute no other weight gradients. Only blocks that are stacked (scanned) save state: unrolled
     blocks have separate leaves, any of which may be picked, so each has full state.

@@ -10,10 +10,9 @@ import optax
 
 from cdb_jax import _draw, channels
 from cdb_jax._checks import check_no_module, parameters_of
-from cdb_jax._kept import has_same_size
-from cdb_jax._optax_states import check_inner
+from cdb_jax._optax_states import check_supported
 from cdb_jax._skipping.explain import Explained, explain
-from cdb_jax.compact import compact
+from cdb_jax.compact import check_fits, compact
 from cdb_jax.policy import Policy, check_policy
 
 
@@ -39,7 +38,7 @@ class ChannelRow(NamedTuple):
 
 
 class Amount(NamedTuple):
-    """What a step needs in full, and with what the policy drops left out.
+    """What a step needs in full, and without what the policy drops.
 
     `kept` is None if the policy does not determine it: for work, if a rate is a schedule or an
     array; for memory, if the number of channels that learn varies.
@@ -55,21 +54,24 @@ class Savings(NamedTuple):
     Attributes:
       flops: floating-point operations of the weight gradients of a step, on average, with
         `value_and_grad`; None without a loss function.
-      gradient_bytes: size of the gradient; smaller with `value_and_grad(..., compact=True)`.
+      gradient_bytes: size of the gradient; smaller with `value_and_grad(..., kept_only=True)`.
       state_bytes: size of the optimizer state; smaller with `compact`. None without an optimizer.
+      obstacle: why the policy does not fit `compact`; empty if it does.
     """
 
     flops: Amount | None
     gradient_bytes: Amount
     state_bytes: Amount | None
+    obstacle: str = ""
 
     def __str__(self) -> str:
         lines = []
         if self.flops:
             lines.append(_line("weight gradients", self.flops, "FLOP", "value_and_grad"))
-        lines.append(_line("gradient", self.gradient_bytes, "B", "compact"))
+        lines.append(_line("gradient", self.gradient_bytes, "B", "kept_only=True"))
         if self.state_bytes:
             lines.append(_line("optimizer state", self.state_bytes, "B", "compact"))
+            lines += [f"compact does not fit: {self.obstacle}"] * bool(self.obstacle)
         return "\n".join(lines)
 
 
@@ -163,7 +165,7 @@ def channel_report(
       dense/bias    4      -             -           -         all   fewer than two dimensions
       dense/kernel  2x4    1             -           4         2
       1 layer, 66.7 % of 12 parameters can be dropped; layer_rate 1.0, rate 0.5, exact channels.
-      gradient: 48 B; with compact: 32 B (67 %)
+      gradient: 48 B; with kept_only=True: 32 B (67 %)
 
       >>> policy = cdb_jax.Policy(0.5, key=0, channel_choice="window")
       >>> loss = lambda params, x: jnp.sum(x @ params["dense"]["kernel"])
@@ -176,8 +178,8 @@ def channel_report(
     """
     if isinstance(fun, optax.GradientTransformation):
         raise TypeError("fun is an optimizer; pass it by name: optimizer=optax.adamw(1e-3).")
-    if optimizer is not None:
-        check_inner(optimizer, "compact", "optimizer")
+    if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"{_OPTIMIZER}, got {optimizer!r:.80}.")
     if fun is not None:
         check_no_module(params, "params is", "cdb_jax.nnx.channel_report")
     params = parameters_of(params)
@@ -210,18 +212,26 @@ def _flops(policy: Policy, layout: channels.Layout, gradients: Sequence[Explaine
 
 def _memory(
     policy: Policy, params: Any, optimizer: optax.GradientTransformation | None
-) -> tuple[Amount, Amount | None]:
-    """The sizes of the gradient and of the optimizer state."""
+) -> tuple[Amount, Amount | None, str]:
+    """The sizes of the gradient and of the optimizer state, and why they cannot be smaller."""
+    obstacle = ""
+    try:
+        check_fits(policy)
+    except (TypeError, ValueError) as error:
+        obstacle = str(error)
 
     def sizes(tx: optax.GradientTransformation) -> Amount:
-        full = _bytes(jax.eval_shape(tx.init, params))
-        if not has_same_size(policy):
-            return Amount(full, None)
-        return Amount(full, _bytes(jax.eval_shape(compact(tx, policy).init, params).inner_state))
+        state = jax.eval_shape(tx.init, params)
+        check_supported(state, "compact")
+        if obstacle:
+            return Amount(_bytes(state), None)
+        kept = jax.eval_shape(compact(tx, policy).init, params).inner_state
+        return Amount(_bytes(state), _bytes(kept))
 
-    return sizes(_GRADIENT), None if optimizer is None else sizes(optimizer)
+    return sizes(_GRADIENT), None if optimizer is None else sizes(optimizer), obstacle
 
 
+_OPTIMIZER = "optimizer must be the one that would be inside compact, such as optax.adamw(1e-3)"
 # Its state is as large as the gradient.
 _GRADIENT = optax.GradientTransformation(lambda params: params, lambda g, state, _: (g, state))
 
@@ -267,7 +277,7 @@ def _summary(layout: channels.Layout, policy: Policy) -> str:
     picked = ""
     if policy.layer_choice == "exact":
         noun = "blocks" if policy.blocks else "layers"
-        # A part of a model does not tell how many there are to pick from.
+        # For a part of a model, the total is unknown.
         every = sum(_draw.depth_of_blocks(policy, layout.layers).values())
         picked = f"{noun} a step: {policy.layers_picked}"
         picked += ", " if layout.partial else f" of {every}, "

@@ -140,9 +140,8 @@ def channel_drop_back(
 def _mask(
     layout: channels.Layout, source: Policy | Selection, leaves: list[Any], count: jax.Array
 ) -> tuple[list[Any], jax.Array, jax.Array]:
-    groups = groups_from(source, layout, count)
-    masked = mask_leaves(leaves, layout, groups, rescale=True)
-    return masked, optax.safe_increment(count), fraction_of(groups, layout)
+    groups, count, fraction = advance(layout, source, count)
+    return mask_leaves(leaves, layout, groups, rescale=True), count, fraction
 
 
 def layout_and_source(
@@ -167,11 +166,16 @@ def layout_and_source(
     )
 
 
-def groups_from(
-    source: Policy | Selection, layout: channels.Layout, count: jax.Array
-) -> tuple[Group, ...]:
-    """The groups of the given selection, or of one that the policy draws."""
-    return (source if isinstance(source, Selection) else _draw.draw(source, layout, count)).groups
+def advance(
+    layout: channels.Layout, source: Policy | Selection, count: jax.Array
+) -> tuple[tuple[Group, ...], jax.Array, jax.Array]:
+    """The groups of the given selection, or of one that the policy draws for this step.
+
+    Also returns the next count and the dropped fraction.
+    """
+    selection = source if isinstance(source, Selection) else _draw.draw(source, layout, count)
+    fraction = fraction_of(selection.groups, layout)
+    return selection.groups, optax.safe_increment(count), fraction
 
 
 def touched_leaves(

@@ -182,7 +182,7 @@ def make_steps(
             dropped, chosen = selection.dropped_fraction, {"selection": selection}
         if config.skip_dropped and policy:
             compact = config.method == "cdb_compact"
-            value_and_grad = cdb_jax.value_and_grad(loss_fn, has_aux=True, compact=compact)
+            value_and_grad = cdb_jax.value_and_grad(loss_fn, has_aux=True, kept_only=compact)
             value_and_grad = functools.partial(value_and_grad, **chosen)
         (loss, (accuracy, rest)), grads = value_and_grad(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **chosen)

@@ -175,7 +175,7 @@ def test_presets_train_the_blocks_they_pick(preset, loss, params, settings):
             if compact is None:
                 grads = selection.mask(jax.grad(loss)(params, x))
             else:
-                grads = cdb_jax.grad(loss, compact=compact)(params, x, selection=selection)
+                grads = cdb_jax.grad(loss, kept_only=compact)(params, x, selection=selection)
             updates, state = tx.update(grads, state, params, selection=selection)
             return optax.apply_updates(params, updates), state
 

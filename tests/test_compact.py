@@ -342,7 +342,7 @@ def test_the_same_step_with_skipping(policy):
 
     expected = train(False)
     chex.assert_trees_all_close(train(True), expected, rtol=1e-4, atol=1e-6)
-    chex.assert_trees_all_close(train(True, compact=True), expected, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(train(True, kept_only=True), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("on_switch", ["reset", "carry"])
@@ -403,6 +403,28 @@ def test_parameters_without_a_gradient(on_switch):
         selection = window().select(grads, 0)
         given, _ = tx.update(grads, tx.init(first), whole, selection=selection)
         chex.assert_trees_all_equal(given, updates)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(1.0, key=0),
+        Policy(0.0, key=0, layer_choice="exact", other_layers="frozen", hold=2),
+    ],
+)
+def test_gradients_that_lack_frozen_leaves_and_nothing_else(policy):
+    """No array of theirs differs in shape from its parameter."""
+    params = {"a": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}, "empty": jnp.ones((0, 3))}
+    tx = compact(optax.adamw(0.1), policy)
+    state, selection = tx.init(params), policy.select(params, 0)
+
+    def loss(params):
+        return jnp.sum(params["a"]["kernel"] ** 2) + jnp.sum(params["a"]["bias"])
+
+    kept = cdb_jax.grad(loss, kept_only=True)(params, selection=selection)
+    given, _ = tx.update(kept, state, params, selection=selection)
+    expected, _ = tx.update(jax.grad(loss)(params), state, params, selection=selection)
+    chex.assert_trees_all_close(given, expected)
 
 
 def test_muon():
@@ -585,7 +607,7 @@ def test_gradient_and_state_take_the_memory_of_what_is_kept(rate, on_switch):
 
     def skip(params, x, state):
         selection = policy.select(params, state.count)
-        return cdb_jax.grad(loss, compact=True)(params, x, selection=selection), selection
+        return cdb_jax.grad(loss, kept_only=True)(params, x, selection=selection), selection
 
     full = memory(inner, lambda params, x, _: (jax.grad(loss)(params, x), None))
     kept = memory(compact(inner, policy, on_switch=on_switch), skip)
@@ -618,6 +640,11 @@ def test_gradient_and_state_take_the_memory_of_what_is_kept(rate, on_switch):
             ValueError,
             "other_layers.*frozen",
         ),
+        (
+            lambda: compact(optax.sgd(0.1), window(rescale="expected")),
+            ValueError,
+            "rescale='expected' would have no effect",
+        ),
     ],
 )
 def test_mistakes(make, error, message):
@@ -636,17 +663,25 @@ def test_mistakes_of_a_step():
         chosen = cdb_jax.Selection.of(PARAMS, {"dense/kernel": [1, 2]})
         tx.update(PARAMS, state, PARAMS, selection=chosen)
     selection = window().select(PARAMS, 0)
-    grads = KeptPart.of(selection.layout, selection.groups, 1).take(PARAMS)
-    with pytest.raises(ValueError, match=r"updates.*\(3, 3, 2, 4\).*selection=selection"):
+    grads = KeptPart.from_groups(selection.layout, selection.groups, 1).take(PARAMS)
+    with pytest.raises(ValueError, match=r"selection.*\(3, 3, 2, 4\).*selection=selection"):
         tx.update(grads, state, PARAMS)
+    with pytest.raises(ValueError, match=r"params.*\(3, 3, 2, 4\).*selection=selection"):
+        tx.update(grads, state, selection=selection)
     with pytest.raises(ValueError, match="updates: for 'dense/kernel' they have no array"):
         missing = {name: x for name, x in grads.items() if name != "dense"}
         tx.update(missing, state, PARAMS, selection=selection)
     with pytest.raises(ValueError, match="value_fn"):
         tx.update(PARAMS, state, PARAMS, value_fn=lambda params: 0.0)
-    twice = compact(optax.chain(cdb_jax.channel_drop_back(window()), optax.sgd(0.1)), window())
-    with pytest.raises(ValueError, match="inner: it contains channel_drop_back"):
-        twice.update(PARAMS, twice.init(PARAMS), PARAMS)
+    for dropping, name in (
+        (optax.chain(cdb_jax.channel_drop_back(window()), optax.sgd(0.1)), "channel_drop_back"),
+        (cdb_jax.freeze_dropped(optax.sgd(0.1), window()), "freeze_dropped"),
+        (tx, "compact"),
+    ):
+        with pytest.raises(ValueError, match=f"inner: it contains {name}, which would drop"):
+            compact(dropping, window()).init(PARAMS)
+        with pytest.raises(ValueError, match=f"inner: it contains {name}, which would drop"):
+            cdb_jax.channel_report(PARAMS, window(), optimizer=dropping)
     with pytest.raises(TypeError, match="state must be a CompactState"):
         tx.update(PARAMS, state.inner_state, PARAMS)
     memory = compact(optax.lbfgs(0.1, linesearch=None), window(), on_switch="carry")
@@ -654,4 +689,4 @@ def test_mistakes_of_a_step():
         memory.update(PARAMS, memory.init(PARAMS), PARAMS)
     accumulates = compact(optax.chain(optax.apply_every(2)), window())
     with pytest.raises(ValueError, match="around compact"):
-        accumulates.update(PARAMS, accumulates.init(PARAMS), PARAMS)
+        accumulates.init(PARAMS)

@@ -53,7 +53,9 @@ def test_mistakes():
     with pytest.raises(TypeError, match="policy") as caught:
         cdb_jax.channel_report(Policy(0.5, key=0), {str(i): PARAMS for i in range(100)})
     assert len(str(caught.value)) < 300
-    with pytest.raises(TypeError, match="optimizer must be an optimizer.*'adam'"):
+    with pytest.raises(
+        TypeError, match="optimizer must be the one that would be inside compact.*'adam'"
+    ):
         cdb_jax.channel_report(PARAMS, Policy(0.5, key=0), optimizer="adam")
     with pytest.raises(TypeError, match="optimizer=optax"):
         cdb_jax.channel_report(PARAMS, Policy(0.5, key=0), optax.adam(0.1))

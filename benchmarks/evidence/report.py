@@ -20,7 +20,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import paths
-from contenders import ABLATIONS, CONTENDERS
+from contenders import ABLATIONS, COMPACT, CONTENDERS
 from grid import (
     ABLATED,
     GRIDS,
@@ -47,11 +47,14 @@ from matplotlib import pyplot  # noqa: E402
 PAGE = paths.BENCHMARKS.parent / "docs/evidence.md"
 RESAMPLES = 20_000
 BASELINE, ABLATION_BASELINE = "none", "before"
-# Other rows of the core grid to compare with: does a mask do more than to train less, and does it
-# add to Dropout?
+# Other rows of a grid to compare with: does a mask, or learning a part at a time, do more than to
+# train less, and does a mask add to Dropout?
 RIVALS = {
-    "early stopping": ("CDB before", "CDB after", "CDB frozen"),
-    "dropout": ("CDB before", "CDB after", "CDB frozen", "CDB before + dropout"),
+    "core": {
+        "early stopping": ("CDB before", "CDB after", "CDB frozen"),
+        "dropout": ("CDB before", "CDB after", "CDB frozen", "CDB before + dropout"),
+    },
+    "compact": {"early stopping": tuple(COMPACT)},
 }
 LABELS = {
     "none": "{} alone",
@@ -286,9 +289,11 @@ def results(runs: Runs) -> dict[str, list[Row]]:
         return {cell: finals(final_jobs(cell, runs), runs) for cell in cells}
 
     found = {grid: compare(against(BASELINE, chosen(cells))) for grid, cells in GRIDS.items()}
-    for rival, others in RIVALS.items():
-        cells = [cell for cell in GRIDS["core"] if cell.contender in (rival, *others)]
-        found[f"core-against-{rival.replace(' ', '-')}"] = compare(against(rival, chosen(cells)))
+    for grid, rivals in RIVALS.items():
+        for rival, others in rivals.items():
+            cells = [cell for cell in GRIDS[grid] if cell.contender in (rival, *others)]
+            title = f"{grid}-against-{rival.replace(' ', '-')}"
+            found[title] = compare(against(rival, chosen(cells)))
     unmasked = {cell: finals(unmasked_jobs(cell, runs), runs) for cell in MASKED}
     found["masks"] = compare({cell: (own, unmasked[cell]) for cell, own in chosen(MASKED).items()})
     for row in sum(found.values(), []):

@@ -27,7 +27,7 @@ def value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
-    compact: bool = False,
+    kept_only: bool = False,
 ) -> Callable[..., Any]:
     r"""`jax.value_and_grad` that computes only the part of the gradient that a selection keeps.
 
@@ -53,9 +53,10 @@ def value_and_grad(
       argnums: the position of the argument to differentiate, or several positions. With several,
         the selection must be made for the tuple of these arguments.
       has_aux: whether `fun` returns a pair.
-      compact: whether to return the kept part of each gradient without the zeros around it, for the
-        optimizer `cdb_jax.compact`. A kernel of shape `(2, 4)` that keeps one output channel then
-        has a gradient of shape `(2, 1)`, and a leaf that never learns has an `optax.MaskedNode`.
+      kept_only: whether to return the kept part of each gradient without the zeros around it, which
+        the optimizer `cdb_jax.compact` takes, and no other. A kernel of shape `(2, 4)` that keeps
+        one output channel then has a gradient of shape `(2, 1)`, and a leaf that never learns has
+        an `optax.MaskedNode`.
 
     Returns:
       A function of the arguments of `fun` and of the keyword argument `selection`, a `Selection`
@@ -85,16 +86,16 @@ def value_and_grad(
       `arXiv 2412.18027 <https://arxiv.org/abs/2412.18027>`_.
     """
     check_function(fun)
-    check_bool("compact", compact)
+    check_bool("kept_only", kept_only)
     _argnums_as_list(argnums)
 
     @wraps(fun)
     def value_and_gradient(*args: Any, selection: Selection | None = None, **kwargs: Any) -> Any:
         chosen = check_can_skip(selection)
-        if compact and chosen.policy is not None:
+        if kept_only and chosen.policy is not None:
             check_same_size(chosen.policy)
         params, call = _differentiated(fun, args, kwargs, argnums)
-        value, aux, gradient = program.run(call, params, chosen, has_aux, compact)
+        value, aux, gradient = program.run(call, params, chosen, has_aux, kept_only)
         return ((value, aux) if has_aux else value), gradient
 
     return value_and_gradient
@@ -105,7 +106,7 @@ def grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
-    compact: bool = False,
+    kept_only: bool = False,
 ) -> Callable[..., Any]:
     """`jax.grad` that computes only the part of the gradient that a selection keeps.
 
@@ -120,7 +121,7 @@ def grad(
       >>> cdb_jax.grad(loss)(params, jnp.ones((3, 1)), selection=last_two)
       {'kernel': Array([[0., 0., 3., 3.]], dtype=float32)}
     """
-    return without_value(value_and_grad(fun, argnums, has_aux, compact=compact), has_aux)
+    return without_value(value_and_grad(fun, argnums, has_aux, kept_only=kept_only), has_aux)
 
 
 def without_value(value_and_gradient: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:

@@ -24,13 +24,13 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 def run(
-    call: Callable[[Any], Any], params: Any, selection: Selection, has_aux: bool, compact: bool
+    call: Callable[[Any], Any], params: Any, selection: Selection, has_aux: bool, kept_only: bool
 ) -> tuple[jax.Array, Any, Any]:
     """Returns the value of `call(params)`, its auxiliary data, and the masked gradient.
 
-    If `compact`, the gradient has the kept part of each leaf only.
+    If `kept_only`, the gradient has the kept part of each leaf only.
     """
-    traced = trace(call, params, selection, has_aux)._replace(is_compact=compact)
+    traced = trace(call, params, selection, has_aux)._replace(kept_only=kept_only)
     leaves, treedef = jax.tree.flatten(params)
     operands = selection.groups, leaves, list(traced.consts)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(operands)):
@@ -57,7 +57,7 @@ class Traced(NamedTuple):
       layout: the leaves of the parameters.
       freezes_others: whether the selection freezes leaves without channels.
       layers_picked: how many layers of a stack learn at most, if others are frozen.
-      is_compact: whether the gradient has the kept part of each leaf only.
+      kept_only: whether the gradient has the kept part of each leaf only.
     """
 
     jaxpr: core.Jaxpr
@@ -66,7 +66,7 @@ class Traced(NamedTuple):
     layout: channels.Layout
     freezes_others: bool
     layers_picked: int
-    is_compact: bool = False
+    kept_only: bool = False
 
     def key(self, leaves: Sequence[Any]) -> Hashable:
         """A key that functions share only if they have the same results and gradients."""
@@ -276,15 +276,15 @@ def _evaluate(
     with_gradients = jax.value_and_grad(fun, argnums=(0, 1), has_aux=True)
     (value, aux), (skipped, rest) = with_gradients(changes, direct)
     kept: dict[int, jax.Array] = {}
-    if traced.is_compact:
+    if traced.kept_only:
         kept = {i: skipped.pop(i) for i, plan in enumerate(plans) if plan.is_kept_only}
     gradients = _put_back(skipped, plans, leaves), rest
     gradient = [_sum(i, gradients, x) for i, x in enumerate(leaves)]
     masked = {plan.leaf.path for plan in plans if plan.has_zeros}
     gradient = mask_leaves(gradient, traced.layout, groups, rescale=False, done=masked)
-    if traced.is_compact:
-        part = KeptPart.of(traced.layout, groups, traced.layers_picked)
-        return [value, *aux], part.compact(gradient, kept)
+    if traced.kept_only:
+        part = KeptPart.from_groups(traced.layout, groups, traced.layers_picked)
+        return [value, *aux], part.kept_gradients(gradient, kept)
     return [value, *aux], gradient
 
 
@@ -336,12 +336,12 @@ def _put_back(
     kept: dict[int, jax.Array], plans: Sequence[_Plan], weights: Sequence[jax.Array]
 ) -> dict[int, jax.Array]:
     """Expands the gradients of kept parts to the shapes of their weights."""
-    compact = {
+    expanded = {
         i: (x, drawn.place)
         for i, x in kept.items()
         if plans[i].target.is_compact and (drawn := plans[i].drawn)
     }
-    if not compact:
+    if not expanded:
         return kept
 
     def put(operands: dict[int, tuple[jax.Array, ...]]) -> dict[int, jax.Array]:
@@ -354,10 +354,10 @@ def _put_back(
 
     # This is best done in the loops of the optimizer, where it costs no memory traffic. On CPU, the
     # compiler would repeat it several times per entry there, more slowly than in a separate loop.
-    def put_on_any(compact: dict[int, tuple[jax.Array, ...]]) -> dict[int, jax.Array]:
-        return jax.lax.platform_dependent(compact, cpu=lambda x: alone_on_cpu(put(x)), default=put)
+    def put_on_any(operands: dict[int, tuple[jax.Array, ...]]) -> dict[int, jax.Array]:
+        return jax.lax.platform_dependent(operands, cpu=lambda x: alone_on_cpu(put(x)), default=put)
 
     def specs() -> dict[int, Any]:
-        return {i: jax.typeof(weights[i]).sharding.spec for i in compact}
+        return {i: jax.typeof(weights[i]).sharding.spec for i in expanded}
 
-    return kept | explicit.call(put_on_any, specs, compact)
+    return kept | explicit.call(put_on_any, specs, expanded)
