@@ -126,7 +126,9 @@ class Task:
 
         def train(params, opt_state, rest, images, labels, count):
             if variant and variant.skips:
-                value_and_grad = cdb_jax.value_and_grad(self.loss, has_aux=True, kept_only=is_compact)
+                value_and_grad = cdb_jax.value_and_grad(
+                    self.loss, has_aux=True, kept_only=is_compact
+                )
                 selection = variant.policy.select(params, count)
                 (loss, rest), grads = value_and_grad(
                     params, rest, images, labels, selection=selection
