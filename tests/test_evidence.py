@@ -335,6 +335,7 @@ def test_all_grids_are_reported_though_none_is_run():
     cell = Cell("digits_few", "none", "resnet_small")
     rows = report.results(made_up(grid.tuning_jobs(cell, {}), lambda job: 0.5))
     rivals = {"core-against-early-stopping", "core-against-dropout"}
+    rivals |= {"compact-against-early-stopping"}
     assert rows.keys() == {*grid.GRIDS, *rivals, "masks", "ablation"}
     assert not any(row["run"] for found in rows.values() for row in found)
 
