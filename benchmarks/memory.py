@@ -300,10 +300,13 @@ def largest(step: Step, target: str, field: str, start: int, unit: int) -> int:
         high = min((n for n, x in peaks.items() if x > CAPACITY), default=math.inf)
         if high - low <= unit:
             return low
-        (m, x), (n, y) = sorted((n, x) for n, x in peaks.items() if x < math.inf)[-2:]
-        guess = m + (CAPACITY - x) * (n - m) / (y - x)
-        guess = min(max(guess // unit * unit, low + unit), high - unit)
-        peaks[int(guess)] = peak(step._replace(**{field: int(guess)}), target)
+        known = sorted((n, x) for n, x in peaks.items() if x < math.inf)[-2:]
+        guess = (low + high) / 2  # Not infinite if fewer than two peaks are known.
+        if len(known) == 2:
+            (m, x), (n, y) = known
+            guess = m + (CAPACITY - x) * (n - m) / (y - x)
+        n = int(min(max(guess // unit * unit, low + unit), high - unit))
+        peaks[n] = peak(step._replace(**{field: n}), target)
 
 
 def update_row(kept: float, rounds: int) -> dict[str, Any]:
@@ -429,7 +432,6 @@ def main() -> None:
                 row["largest_depth"] = largest(step, args.target, "depth", 8, 1)
             print(label(step), row, flush=True)
             keep()
-    rows.sort(key=place)
     publish(output, table(rows), rows)
 
 

@@ -120,15 +120,13 @@ class Task:
         tx = self.tx
         if variant and not variant.skips:
             tx = optax.chain(cdb_jax.channel_drop_back(variant.policy), tx)
-        is_compact = variant is not None and variant.compact
-        if is_compact:
+        compact = variant is not None and variant.compact
+        if compact:
             tx = cdb_jax.compact(tx, variant.policy)
 
         def train(params, opt_state, rest, images, labels, count):
             if variant and variant.skips:
-                value_and_grad = cdb_jax.value_and_grad(
-                    self.loss, has_aux=True, kept_only=is_compact
-                )
+                value_and_grad = cdb_jax.value_and_grad(self.loss, has_aux=True, kept_only=compact)
                 selection = variant.policy.select(params, count)
                 (loss, rest), grads = value_and_grad(
                     params, rest, images, labels, selection=selection
@@ -136,7 +134,7 @@ class Task:
             else:
                 value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
                 (loss, rest), grads = value_and_grad(params, rest, images, labels)
-            given = {"selection": selection} if is_compact else {}
+            given = {"selection": selection} if compact else {}
             updates, opt_state = tx.update(grads, opt_state, params, **given)
             return optax.apply_updates(params, updates), opt_state, rest, loss
 

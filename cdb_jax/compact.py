@@ -107,7 +107,7 @@ def compact(
     slots.check_inner(inner, "compact")
     check_choice("on_switch", on_switch, ("carry", "reset"))
     policy = check_policy(policy)
-    check_fits(policy, on_switch)
+    check_policy_fits(policy, on_switch)
     inner = optax.with_extra_args_support(inner)
     rules = slots.checked_rules(slot_axes or {})
     begin = _reset if on_switch == "reset" else functools.partial(_carry, rules)
@@ -145,7 +145,7 @@ def compact(
         fresh = inner.init(
             _without_missing(gradients, gradients if params is None else kept_params)
         )
-        _check_fits(part, fresh, state)
+        _check_shapes(part, fresh, state)
 
         inner_state = begin(part, gradients, fresh, state)
         proposed, new_state = inner.update(gradients, inner_state, kept_params, **extra_args)
@@ -211,7 +211,7 @@ _advance = compiled(advance)
 
 
 def _reset(part: KeptPart, gradients: Any, fresh: Any, state: CompactState) -> Any:
-    """Starts the optimizer again if other channels learn now."""
+    """Reinitialises the optimizer if other channels learn now."""
     restarting = slots.restarting((state.inner_state, gradients), "compact")
     (new, _), (old, treedef) = slots.flatten(fresh), slots.flatten(state.inner_state)
     has_switched = jnp.any(part.held != state.held)
@@ -252,7 +252,7 @@ def _carry(
     return treedef.unflatten(moved.get(i, x) for i, x in enumerate(old))
 
 
-def check_fits(policy: Policy, on_switch: OnSwitch = "carry") -> None:
+def check_policy_fits(policy: Policy, on_switch: OnSwitch = "carry") -> None:
     """Raises a TypeError or ValueError for a policy that `compact` cannot use."""
     check_same_size(policy)
     if policy.rescale != "none":
@@ -268,7 +268,7 @@ def check_fits(policy: Policy, on_switch: OnSwitch = "carry") -> None:
         )
 
 
-def _check_fits(part: KeptPart, fresh: Any, state: CompactState) -> None:
+def _check_shapes(part: KeptPart, fresh: Any, state: CompactState) -> None:
     """Raises a ValueError if the state has other shapes than the part that learns now."""
     new, old = (
         {entry.path: getattr(entry.nodes[-1], "shape", None) for entry in slots.entries(tree)}

@@ -12,7 +12,7 @@ from cdb_jax import _draw, channels
 from cdb_jax._checks import check_no_module, parameters_of
 from cdb_jax._optax_states import check_supported
 from cdb_jax._skipping.explain import Explained, explain
-from cdb_jax.compact import check_fits, compact
+from cdb_jax.compact import check_policy_fits, compact
 from cdb_jax.policy import Policy, check_policy
 
 
@@ -71,7 +71,8 @@ class Savings(NamedTuple):
         lines.append(_line("gradient", self.gradient_bytes, "B", "kept_only=True"))
         if self.state_bytes:
             lines.append(_line("optimizer state", self.state_bytes, "B", "compact"))
-            lines += [f"compact does not fit: {self.obstacle}"] * bool(self.obstacle)
+            if self.obstacle:
+                lines.append(f"compact does not fit: {self.obstacle}")
         return "\n".join(lines)
 
 
@@ -216,7 +217,7 @@ def _memory(
     """The sizes of the gradient and of the optimizer state, and why they cannot be smaller."""
     obstacle = ""
     try:
-        check_fits(policy)
+        check_policy_fits(policy)
     except (TypeError, ValueError) as error:
         obstacle = str(error)
 
