@@ -44,6 +44,14 @@ def check_call_rate(rate: Any) -> float | jax.Array:
     return rate if isinstance(rate, float) else jnp.asarray(rate, jnp.float32)
 
 
+def check_static_rate(rate: Any) -> float:
+    """Checks the rate of a function whose shapes depend on it."""
+    rate = check_rate("rate", rate, schedule=False)
+    if isinstance(rate, jax.core.Tracer):
+        raise TypeError(f"rate must be a float, not traced, because it sets shapes; got {rate}.")
+    return float(rate)
+
+
 def is_exactly(rate: float | jax.Array, *values: float) -> bool:
     """Whether a rate is known when the program is traced, and is one of `values`."""
     return isinstance(rate, float) and rate in values

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from cdb_jax import channels
+from cdb_jax import _jaxprs as jaxprs, channels
 from cdb_jax._checks import check_choice, check_no_module
-from cdb_jax._skipping import api, axis_uses, jaxprs, roles
+from cdb_jax._skipping import api, axis_uses, roles
 from cdb_jax._skipping.roles import InferredAxes as InferredAxes
 
 

@@ -1,14 +1,18 @@
-"""For Flax Linen: the layers `Backdrop` and `DropPath`."""
+"""For Flax Linen: the layers `Backdrop`, `DropPath` and `DropBackward`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.core import lift
 
 from cdb_jax._checks import check_bool, check_call_rate, is_exactly
 from cdb_jax.backdrop import backdrop
+from cdb_jax.drop_backward import drop_backward
+from cdb_jax.drop_path_subset import drop_path_subset
 from cdb_jax.stochastic_depth import drop_path, in_evaluation
 
 
@@ -90,3 +94,115 @@ class DropPath(nn.Module):
             return in_evaluation(x, rate, scaling)
         key = None if is_exactly(rate, 0.0) else self.make_rng(self.rng_collection)
         return drop_path(x, rate, key=key, sample_axis=self.sample_axis, scale_by_keep=scaling)
+
+    def subset(
+        self,
+        branch: Callable[..., jax.Array],
+        *args: Any,
+        num_shards: int = 1,
+        deterministic: bool | None = None,
+    ) -> jax.Array:
+        """`cdb_jax.drop_path_subset`: computes the branch for a fixed number of random samples.
+
+        Batch normalisation in the branch sees these samples only.
+
+        Args:
+          branch: a module, or a function of arrays that may call modules.
+          *args: arrays, of which the branch gets the kept samples.
+          num_shards: the number of devices that share the batch.
+          deterministic: as in a call.
+
+        Raises:
+          ValueError: if `sample_axis` is None.
+        """
+        if self.sample_axis is None:
+            raise ValueError(
+                "sample_axis=None: subset() needs the axis of the samples; use sample_axis=0."
+            )
+        rate = check_call_rate(self.rate)
+        if nn.merge_param("deterministic", self.deterministic, deterministic):
+            return in_evaluation(branch(*args), rate, self.scale_by_keep)
+        key = None if is_exactly(rate, 0.0) else self.make_rng(self.rng_collection)
+        return drop_path_subset(
+            branch,
+            *args,
+            rate=self.rate,
+            key=key,
+            sample_axis=self.sample_axis,
+            num_shards=num_shards,
+            scale_by_keep=self.scale_by_keep,
+        )
+
+
+class DropBackward(nn.Module):
+    """`cdb_jax.drop_backward` as a layer: drops the backward pass of a branch in training.
+
+    Attributes:
+      rate: probability that the backward pass is dropped.
+      scale_by_keep: whether to divide the gradient of a kept branch by `1 - rate`.
+      deterministic: whether the layer is in evaluation mode; you can pass it in the call instead.
+      rng_collection: name of the stream of keys: `model.apply(..., rngs={"drop_backward": key})`.
+
+    Examples:
+      >>> import cdb_jax.linen, flax.linen as nn, jax, jax.numpy as jnp
+      >>> class Block(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x, train):
+      ...         drop = cdb_jax.linen.DropBackward(0.5)
+      ...         return x + drop(nn.Dense.__call__, nn.Dense(2), x, deterministic=not train)
+      >>> model, x = Block(), jnp.ones((1, 2))
+      >>> params = model.init(jax.random.key(0), x, False)
+      >>> def loss(params, seed):
+      ...     rngs = {"drop_backward": jax.random.key(seed)}
+      ...     return jnp.sum(model.apply(params, x, True, rngs=rngs))
+      >>> [jax.grad(loss)(params, seed)["params"]["Dense_0"]["bias"] for seed in (0, 1)]
+      [Array([1., 1.], dtype=float32), Array([0., 0.], dtype=float32)]
+    """
+
+    rate: float
+    scale_by_keep: bool = False
+    deterministic: bool | None = None
+    rng_collection: str = "drop_backward"
+
+    @nn.compact
+    def __call__(
+        self,
+        branch: Callable[..., Any],
+        module: nn.Module,
+        *args: Any,
+        kept: jax.Array | None = None,
+        deterministic: bool | None = None,
+    ) -> Any:
+        """Returns `branch(module, *args)`.
+
+        Variables, such as batch statistics, change as without the layer.
+
+        Args:
+          branch: a function of a module and arrays, such as a method of a class.
+          module: a module, such as `self`; the branch may call its submodules.
+          *args: arrays.
+          kept: whether to keep the backward pass, in place of a draw: an entry of what
+            `kept_branches` returns.
+          deterministic: whether the layer is in evaluation mode.
+        """
+        rate = check_call_rate(self.rate)
+        is_evaluating = nn.merge_param("deterministic", self.deterministic, deterministic)
+        if is_evaluating or module.is_initializing():
+            return branch(module, *args)
+        key = None
+        if kept is None and not is_exactly(rate, 0.0):
+            key = self.make_rng(self.rng_collection)
+        settings: Any = dict(rate=rate, key=key, kept=kept, scale_by_keep=self.scale_by_keep)
+
+        def lifted(branch: Callable[..., Any], scope: Any, *args: Any) -> Any:
+            def inner(scope_of: Any, repack: Any, variables: Any, rngs: Any) -> Any:
+                def pure(variables: Any, *args: Any) -> Any:
+                    scope = scope_of(variables, rngs)
+                    results = branch(scope, *args)
+                    return results, repack(scope)
+
+                return drop_backward(pure, variables, *args, **settings)
+
+            return lift.pack(inner, (True,), (True,), (True,), name="drop_backward")(scope)
+
+        return nn.transforms.lift_direct_transform(lifted, (branch,), module, *args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from cdb_jax import inference, report
 from cdb_jax._checks import check_bool, check_call_rate, is_exactly
 from cdb_jax._skipping import api
 from cdb_jax.backdrop import backdrop, check_axes
+from cdb_jax.drop_backward import drop_backward
+from cdb_jax.drop_path_subset import drop_path_subset
 from cdb_jax.inference import InferredAxes
 from cdb_jax.policy import Policy
 from cdb_jax.selection import Selection
@@ -374,6 +377,10 @@ class DropPath(_RandomLayer):
       rng_collection: name of the stream of keys in `rngs`.
       rngs: the source of keys; you can pass it in the call instead.
 
+    Call it on the output of a branch, or use its methods to compute less: `branch`, which computes
+    nothing if the branch is dropped for the whole batch, and `subset`, which computes the branch
+    for the kept samples only.
+
     Examples:
       >>> import cdb_jax.nnx, jax.numpy as jnp
       >>> from flax import nnx
@@ -443,3 +450,126 @@ class DropPath(_RandomLayer):
             return in_evaluation(branch(*args), self.rate, self.scale_by_keep)
         settings = self.rate, self._key(rngs), self.scale_by_keep
         return run_branch(branch, args, *settings, cond=nnx.cond, eval_shape=nnx.eval_shape)
+
+    def subset(
+        self,
+        branch: Callable[..., jax.Array],
+        *args: Any,
+        num_shards: int = 1,
+        deterministic: bool | None = None,
+        rngs: Rngs | jax.Array | None = None,
+    ) -> jax.Array:
+        """`cdb_jax.drop_path_subset`: computes the branch for a fixed number of random samples.
+
+        Batch normalisation in the branch sees these samples only.
+
+        Args:
+          branch: a function that returns one array. It may call models.
+          *args: models, which are passed on, and arrays, of which the branch gets the kept samples.
+          num_shards: the number of devices that share the batch.
+          deterministic: as in a call.
+          rngs: as in a call.
+
+        Raises:
+          ValueError: if `sample_axis` is None.
+        """
+        if self.sample_axis is None:
+            raise ValueError(
+                "sample_axis=None: subset() needs the axis of the samples; use sample_axis=0."
+            )
+        if self._is_evaluating(deterministic):
+            return in_evaluation(branch(*args), self.rate, self.scale_by_keep)
+        leaves, treedef = jax.tree.flatten(args, is_leaf=_is_model)
+
+        def of_arrays(arrays: dict[int, jax.Array]) -> jax.Array:
+            filled = [arrays.get(i, x) for i, x in enumerate(leaves)]
+            return branch(*jax.tree.unflatten(treedef, filled))
+
+        return drop_path_subset(
+            of_arrays,
+            {i: x for i, x in enumerate(leaves) if not _is_model(x)},
+            rate=self.rate,  # type: ignore[arg-type]
+            key=self._key(rngs),
+            sample_axis=self.sample_axis,
+            num_shards=num_shards,
+            scale_by_keep=self.scale_by_keep,
+        )
+
+
+class DropBackward(_RandomLayer):
+    """`cdb_jax.drop_backward` as a layer: drops the backward pass of a branch in training.
+
+    Args:
+      rate: probability that the backward pass is dropped.
+      scale_by_keep: whether to divide the gradient of a kept branch by `1 - rate`.
+      deterministic: whether the layer is in evaluation mode; `train()` and `eval()` change it.
+      rng_collection: name of the stream of keys in `rngs`.
+      rngs: the source of keys; you can pass it in the call instead.
+
+    Examples:
+      >>> import cdb_jax.nnx, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> drop = cdb_jax.nnx.DropBackward(0.5, rngs=nnx.Rngs(0))
+      >>> branch = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+      >>> def loss(branch, drop, x):
+      ...     return jnp.sum(x + drop(branch, x))
+      >>> [nnx.grad(loss)(branch, drop, jnp.ones((1, 2)))["bias"][...] for _ in range(4)][2:]
+      [Array([0., 0.], dtype=float32), Array([1., 1.], dtype=float32)]
+    """
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        scale_by_keep: bool = False,
+        deterministic: bool = False,
+        rng_collection: str = "drop_backward",
+        rngs: Rngs | None = None,
+    ) -> None:
+        super().__init__(rate, deterministic, rng_collection, rngs)
+        self.scale_by_keep = check_bool("scale_by_keep", scale_by_keep)
+
+    def __call__(
+        self,
+        branch: Callable[..., Any],
+        *args: Any,
+        kept: jax.Array | None = None,
+        deterministic: bool | None = None,
+        rngs: Rngs | jax.Array | None = None,
+    ) -> Any:
+        """Returns `branch(*args)`.
+
+        The state of models, such as batch statistics and RNG counts, changes as without the layer.
+
+        Args:
+          branch: a model, a method of a model, or a function of models and arrays. Pass the models
+            that a function calls in `args`.
+          *args: models and arrays.
+          kept: whether to keep the backward pass, in place of a draw: an entry of what
+            `kept_branches` returns.
+          deterministic: as for other layers, overrides the mode.
+          rngs: the source of keys for this call.
+        """
+        if self._is_evaluating(deterministic):
+            return branch(*args)
+        key = self._key(rngs) if kept is None else None
+        method: Any = branch
+        if inspect.ismethod(method):
+            branch, args = method.__func__, (method.__self__, *args)
+        leaves, treedef = jax.tree.flatten((branch, args), is_leaf=_is_model)
+        models = {i: x for i, x in enumerate(leaves) if _is_model(x)}
+        others = {i: x for i, x in enumerate(leaves) if i not in models}
+        graph, state = nnx.split(models)
+
+        def pure(state: Any, others: dict[int, Any]) -> tuple[Any, Any]:
+            models = nnx.merge(graph, state, copy=True)
+            filled = others | models
+            branch, args = jax.tree.unflatten(treedef, [filled[i] for i in range(len(leaves))])
+            results = branch(*args)
+            return results, _changes(state, nnx.state(models))
+
+        settings: Any = dict(rate=self.rate, kept=kept, scale_by_keep=self.scale_by_keep)
+        results, changed = drop_backward(pure, state, others, key=key, **settings)
+        flat = [(path, x) for path, x in nnx.to_flat_state(changed) if jax.tree.leaves(x)]
+        nnx.update(models, nnx.from_flat_state(flat))
+        return results

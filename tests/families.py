@@ -13,7 +13,7 @@ from jax import lax
 from toy_models import normal, window
 
 import cdb_jax
-from cdb_jax._skipping import jaxprs
+from cdb_jax import _jaxprs as jaxprs
 
 
 def dense():

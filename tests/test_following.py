@@ -7,7 +7,8 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import PartitionSpec as P
 
-from cdb_jax._skipping import follow as following, jaxprs, moves
+from cdb_jax import _jaxprs as jaxprs
+from cdb_jax._skipping import follow as following, moves
 
 X = jnp.ones((2, 3))
 W = jnp.ones((3, 4))

@@ -32,6 +32,7 @@ from test_parts import (
     stacked_places,
 )
 
+from cdb_jax import _cpu_order
 from cdb_jax._skipping import products
 from cdb_jax._skipping.reasons import Obstacle
 from cdb_jax.selection import Mode, Part
@@ -107,9 +108,9 @@ def unweighted(product, lhs, rhs, needed):
 def in_order(product, lhs, rhs):
     """The product, with its axes in the order that is fast on a CPU."""
     (eqn,) = jax.make_jaxpr(product.apply)(lhs, rhs).eqns
-    rewrite = products._dot_in_order
+    rewrite = _cpu_order.dot_in_order
     if isinstance(product, Convolution):
-        rewrite = products._convolution_in_order
+        rewrite = _cpu_order.convolution_in_order
     return rewrite(eqn, lhs, rhs)
 
 

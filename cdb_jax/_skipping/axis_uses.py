@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from jax.extend import core
 from jax.extend.core import primitives
 
-from cdb_jax._skipping import jaxprs
-from cdb_jax._skipping.jaxprs import shape_of
+from cdb_jax import _jaxprs as jaxprs
+from cdb_jax._jaxprs import shape_of
 
 
 class Use(enum.Enum):

@@ -24,10 +24,11 @@ from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
-from cdb_jax import _explicit as explicit
-from cdb_jax._skipping import jaxprs, moves, products
-from cdb_jax._skipping.jaxprs import shape_of
+from cdb_jax import _explicit as explicit, _jaxprs as jaxprs
+from cdb_jax._jaxprs import shape_of
+from cdb_jax._skipping import moves, products
 from cdb_jax._skipping.reasons import Obstacle, Reason
+from cdb_jax.drop_backward import CALL_NAME, differentiated_if
 from cdb_jax.selection import Mode
 
 
@@ -511,6 +512,8 @@ def _moved_by(program: Any, facts: Sequence[Fact], context: _Context) -> list[Fa
 
 
 def _jit(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
+    if eqn.params["name"] == CALL_NAME:
+        return _drop_backward(eqn, facts, context)
     # The operations of a nested jit join those around it.
     program, results = _follow(eqn.params["jaxpr"], facts, context)
     is_changed = program.is_changed or any(fact.weights for fact in results)
@@ -532,6 +535,20 @@ def _placed(values: Sequence[Value], shardings: Sequence[Any]) -> list[Value]:
 def _is_sharding(x: Any) -> bool:
     """Whether the user gave a sharding; JAX has an internal type for one that was not given."""
     return type(x).__name__ != "UnspecifiedValue"
+
+
+def _drop_backward(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
+    """A branch whose backward pass may be dropped as a whole."""
+    (inner,) = jaxprs.opened(eqn.params["jaxpr"])[0].eqns
+    program, results = _follow(inner.params["call_jaxpr"], facts, context)
+    context.used_otherwise(results, Reason.RESULT, "drop_backward")
+
+    def step(operands: Sequence[Value], flags: Flags) -> list[Value]:
+        kept = operands[0].array
+        branch = _on_arrays(program, flags)
+        return [Value(x) for x in differentiated_if(kept, branch, *_arrays_and_changes(operands))]
+
+    return step if program.is_changed else None, None
 
 
 def _checkpoint(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:

@@ -18,8 +18,9 @@ from jax import lax
 from jax.extend import core
 from jax.extend.core import primitives
 
-from cdb_jax._skipping import jaxprs, products
-from cdb_jax._skipping.jaxprs import shape_of
+from cdb_jax import _jaxprs as jaxprs
+from cdb_jax._jaxprs import shape_of
+from cdb_jax._skipping import products
 
 Axes = tuple[int, ...]
 

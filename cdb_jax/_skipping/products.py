@@ -14,15 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
-from jax.extend.core.primitives import conv_general_dilated_p, dot_general_p
 from jax.sharding import PartitionSpec
 
-from cdb_jax import _explicit as explicit, _parts as parts
-from cdb_jax._skipping import jaxprs
+from cdb_jax import _cpu_order as cpu_order, _explicit as explicit, _parts as parts
 from cdb_jax._skipping.reasons import Obstacle, Reason
 from cdb_jax.selection import Mode, Part
 
@@ -404,7 +401,7 @@ def _gradient_if(
     if explicit.mesh_of(dy, other):
         plain = call.op.without_sharding, explicit.plain(operand_type)
     gradient = Gradient(plain[0], side, plain[1])
-    compute = functools.partial(gradient.compute, slow=_SLOW_IN_CONDITIONALS)
+    compute = functools.partial(gradient.compute, slow=cpu_order.SLOW_IN_CONDITIONALS)
 
     def computed(needed: jax.Array, dy: jax.Array, other: jax.Array) -> jax.Array:
         return _if(needed, compute, operand_type, dy, other)
@@ -516,17 +513,9 @@ def _if(flag: jax.Array, f: Any, out_type: Any, *operands: jax.Array) -> jax.Arr
     return lax.cond(flag, f, zeros, *operands)
 
 
-# XLA's CPU compiler has fast kernels for one order of axes only. It reorders convolutions, but not
-# inside a conditional, where a weight gradient then takes a hundred times as long. A sum over
-# several axes, as in weight gradients of batches of sequences, takes up to twice as long as one
-# over a single axis.
-_SLOW = (dot_general_p,)
-_SLOW_IN_CONDITIONALS = (dot_general_p, conv_general_dilated_p)
-
-
 def _slow(product: Product) -> tuple[core.Primitive, ...]:
     """The primitives that are slow in the weight gradient of a product."""
-    return _SLOW_IN_CONDITIONALS if len(product.target.modes) > 1 else _SLOW
+    return cpu_order.SLOW_IN_CONDITIONALS if len(product.target.modes) > 1 else cpu_order.SLOW
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
@@ -542,69 +531,4 @@ def _transposed(
         transpose = jax.linear_transpose(lambda x: product(x, other), gradient.operand_type)
         return transpose(dy)[0]
 
-    program, consts = jaxprs.opened(jax.make_jaxpr(transposed)(dy, other))
-
-    def in_order(dy: jax.Array, other: jax.Array) -> jax.Array:
-        values = dict(zip(program.constvars, consts, strict=True))
-        values |= dict(zip(program.invars, (dy, other), strict=True))
-        for eqn in program.eqns:
-            operands = [v.val if isinstance(v, core.Literal) else values[v] for v in eqn.invars]
-            if _is_slow(eqn, slow):
-                results = [_IN_ORDER[eqn.primitive](eqn, *operands)]
-            else:
-                results = jaxprs.apply(eqn, program, operands)
-            values.update(zip(eqn.outvars, results, strict=True))
-        (result,) = filter(jaxprs.is_variable, program.outvars)
-        return values[result]
-
-    if not any(_is_slow(eqn, slow) for eqn in program.eqns):
-        return transposed(dy, other)
-    return lax.platform_dependent(dy, other, cpu=in_order, default=transposed)
-
-
-def _is_slow(eqn: core.JaxprEqn, slow: tuple[core.Primitive, ...]) -> bool:
-    if eqn.primitive is dot_general_p and len(eqn.params["dimension_numbers"][0][0]) < 2:
-        return False
-    return eqn.primitive in slow
-
-
-def _dot_in_order(eqn: core.JaxprEqn, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """A product that sums over one axis instead of several adjacent ones."""
-    contract, batch = eqn.params["dimension_numbers"]
-    order = sorted(range(len(contract[0])), key=lambda i: contract[0][i])
-    contract = [[axes[i] for i in order] for axes in contract]
-    are_adjacent = all(list(np.diff(axes)) == [1] * (len(axes) - 1) for axes in contract)
-    if len(order) < 2 or not are_adjacent:
-        return Operation.of_equation(eqn)(lhs, rhs)
-    merged = [
-        x.reshape(*x.shape[: axes[0]], -1, *x.shape[axes[-1] + 1 :])
-        for x, axes in zip((lhs, rhs), contract, strict=True)
-    ]
-    removed = len(order) - 1
-    batch = [
-        tuple(axis - removed if axis > summed[0] else axis for axis in axes)
-        for axes, summed in zip(batch, contract, strict=True)
-    ]
-    numbers = (tuple((axes[0],) for axes in contract), tuple(batch))
-    return Operation.of_equation(eqn, dimension_numbers=numbers)(*merged)
-
-
-def _convolution_in_order(eqn: core.JaxprEqn, x: jax.Array, w: jax.Array) -> jax.Array:
-    """A convolution with axes (batch, ..., features) and (..., in, out), the order of XLA's CPU."""
-    x_spec, kernel_spec, y_spec = eqn.params["dimension_numbers"]
-    rank = x.ndim
-    axes = (0, rank - 1, *range(1, rank - 1))
-    numbers = lax.ConvDimensionNumbers(axes, (rank - 1, rank - 2, *range(rank - 2)), axes)
-    y = Operation.of_equation(eqn, dimension_numbers=numbers)(
-        jnp.transpose(x, _features_last(x_spec)),
-        jnp.transpose(w, (*kernel_spec[2:], kernel_spec[1], kernel_spec[0])),
-    )
-    order = _features_last(y_spec)
-    return jnp.transpose(y, [order.index(axis) for axis in range(rank)])
-
-
-def _features_last(spec: Sequence[int]) -> tuple[int, ...]:
-    return (spec[0], *spec[2:], spec[1])
-
-
-_IN_ORDER = {dot_general_p: _dot_in_order, conv_general_dilated_p: _convolution_in_order}
+    return cpu_order.reordered(transposed, slow)(dy, other)

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from jax.extend import core
 
-from cdb_jax import _explicit as explicit, _parts as parts, channels
+from cdb_jax import _explicit as explicit, _jaxprs as jaxprs, _parts as parts, channels
 from cdb_jax._compiling import Keyed, compiled
 from cdb_jax._kept import KeptPart
-from cdb_jax._skipping import axis_uses, follow, jaxprs, moves, products, roles
+from cdb_jax._skipping import axis_uses, follow, moves, products, roles
 from cdb_jax._xla import alone_on_cpu
 from cdb_jax.selection import Group, Mode, Selection, mask_leaves, per_layer
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.branches import NO_BRANCH_DROPPED, Branches as Branches
+from models.branches import NO_BRANCH_DROPPED, Branches as Branches, How as How
 from models.resnet import RESNETS, ResNet
 from models.vit import VITS, ViT
 
@@ -42,7 +42,7 @@ def create(
       dtype: of the computation. Parameters, batch statistics and logits are float32 always.
       dropout_rate: probability that dropout zeroes a value in training.
       backdrop_rate: probability that Backdrop drops an entry of the gradient.
-      branches: stochastic depth of the residual blocks.
+      branches: what drops residual blocks in training.
       rngs: source of the initial parameters and of all masks.
 
     Returns:

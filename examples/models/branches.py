@@ -1,48 +1,76 @@
 """Residual branches that may be dropped, and Backdrop: what the models share."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
 
 import cdb_jax.nnx
 
+How = Literal["mask", "skip", "subset", "backward"]
+
 
 class Branch(nnx.Module):
     """Computes a residual branch, drops it at random, and multiplies it by a gate.
 
     Args:
-      drop_path: what drops it; None for never.
-      skips: whether a branch that is dropped is not computed either.
+      layer: what drops it; None for never.
+      how: as in `Branches`.
+      num_shards: as in `Branches`.
+
+    Attributes:
+      recomputes: whether the backward pass computes the branch again instead of storing it.
     """
 
-    def __init__(self, drop_path: cdb_jax.nnx.DropPath | None = None, skips: bool = False):
-        self.drop_path = drop_path
-        self.skips = skips
+    def __init__(
+        self,
+        layer: cdb_jax.nnx.DropPath | cdb_jax.nnx.DropBackward | None = None,
+        how: How = "mask",
+        num_shards: int = 1,
+    ):
+        self.layer = layer
+        self.how = how
+        self.num_shards = num_shards
+        self.recomputes = False
 
     def __call__(
-        self, branch: Callable[..., jax.Array], *args: Any, gate: jax.Array | None = None
+        self,
+        branch: Callable[..., jax.Array],
+        *args: Any,
+        gate: jax.Array | None = None,
+        kept: jax.Array | None = None,
     ) -> jax.Array:
-        if self.drop_path is None:
+        if self.recomputes:
+            branch = nnx.remat(branch)
+        if self.layer is None:
             y = branch(*args)
-        elif self.skips:
-            y = self.drop_path.branch(branch, *args)
+        elif self.how == "backward":
+            y = self.layer(branch, *args, kept=kept)
+        elif self.how == "subset":
+            y = self.layer.subset(branch, *args, num_shards=self.num_shards)
+        elif self.how == "skip":
+            y = self.layer.branch(branch, *args)
         else:
-            y = self.drop_path(branch(*args))
+            y = self.layer(branch(*args))
         return y if gate is None else gate.astype(y.dtype) * y
 
 
 class Branches(NamedTuple):
-    """Stochastic depth for the blocks of a model.
+    """What drops the residual blocks of a model in training.
 
-    `rates` has the drop rate of each block, or is empty to drop none. A block is dropped for the
-    whole batch and scaled in evaluation, as in arXiv 1603.09382. With `skips`, a dropped block is
-    not computed.
+    Attributes:
+      rates: the drop rate of each block; empty to drop none.
+      how: "mask": stochastic depth for the whole batch, scaled in evaluation (arXiv 1603.09382).
+        "skip": the same, but a dropped block is not computed. "subset": stochastic depth for
+        samples, of which a fixed number is computed. "backward": only the backward pass of a block
+        is dropped (arXiv 2402.17812); a step keeps at least one.
+      num_shards: the number of devices that share the batch, for "subset".
     """
 
     rates: tuple[float, ...] = ()
-    skips: bool = False
+    how: How = "mask"
+    num_shards: int = 1
 
     def make(self, block: int, depth: int, rngs: nnx.Rngs) -> Branch:
         if not self.rates:
@@ -54,8 +82,32 @@ class Branches(NamedTuple):
         rate = self.rates[block]
         if rate == 0.0:
             return Branch()
-        drop_path = cdb_jax.nnx.DropPath(rate, sample_axis=None, scale_by_keep=False, rngs=rngs)
-        return Branch(drop_path, self.skips)
+        if self.how == "backward":
+            return Branch(cdb_jax.nnx.DropBackward(rate), self.how)
+        if self.how == "subset":
+            return Branch(cdb_jax.nnx.DropPath(rate, rngs=rngs), self.how, self.num_shards)
+        layer = cdb_jax.nnx.DropPath(rate, sample_axis=None, scale_by_keep=False, rngs=rngs)
+        return Branch(layer, self.how)
+
+    def draw(self, per_block: int, rngs: nnx.Rngs) -> "KeptBranches | None":
+        """What draws the branches whose backward pass a step keeps, if any may be dropped."""
+        if self.how != "backward" or not any(self.rates):
+            return None
+        return KeptBranches([rate for rate in self.rates for _ in range(per_block)], rngs)
+
+
+class KeptBranches(nnx.Module):
+    """Draws the branches whose backward pass a step keeps; None in evaluation."""
+
+    def __init__(self, rates: list[float], rngs: nnx.Rngs):
+        self.rates = tuple(rates)
+        self.deterministic = False
+        self.rngs = rngs.drop_backward.fork()
+
+    def __call__(self) -> jax.Array | None:
+        if self.deterministic:
+            return None
+        return cdb_jax.kept_branches(self.rates, key=self.rngs())
 
 
 NO_BRANCH_DROPPED = Branches()

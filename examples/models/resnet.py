@@ -52,8 +52,10 @@ class Residual(nnx.Module):
     A subclass sets `shortcut`, a layer or None, and `drop_path`, a `Branch`.
     """
 
-    def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
-        y = self.drop_path(type(self).branch, self, x, gate=gate)
+    def __call__(
+        self, x: jax.Array, gate: jax.Array | None = None, kept: jax.Array | None = None
+    ) -> jax.Array:
+        y = self.drop_path(type(self).branch, self, x, gate=gate, kept=kept)
         return nnx.relu(y + (self.shortcut(x) if self.shortcut else x))
 
 
@@ -130,8 +132,8 @@ class ResNet(nnx.Module):
       dtype: of the computation; parameters and batch statistics are float32.
       dropout_rate: dropout before the head.
       backdrop_rate: Backdrop over the positions of the last feature map, before it is averaged.
-      branches: stochastic depth of the blocks.
-      rngs: streams "params", "dropout", "backdrop" and "drop_path".
+      branches: what drops the blocks.
+      rngs: streams "params", "dropout", "backdrop", "drop_path" and "drop_backward".
     """
 
     def __init__(
@@ -169,6 +171,7 @@ class ResNet(nnx.Module):
                 features = stage_width * block.expansion
         self.blocks = nnx.List(blocks)
 
+        self.draw_kept = branches.draw(1, rngs)
         self.backdrop = make_backdrop(backdrop_rate, (1, 2), rngs)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
         self.head = nnx.Linear(
@@ -179,13 +182,27 @@ class ResNet(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, images: jax.Array, gates: jax.Array | None = None) -> jax.Array:
-        """Maps images to logits; `gates`, shape (blocks,), multiply the branches."""
+    def __call__(
+        self,
+        images: jax.Array,
+        gates: jax.Array | None = None,
+        kept: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps images to logits.
+
+        Args:
+          images: (batch, height, width, channels).
+          gates: factors of the branches, (blocks,).
+          kept: whether to keep the backward pass of each branch, (blocks,); None to draw it.
+        """
+        if kept is None and self.draw_kept:
+            kept = self.draw_kept()
         x = nnx.relu(self.stem(images))
         if self.pools_stem:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for i, block in enumerate(self.blocks):
-            x = block(x) if gates is None else block(x, gates[i])
+            gate = None if gates is None else gates[i]
+            x = block(x, gate, None if kept is None else kept[i])
         x = jnp.mean(self.backdrop(x) if self.backdrop else x, axis=(1, 2))
         return self.head(self.dropout(x))
 

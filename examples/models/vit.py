@@ -1,5 +1,8 @@
 """Vision transformers (Dosovitskiy et al. 2020, arXiv 2010.11929)."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -51,9 +54,11 @@ class Block(nnx.Module):
     def feed_forward(self, x: jax.Array) -> jax.Array:
         return self.dropout(self.mlp(self.norm2(x)))
 
-    def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
-        x = x + self.drop_path(Block.attend, self, x, gate=gate)
-        return x + self.drop_path(Block.feed_forward, self, x, gate=gate)
+    def __call__(
+        self, x: jax.Array, gate: jax.Array | None = None, kept: Sequence[Any] = (None, None)
+    ) -> jax.Array:
+        x = x + self.drop_path(Block.attend, self, x, gate=gate, kept=kept[0])
+        return x + self.drop_path(Block.feed_forward, self, x, gate=gate, kept=kept[1])
 
 
 class ViT(nnx.Module):
@@ -69,8 +74,8 @@ class ViT(nnx.Module):
       dtype: of the computation; parameters are float32.
       dropout_rate: dropout on the embedded tokens, inside each MLP and after every branch.
       backdrop_rate: Backdrop over the tokens, before the last block.
-      branches: stochastic depth of the blocks, whose two branches are each dropped on their own.
-      rngs: streams "params", "dropout", "backdrop" and "drop_path".
+      branches: what drops the blocks, whose two branches are each dropped on their own.
+      rngs: streams "params", "dropout", "backdrop", "drop_path" and "drop_backward".
     """
 
     def __init__(
@@ -120,6 +125,7 @@ class ViT(nnx.Module):
                 for i in range(depth)
             ]
         )
+        self.draw_kept = branches.draw(2, rngs)
         self.backdrop = make_backdrop(backdrop_rate, 1, rngs)
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(
@@ -130,8 +136,21 @@ class ViT(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, images: jax.Array, gates: jax.Array | None = None) -> jax.Array:
-        """Maps images to logits; `gates`, shape (blocks,), multiply the branches."""
+    def __call__(
+        self,
+        images: jax.Array,
+        gates: jax.Array | None = None,
+        kept: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps images to logits.
+
+        Args:
+          images: (batch, height, width, channels).
+          gates: factors of the branches, (blocks,).
+          kept: whether to keep the backward pass of each branch, (2 * blocks,); None to draw it.
+        """
+        if kept is None and self.draw_kept:
+            kept = self.draw_kept()
         patches = self.patch_embed(images)
         batch, _, _, width = patches.shape
         patches = patches.reshape(batch, -1, width)
@@ -141,7 +160,8 @@ class ViT(nnx.Module):
         for i, block in enumerate(self.blocks):
             if self.backdrop and i == len(self.blocks) - 1:
                 x = self.backdrop(x)
-            x = block(x) if gates is None else block(x, gates[i])
+            gate = None if gates is None else gates[i]
+            x = block(x, gate) if kept is None else block(x, gate, kept[2 * i : 2 * i + 2])
         return self.head(self.norm(x[:, 0]))
 
 

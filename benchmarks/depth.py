@@ -1,0 +1,199 @@
+"""What dropping residual branches saves: time, floating-point operations, temporary memory.
+
+Training steps with uniform drop rates, against the full step:
+
+    mask      stochastic depth for the whole batch; a dropped block is computed all the same
+    skip      the same, but a dropped block is not computed
+    subset    stochastic depth for samples; a block is computed for the kept ones only
+    backward  only the backward pass of a block is dropped, and not computed
+    backward, remat   the same, and the forward pass of a block is recomputed if it is kept
+
+All are timed in turns in one process, each step with other draws; ratios are to the full step of
+the same round, shown is their mean with a bootstrap 95 % interval over rounds. Operations are those
+of an average step, counted by the compiler; memory is what the compiled program reserves for
+temporaries.
+
+    python benchmarks/depth.py                          # a quarter of an hour on two cores
+    python benchmarks/depth.py --steps vit_b/16:224:64 --dtype bfloat16
+    python benchmarks/depth.py --rounds 0               # counts only
+
+Prints a Markdown table and writes `results/depth-<device>.json`. Needs jax, flax, optax, numpy.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from overhead import parse_step, publish, results_file  # Puts the library on the path.
+from skipping import mean_interval
+
+import models
+
+STEPS = ("vit_s/16:64:64", "resnet18:64:16")
+RATES = (0.4, 0.5)
+
+
+class Variant(NamedTuple):
+    name: str
+    how: models.How
+    recomputes: bool = False
+
+
+FULL = Variant("full", "mask")
+VARIANTS = (
+    Variant("mask", "mask"),
+    Variant("skip", "skip"),
+    Variant("subset", "subset"),
+    Variant("backward", "backward"),
+    Variant("backward, remat", "backward", True),
+)
+
+
+class Step(NamedTuple):
+    """A compiled training step: the seconds of a run, its operations, bytes of temporaries."""
+
+    seconds: Callable[[], float]
+    flops: float
+    temporaries: int
+
+
+def compile_step(
+    name: str, size: int, batch: int, dtype: str, variant: Variant, rate: float, kept: Any = None
+) -> Step:
+    """Compiles a step; `kept` replaces the draw of the branches that keep their backward pass."""
+    model = models.create(
+        name,
+        num_classes=1000,
+        image_shape=(size, size, 3),
+        dtype=dtype,
+        branches=models.Branches((rate,) * models.depth(name), variant.how),
+        rngs=nnx.Rngs(0, drop_path=1, drop_backward=1),
+    )
+    if variant.recomputes:
+        recompute_branches(model)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    images = jax.random.normal(jax.random.key(0), (batch, size, size, 3))
+    labels = jnp.arange(batch) % 1000
+    tx = optax.adamw(1e-3)
+
+    def train(params: Any, opt_state: Any, rest: Any) -> Any:
+        def loss_fn(params: Any) -> Any:
+            model = nnx.merge(graph, params, rest, copy=True)
+            logits = model(images, kept=kept)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), nnx.split(model, nnx.Param, ...)[2]
+
+        (loss, new_rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, new_rest, loss
+
+    opt_state = tx.init(params)
+    compiled = jax.jit(train).lower(params, opt_state, rest).compile()
+    state = {"rest": rest}
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        *_, new_rest, _ = jax.block_until_ready(compiled(params, opt_state, state["rest"]))
+        elapsed = time.perf_counter() - start
+        state["rest"] = new_rest  # Its counts of draws; the next step drops other blocks.
+        return elapsed
+
+    flops = compiled.cost_analysis()["flops"]
+    return Step(seconds, flops, compiled.memory_analysis().temp_size_in_bytes)
+
+
+def recompute_branches(model: nnx.Module) -> None:
+    """Stores only the input of each residual branch, under `nnx.remat`."""
+    for block in model.blocks:
+        block.drop_path.recomputes = True
+
+
+def mean_flops(variant: Variant, rate: float, step: Step, full: Step, *settings: Any) -> float:
+    """The operations of an average step.
+
+    A compiler cannot know how often it takes a conditional, so those of a step that drops all
+    branches are counted too. Each branch takes part in a share of `1 - rate` of the steps.
+    """
+    if variant.how == "skip":
+        none = compile_step(*settings, variant, 1.0)
+        return rate * none.flops + (1 - rate) * full.flops
+    if variant.how == "backward":
+        name = settings[0]
+        depth = models.depth(name) * (1 if name.startswith("resnet") else 2)
+        none, every = (
+            compile_step(*settings, variant, rate, np.full(depth, kept)) for kept in (False, True)
+        )
+        return rate * none.flops + (1 - rate) * every.flops
+    return step.flops
+
+
+def compare(
+    name: str, size: int, batch: int, dtype: str, rate: float, rounds: int
+) -> list[dict[str, Any]]:
+    settings = name, size, batch, dtype
+    full = compile_step(*settings, FULL, 0.0)
+    steps = {x: compile_step(*settings, x, rate) for x in VARIANTS}
+    for step in (full, *steps.values()):
+        step.seconds()
+    base: list[float] = []
+    times: dict[Variant, list[list[float]]] = {x: [] for x in VARIANTS}
+    for i in range(rounds):
+        base.append(full.seconds())
+        for j in np.random.default_rng(i).permutation(len(VARIANTS)):
+            step = steps[VARIANTS[j]]
+            times[VARIANTS[j]].append([step.seconds(), step.seconds()])
+    rows = []
+    for variant, step in steps.items():
+        row = {
+            "task": f"{name} {size}px batch {batch} adamw" + f" {dtype}" * (dtype != "float32"),
+            "variant": variant.name,
+            "rate": rate,
+            "flops": mean_flops(variant, rate, step, full, *settings) / full.flops,
+            "temporaries": step.temporaries / full.temporaries,
+        }
+        if rounds:
+            ratio, low, high = mean_interval(np.array(times[variant]) / np.array(base)[:, None])
+            row |= {"ratio": ratio, "low": low, "high": high, "rounds": rounds}
+            row |= {"full_ms": float(np.median(base) * 1e3)}
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| training step | rate | blocks | time | 95 % interval | FLOPs | temporaries |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        time_, interval = "-", "-"
+        if "ratio" in row:
+            time_, interval = f"{row['ratio']:.3f}", f"[{row['low']:.3f}, {row['high']:.3f}]"
+        lines.append(
+            f"| {row['task']} | {row['rate']} | {row['variant']} | {time_} | {interval} | "
+            f"{row['flops']:.3f} | {row['temporaries']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", nargs="*", type=parse_step)
+    parser.add_argument("--rates", nargs="*", type=float, default=RATES)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--dtype", default="float32", help="of the computation")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for name, size, batch in args.steps or [parse_step(x) for x in STEPS]:
+        for rate in args.rates:
+            rows += compare(name, size, batch, args.dtype, rate, args.rounds)
+    publish(args.output or results_file("depth"), table(rows), rows)
+
+
+if __name__ == "__main__":
+    main()

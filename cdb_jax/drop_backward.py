@@ -1,0 +1,226 @@
+"""`drop_backward`: residual branches whose backward pass is dropped at random."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.extend import core
+from jax.extend.core.primitives import remat_p
+
+from cdb_jax import _cpu_order as cpu_order, _jaxprs as jaxprs
+from cdb_jax._checks import check_bool, check_call_rate, is_exactly
+from cdb_jax._scaling import scale
+from cdb_jax.stochastic_depth import draw_kept, keep_probability
+
+CALL_NAME = "drop_backward"  # Of the call in a traced program.
+_ARRAYS = (jax.Array, np.ndarray, np.generic)
+
+
+def drop_backward(
+    branch: Callable[..., Any],
+    *args: Any,
+    rate: jax.typing.ArrayLike | None = None,
+    key: jax.Array | None = None,
+    kept: jax.typing.ArrayLike | None = None,
+    scale_by_keep: bool = False,
+) -> Any:
+    r"""Returns `branch(*args)`, and drops the backward pass of the branch at random.
+
+    Use it for a residual branch, as in `x + drop_backward(branch, x, rate=0.5, key=key)`. The
+    forward pass is exact. With probability `rate`, the branch counts as a constant in the backward
+    pass: its weights have a gradient of zero, and the gradient of `x` passes along the residual
+    connection only:
+
+    .. math:: y = x + f(x), \qquad \bar x = \bar y + b \, \bar y f'(x), \qquad b \in \{0, 1\}.
+
+    A dropped branch computes nothing in the backward pass, which is in a conditional. As shapes are
+    static, both store the same for it: the results of products and convolutions, from which a kept
+    branch computes the rest again. If the branch uses `jax.checkpoint` itself, that decides.
+    Forward-mode derivatives are not defined.
+
+    Args:
+      branch: a function of arrays that returns an array, or a tree of arrays. It may close over
+        others, such as its weights, which are differentiated too.
+      *args: arguments of `branch`: arrays, trees of arrays, and settings such as bools.
+      rate: probability that the backward pass is dropped, in [0, 1]; may be traced.
+      key: a JAX key for this call. Rates of exactly 0 and 1 need none.
+      kept: whether to keep the backward pass, a bool scalar, in place of a draw: an entry of what
+        `kept_branches` returns.
+      scale_by_keep: whether to divide the gradient of a kept branch by `1 - rate`, so that the
+        expected gradient is that of the branch. The paper does not.
+
+    Returns:
+      `branch(*args)`, bit for bit.
+
+    Raises:
+      TypeError, ValueError: for a bad rate, a missing key, or if neither a rate nor `kept` is
+        given.
+
+    Examples:
+      >>> import cdb_jax, jax, jax.numpy as jnp
+      >>> def f(x, seed):
+      ...     return x + cdb_jax.drop_backward(jnp.square, x, rate=0.5, key=jax.random.key(seed))
+      >>> value_and_grad = jax.jit(jax.value_and_grad(f))
+      >>> [tuple(map(float, value_and_grad(3.0, seed))) for seed in (0, 1)]
+      [(12.0, 7.0), (12.0, 1.0)]
+
+    References:
+      DropBP, `arXiv 2402.17812 <https://arxiv.org/abs/2402.17812>`_.
+    """
+    check_bool("scale_by_keep", scale_by_keep)
+    if rate is not None:
+        rate = check_call_rate(rate)
+    elif kept is None or scale_by_keep:
+        raise ValueError(
+            f"rate is missing: pass rate=0.5 and a key, or kept, got kept={kept!r} and "
+            f"scale_by_keep={scale_by_keep}, which needs the rate."
+        )
+    if kept is None:
+        assert rate is not None
+        if is_exactly(rate, 0.0, 1.0):
+            return branch(*args) if rate == 0.0 else _constant(branch, args)
+        kept = draw_kept(rate, key, ())
+    kept = _check_kept(kept)
+    if not scale_by_keep:
+        return differentiated_if(kept, branch, *args)
+    assert rate is not None
+    factor = 1.0 / keep_probability(rate)
+
+    def scaled(*args: Any) -> Any:
+        return jax.tree.map(lambda x: _scale_gradient(x, factor), branch(*args))
+
+    return differentiated_if(kept, scaled, *args)
+
+
+def differentiated_if(kept: jax.Array, branch: Callable[..., Any], *args: Any) -> Any:
+    """`branch(*args)`, which counts as a constant in the backward pass unless it is kept."""
+    leaves, treedef = jax.tree.flatten(args)
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, _ARRAYS)}
+
+    def of_arrays(arrays: dict[int, Any]) -> Any:
+        return branch(
+            *jax.tree.unflatten(treedef, [arrays.get(i, x) for i, x in enumerate(leaves)])
+        )
+
+    closed, types = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
+    program, consts = jaxprs.opened(closed)
+    function = jaxprs.as_function(
+        program.eqns, (*program.constvars, *program.invars), program.outvars, program
+    )
+    if not _has(program, lambda eqn: eqn.primitive is remat_p or _is_complex(eqn)):
+        # XLA cannot merge a conditional with the operations around it, so all that its branches
+        # read is in memory. This stores the results of products and convolutions only.
+        saved = jax.checkpoint_policies.dots_saveable
+        function = jax.checkpoint(function, policy=saved, prevent_cse=False)
+
+    def drop_backward(kept: jax.Array, operands: list[Any]) -> list[jax.Array]:
+        return _call(function, kept, operands)
+
+    # `value_and_grad` finds the branch in a traced program by the name of this function.
+    assert drop_backward.__name__ == CALL_NAME
+    results = jax.jit(drop_backward)(kept, [*consts, *arrays.values()])
+    return jax.tree.unflatten(jax.tree.structure(types), results)
+
+
+def _has(program: core.Jaxpr, matches: Callable[[core.JaxprEqn], bool]) -> bool:
+    """Whether an equation of a program, or of the programs in it, matches."""
+    return any(
+        matches(eqn) or any(_has(inner, matches) for inner in jaxprs.programs_in(eqn.params))
+        for eqn in program.eqns
+    )
+
+
+def _is_complex(eqn: core.JaxprEqn) -> bool:
+    """JAX cannot store complex numbers in a checkpoint with a policy."""
+    dtypes = [getattr(v.aval, "dtype", np.bool_) for v in eqn.outvars]
+    return any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes)
+
+
+class _Residuals(NamedTuple):
+    kept: jax.Array
+    vjp: Callable[[list[Any]], list[Any]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _call(function: Callable[..., list[Any]], kept: Any, operands: Any) -> list[Any]:
+    return function(*operands)
+
+
+def _fwd(
+    function: Callable[..., list[Any]], kept: Any, operands: Any
+) -> tuple[list[Any], _Residuals]:
+    values = [x.value for x in operands]
+    moving = [x.value if x.perturbed else None for x in operands]
+
+    def of_moving(moving: list[Any]) -> tuple[list[Any], list[Any]]:
+        given = [y if x is None else x for x, y in zip(moving, values, strict=True)]
+        results = function(*given)
+        return [x for x in results if _is_float(x)], results
+
+    _, vjp, results = jax.vjp(of_moving, moving, has_aux=True)
+    return results, _Residuals(kept.value, vjp)
+
+
+def _bwd(function: Any, residuals: _Residuals, cotangents: list[Any]) -> tuple[Any, ...]:
+    kept, vjp = residuals
+    if all(isinstance(x, SymbolicZero) for x in cotangents):
+        return None, None
+    floats = [
+        _zeros_of(x.aval) if isinstance(x, SymbolicZero) else x for x in cotangents if _is_float(x)
+    ]
+
+    def compute(cotangents: list[jax.Array]) -> list[Any]:
+        return vjp(cotangents)[0]
+
+    def zeros(cotangents: list[jax.Array]) -> list[Any]:
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(compute, cotangents))
+
+    compute_fast = cpu_order.reordered(compute, cpu_order.SLOW_IN_CONDITIONALS)
+    return None, jax.lax.cond(kept, compute_fast, zeros, floats)
+
+
+_call.defvjp(_fwd, _bwd, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def _scale_gradient(x: jax.Array, factor: float | jax.Array) -> jax.Array:
+    """Returns `x`, and multiplies its gradient."""
+    return x
+
+
+def _scale_fwd(x: jax.Array, factor: Any) -> tuple[jax.Array, Any]:
+    return x, factor
+
+
+def _scale_bwd(factor: Any, dx: jax.Array) -> tuple[Any, None]:
+    return (scale(dx, factor) if _is_float(dx) else dx), None
+
+
+_scale_gradient.defvjp(_scale_fwd, _scale_bwd)
+
+
+def _zeros_of(array_type: Any) -> jax.Array:
+    return jnp.zeros_like(array_type)
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _constant(branch: Callable[..., Any], args: Sequence[Any]) -> Any:
+    return jax.tree.map(jax.lax.stop_gradient, branch(*args))
+
+
+def _check_kept(kept: Any) -> jax.Array:
+    if jnp.shape(kept) != () or jnp.result_type(kept) != np.bool_:
+        raise ValueError(
+            f"kept must be a bool scalar, got {kept!r}; pass an entry of what kept_branches "
+            "returns."
+        )
+    return jnp.asarray(kept)
