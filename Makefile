@@ -34,7 +34,7 @@ gpu-check:  ## Needs a GPU and a Python with jax, flax and optax: first the same
 	$(PYTHON) benchmarks/gpu_check.py
 	$(PYTHON) benchmarks/freezing.py
 	$(PYTHON) benchmarks/size.py
-	$(PYTHON) benchmarks/stochastic_depth.py
+	$(PYTHON) benchmarks/depth.py
 	$(PYTHON) benchmarks/overhead.py
 	$(PYTHON) benchmarks/skipping.py
 

@@ -21,10 +21,11 @@ Prints a Markdown table and writes `results/depth-<device>.json`. Needs jax, fla
 """
 
 import argparse
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ from flax import nnx
 from overhead import parse_step, publish, results_file  # Puts the library on the path.
 from skipping import mean_interval
 
+import cdb_jax
 import models
 
 STEPS = ("vit_s/16:64:64", "resnet18:64:16")
@@ -41,12 +43,39 @@ RATES = (0.4, 0.5)
 
 
 class Variant(NamedTuple):
+    """How a step differs from the full one.
+
+    Attributes:
+      name: for the table.
+      how: what happens to residual blocks, as in `models.Branches`.
+      recomputes: whether blocks are recomputed in the backward pass.
+      rate: the drop rate of the blocks.
+      policy: what is dropped of the gradient, if anything.
+      use: what applies the policy: a mask "before" or "after" the optimizer; or `value_and_grad`,
+        which skips what is dropped, before the plain optimizer, `freeze_dropped` or `compact`.
+      backdrop_rate: of Backdrop over tokens or positions.
+    """
+
     name: str
-    how: models.How
+    how: models.How = "mask"
     recomputes: bool = False
+    rate: float = 0.0
+    policy: cdb_jax.Policy | None = None
+    use: Literal["before", "after", "skip", "freeze", "compact"] = "before"
+    backdrop_rate: float = 0.0
+
+    def optimizer(self, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+        if self.policy is None or self.use == "skip":
+            return inner
+        if self.use == "freeze":
+            return cdb_jax.freeze_dropped(inner, self.policy)
+        if self.use == "compact":
+            return cdb_jax.compact(inner, self.policy)
+        mask = cdb_jax.channel_drop_back(self.policy)
+        return optax.chain(mask, inner) if self.use == "before" else optax.chain(inner, mask)
 
 
-FULL = Variant("full", "mask")
+FULL = Variant("full")
 VARIANTS = (
     Variant("mask", "mask"),
     Variant("skip", "skip"),
@@ -65,7 +94,12 @@ class Step(NamedTuple):
 
 
 def compile_step(
-    name: str, size: int, batch: int, dtype: str, variant: Variant, rate: float, kept: Any = None
+    name: str,
+    size: int,
+    batch_size: int,
+    dtype: str,
+    variant: Variant,
+    kept: Any = None,
 ) -> Step:
     """Compiles a step; `kept` replaces the draw of the branches that keep their backward pass."""
     model = models.create(
@@ -73,36 +107,50 @@ def compile_step(
         num_classes=1000,
         image_shape=(size, size, 3),
         dtype=dtype,
-        branches=models.Branches((rate,) * models.depth(name), variant.how),
-        rngs=nnx.Rngs(0, drop_path=1, drop_backward=1),
+        branches=models.Branches((variant.rate,) * models.depth(name), variant.how),
+        backdrop_rate=variant.backdrop_rate,
+        rngs=nnx.Rngs(0, drop_path=1, drop_backward=1, backdrop=1),
     )
     if variant.recomputes:
         recompute_branches(model)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    images = jax.random.normal(jax.random.key(0), (batch, size, size, 3))
-    labels = jnp.arange(batch) % 1000
-    tx = optax.adamw(1e-3)
+    images = jax.random.normal(jax.random.key(0), (batch_size, size, size, 3))
+    labels = jnp.arange(batch_size) % 1000
+    policy, tx = variant.policy, variant.optimizer(optax.adamw(1e-3))
 
-    def train(params: Any, opt_state: Any, rest: Any) -> Any:
+    def train(params: Any, opt_state: Any, rest: Any, count: Any, images: Any, labels: Any) -> Any:
         def loss_fn(params: Any) -> Any:
             model = nnx.merge(graph, params, rest, copy=True)
             logits = model(images, kept=kept)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean(), nnx.split(model, nnx.Param, ...)[2]
 
-        (loss, new_rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        value_and_grad, given = jax.value_and_grad(loss_fn, has_aux=True), {}
+        if policy:
+            given = {"selection": policy.select(params, count)}
+        if policy and variant.use in ("skip", "freeze", "compact"):
+            kept_only = variant.use == "compact"
+            skipping = cdb_jax.value_and_grad(loss_fn, has_aux=True, kept_only=kept_only)
+            value_and_grad = functools.partial(skipping, **given)
+        (loss, new_rest), grads = value_and_grad(params)
+        if variant.use == "skip":
+            given = {}
+        updates, opt_state = tx.update(grads, opt_state, params, **given)
         return optax.apply_updates(params, updates), opt_state, new_rest, loss
 
     opt_state = tx.init(params)
-    compiled = jax.jit(train).lower(params, opt_state, rest).compile()
-    state = {"rest": rest}
+    batch = images, labels
+    compiled = jax.jit(train).lower(params, opt_state, rest, jnp.int32(0), *batch).compile()
+    state: dict[str, Any] = {"rest": rest, "count": 0}
 
     def seconds() -> float:
         start = time.perf_counter()
-        *_, new_rest, _ = jax.block_until_ready(compiled(params, opt_state, state["rest"]))
+        *_, new_rest, _ = jax.block_until_ready(
+            compiled(params, opt_state, state["rest"], jnp.int32(state["count"]), *batch)
+        )
         elapsed = time.perf_counter() - start
         state["rest"] = new_rest  # Its counts of draws; the next step drops other blocks.
+        state["count"] += 1
         return elapsed
 
     flops = compiled.cost_analysis()["flops"]
@@ -115,51 +163,60 @@ def recompute_branches(model: nnx.Module) -> None:
         block.drop_path.recomputes = True
 
 
-def mean_flops(variant: Variant, rate: float, step: Step, full: Step, *settings: Any) -> float:
+def mean_flops(variant: Variant, step: Step, full: Step, *settings: Any) -> float:
     """The operations of an average step.
 
     A compiler cannot know how often it takes a conditional, so those of a step that drops all
     branches are counted too. Each branch takes part in a share of `1 - rate` of the steps.
     """
+    rate = variant.rate
     if variant.how == "skip":
-        none = compile_step(*settings, variant, 1.0)
+        none = compile_step(*settings, variant._replace(rate=1.0))
         return rate * none.flops + (1 - rate) * full.flops
     if variant.how == "backward":
         name = settings[0]
         depth = models.depth(name) * (1 if name.startswith("resnet") else 2)
         none, every = (
-            compile_step(*settings, variant, rate, np.full(depth, kept)) for kept in (False, True)
+            compile_step(*settings, variant, np.full(depth, kept)) for kept in (False, True)
         )
         return rate * none.flops + (1 - rate) * every.flops
     return step.flops
 
 
+def is_slow_in_conditionals(name: str) -> bool:
+    """On CPU, XLA runs convolutions in a conditional twenty times slower, forward and backward."""
+    return name.startswith("resnet") and jax.default_backend() == "cpu"
+
+
 def compare(
-    name: str, size: int, batch: int, dtype: str, rate: float, rounds: int
+    name: str, size: int, batch: int, dtype: str, variants: Sequence[Variant], rounds: int
 ) -> list[dict[str, Any]]:
     settings = name, size, batch, dtype
-    full = compile_step(*settings, FULL, 0.0)
-    steps = {x: compile_step(*settings, x, rate) for x in VARIANTS}
+    full = compile_step(*settings, FULL)
+    variants = [x for x in variants if x.how != "skip" or not is_slow_in_conditionals(name)]
+    steps = {x.name: compile_step(*settings, x) for x in variants}
     for step in (full, *steps.values()):
         step.seconds()
     base: list[float] = []
-    times: dict[Variant, list[list[float]]] = {x: [] for x in VARIANTS}
+    times: dict[str, list[list[float]]] = {x: [] for x in steps}
     for i in range(rounds):
         base.append(full.seconds())
-        for j in np.random.default_rng(i).permutation(len(VARIANTS)):
-            step = steps[VARIANTS[j]]
-            times[VARIANTS[j]].append([step.seconds(), step.seconds()])
+        for j in np.random.default_rng(i).permutation(len(steps)):
+            step = steps[variants[j].name]
+            times[variants[j].name].append([step.seconds(), step.seconds()])
     rows = []
-    for variant, step in steps.items():
+    for variant in variants:
+        step = steps[variant.name]
         row = {
             "task": f"{name} {size}px batch {batch} adamw" + f" {dtype}" * (dtype != "float32"),
             "variant": variant.name,
-            "rate": rate,
-            "flops": mean_flops(variant, rate, step, full, *settings) / full.flops,
+            "rate": variant.rate,
+            "flops": mean_flops(variant, step, full, *settings) / full.flops,
             "temporaries": step.temporaries / full.temporaries,
         }
         if rounds:
-            ratio, low, high = mean_interval(np.array(times[variant]) / np.array(base)[:, None])
+            measured = np.array(times[variant.name]) / np.array(base)[:, None]
+            ratio, low, high = mean_interval(measured)
             row |= {"ratio": ratio, "low": low, "high": high, "rounds": rounds}
             row |= {"full_ms": float(np.median(base) * 1e3)}
         rows.append(row)
@@ -191,7 +248,8 @@ def main() -> None:
     rows = []
     for name, size, batch in args.steps or [parse_step(x) for x in STEPS]:
         for rate in args.rates:
-            rows += compare(name, size, batch, args.dtype, rate, args.rounds)
+            variants = [x._replace(rate=rate) for x in VARIANTS]
+            rows += compare(name, size, batch, args.dtype, variants, args.rounds)
     publish(args.output or results_file("depth"), table(rows), rows)
 
 

@@ -96,13 +96,13 @@ def stochastic_depth() -> None:
 
 
 def layer_drop_back() -> None:
-    """Which tensors learn, and the learning rate, over four epochs."""
+    """Which tensors learn, and the learning rate, over five epochs."""
     names = [f"block{i}/{leaf}" for i in range(4) for leaf in ("kernel", "bias")]
     tree = {f"block{i}": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)} for i in range(4)} | {
         "head": {"kernel": jnp.zeros((2, 2))}
     }
     policy = cdb_jax.presets.layer_drop_back(key=0, exempt=("head",), steps_per_epoch=10)
-    steps = range(40)
+    steps = range(50)
     selections = [policy.select(tree, step).factors for step in steps]
     learns = [[float(x[name][0]) for x in selections] for name in names]
     learns.append([1.0] * len(steps))
@@ -117,9 +117,7 @@ def layer_drop_back() -> None:
     )
     top.pcolormesh(learns, cmap="Blues", vmin=-0.15, vmax=1.4, edgecolors="w", linewidth=0.5)
     top.set_yticks(np.arange(len(names) + 1) + 0.5, [*names, "head/kernel"])
-    top.set_title(
-        "dark tensors learn; on every second epoch each stands still with probability 0.5"
-    )
+    top.set_title("dark tensors learn; in every second epoch each is frozen with probability 0.5")
     bottom.step(steps, [float(rate(step)) for step in steps], where="post", label="doubled")
     bottom.step(
         steps, [float(cosine(step)) for step in steps], "--", where="post", label="schedule"
@@ -130,17 +128,19 @@ def layer_drop_back() -> None:
 
 
 def skip_update() -> None:
-    """The factors of one layer's updates, and their mean over steps."""
-    policy = cdb_jax.presets.skip_update(0.5, key=0)
-    tree, steps = {"kernel": jnp.zeros((8, 24))}, 200
-    factors = np.array(
-        jax.vmap(lambda step: policy.select(tree, step).factors["kernel"])(jnp.arange(steps))
-    )
+    """The factors of the updates of some tensors, and their mean over steps."""
+    policy = cdb_jax.presets.skip_update(0.5, key=0, exempt=())
+    tree, steps = {f"kernel{i:02}": jnp.zeros((2, 2)) for i in range(24)}, 200
+
+    def of_step(step: jax.Array) -> jax.Array:
+        return jnp.concatenate([*policy.select(tree, step).factors.values()])
+
+    factors = np.array(jax.vmap(of_step)(jnp.arange(steps)))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3), layout="constrained")
     grid = dict(edgecolors="w", linewidth=0.5)
     shown = left.pcolormesh(factors[:48].T, cmap="Blues", vmin=0, vmax=2, **grid)
     figure.colorbar(shown, ax=left, label="factor on the update", ticks=[0, 2])
-    left.set(xlabel="step", ylabel="output channel")
+    left.set(xlabel="step", ylabel="weight tensor")
     means = np.cumsum(factors, axis=0) / np.arange(1, steps + 1)[:, None]
     right.plot(means, color="C0", alpha=0.3, linewidth=0.7)
     right.axhline(1.0, color="k", linewidth=0.8)

@@ -70,6 +70,7 @@ class Preprocessing(NamedTuple):
     max_value: int = 255
     shift: int | None = None  # Random shift in pixels of the file; None: random crop.
     flip: bool = False  # Mirrored digits are other signs, or none.
+    rotation: float = 0.0  # By up to so many degrees.
     test_split: str = "test"
 
 
@@ -92,13 +93,19 @@ class DataSet(NamedTuple):
     preprocessing: Preprocessing
 
 
-def load(name: str, data_dir: Path | None = None, image_size: int | None = None) -> DataSet:
+def load(
+    name: str,
+    data_dir: Path | None = None,
+    image_size: int | None = None,
+    rotation: float = 0.0,
+) -> DataSet:
     """Opens a prepared set for random access; prepares `digits`, which takes a second.
 
     Args:
       name: one of `PREPROCESSING`.
       data_dir: where TensorFlow Datasets keeps its sets; None for its default.
       image_size: side of the images that a model sees; None for that of the set.
+      rotation: turns training images by up to so many degrees.
 
     Raises:
       UserError: if the set is unknown, not prepared, or not readable.
@@ -133,7 +140,7 @@ def load(name: str, data_dir: Path | None = None, image_size: int | None = None)
             mend = f"remove its folder, and {mend}"
         raise UserError(f"data set {name!r} in {place}: {reason}; {mend}") from error
     num_classes = builder.info.features["label"].num_classes
-    preprocessing = PREPROCESSING[name]
+    preprocessing = PREPROCESSING[name]._replace(rotation=rotation)
     if image_size is not None:
         image_shape = (image_size, image_size, preprocessing.image_shape[-1])
         preprocessing = preprocessing._replace(image_shape=image_shape)
@@ -160,20 +167,22 @@ def train_batches(
     batch_size: int,
     *,
     seed: int,
-    start_step: int = 0,
+    multiple: int | None = None,
+    start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
 ) -> grain.DatasetIterator:
-    """Endless shuffled and augmented batches, from step `start_step` on.
+    """Endless shuffled and augmented batches, from batch `start` on.
 
-    Every epoch is a new permutation, cut into `steps_per_epoch` full batches.
+    Every epoch is a new permutation, cut into `batches_per_epoch` batches.
 
     Args:
       data: the data set.
       batch_size: examples in a batch, over all processes.
       seed: of the order and the augmentation.
-      start_step: the first batch to yield; those before it are not read.
+      multiple: as in `batches_per_epoch`.
+      start: the first batch to yield; those before it are not read.
       process_index: which share of each batch to yield.
       process_count: the number of shares; divides `batch_size`.
       workers: processes that read and augment; 0 for threads, which suits small images.
@@ -181,12 +190,14 @@ def train_batches(
     Yields:
       "image" uint8 (batch, height, width, channels) and "label" int32 (batch,).
     """
-    steps = steps_per_epoch(data, batch_size)
-    share = _share(batch_size, process_index, process_count)
 
     def load(indices: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         # Drawn for the whole batch, so that the number of processes changes nothing.
-        uniforms = rng.random((batch_size, 5))[share]
+        share = _share(len(indices), process_index, process_count)
+        uniforms = rng.random((len(indices), 5))
+        if data.preprocessing.rotation:
+            uniforms = np.hstack([uniforms, rng.random((len(indices), 1))])
+        uniforms = uniforms[share]
         records = _read(data, "train", indices[share])
         images = augment([record["image"] for record in records], data.preprocessing, uniforms)
         return {"image": images, "label": _labels(records)}
@@ -195,11 +206,11 @@ def train_batches(
         grain.MapDataset.range(len(data.train))
         .seed(seed)
         .shuffle()
-        .slice(slice(0, steps * batch_size))
-        .repeat()
+        .slice(slice(0, _images_per_epoch(data, multiple or batch_size)))
         .batch(batch_size)
+        .repeat()
         .random_map(load)
-        .slice(slice(start_step, None))
+        .slice(slice(start, None))
     )
     return _iterate(batches, workers)
 
@@ -265,14 +276,40 @@ def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     return iter(iterable)
 
 
-def steps_per_epoch(data: DataSet, batch_size: int) -> int:
-    """Full batches in the training set."""
+def batches_per_epoch(data: DataSet, batch_size: int, multiple: int | None = None) -> int:
+    """Batches in an epoch.
+
+    An epoch has the largest multiple of `multiple` images: of the number of devices, so that these
+    can share a last, partial batch; None for full batches only.
+    """
     if batch_size > len(data.train):
         raise UserError(
             f"--batch-size {batch_size} is more than the {len(data.train)} training images of "
             f"{data.name}."
         )
-    return len(data.train) // batch_size
+    return math.ceil(_images_per_epoch(data, multiple or batch_size) / batch_size)
+
+
+def _images_per_epoch(data: DataSet, multiple: int) -> int:
+    return len(data.train) // multiple * multiple
+
+
+def pixel_statistics(data: DataSet, most: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of training images, between 0 and 1, (1, 1, 1, channels) each.
+
+    They are taken of `most` images, spread evenly over the set.
+    """
+    count = min(most, len(data.train))
+    indices = np.linspace(0, len(data.train) - 1, count).astype(int)
+    records = _read(data, "train", indices)
+    means, squares = [], []
+    for record in records:
+        x = record["image"].astype(np.float64) / data.preprocessing.max_value
+        means.append(x.mean(axis=(0, 1)))
+        squares.append(np.square(x).mean(axis=(0, 1)))
+    mean = np.mean(means, axis=0)
+    std = np.sqrt(np.maximum(np.mean(squares, axis=0) - mean**2, 1e-12))
+    return mean.astype(np.float32).reshape(1, 1, 1, -1), std.astype(np.float32).reshape(1, 1, 1, -1)
 
 
 def augment(
@@ -283,11 +320,15 @@ def augment(
     Args:
       images: uint8 (height, width, channels) each; of one size if they are shifted.
       preprocessing: what to do.
-      uniforms: float64 (images, 5), uniform in [0, 1): all the randomness there is.
+      uniforms: float64 (images, 5), uniform in [0, 1): all the randomness there is; (images, 6) if
+        images are turned.
 
     Returns:
       uint8 (images, *preprocessing.image_shape).
     """
+    if preprocessing.rotation:
+        angles = (2 * uniforms[:, 5] - 1) * preprocessing.rotation
+        images = [_turn(image, angle) for image, angle in zip(images, angles, strict=True)]
     if preprocessing.shift is None:
         boxes = [_random_box(image, u) for image, u in zip(images, uniforms, strict=True)]
         crops = [_resize(x, preprocessing, box) for x, box in zip(images, boxes, strict=True)]
@@ -305,6 +346,14 @@ def augment(
     if crops.shape[1:] != preprocessing.image_shape:
         crops = np.stack([_resize(x, preprocessing) for x in crops])
     return np.ascontiguousarray(crops)
+
+
+def _turn(image: np.ndarray, angle: float) -> np.ndarray:
+    """Turns an image by an angle in degrees, and leaves its corners black."""
+    is_gray = image.shape[-1] == 1
+    picture = PIL.Image.fromarray(image[..., 0] if is_gray else image)
+    turned = picture.rotate(angle, PIL.Image.Resampling.BILINEAR)
+    return np.asarray(turned).reshape(image.shape)
 
 
 def fit(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

@@ -41,7 +41,7 @@ class EpochProgress:
         )
         self._task = self._bar.add_task(title, total=steps, now="")
         self._shown = time.perf_counter()
-        self._step = 0
+        self._images = 0
 
     def __enter__(self) -> EpochProgress:
         self._bar.start()
@@ -50,20 +50,20 @@ class EpochProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def update(self, step: int, batch_size: int, metrics: Mapping[str, jax.Array]) -> None:
+    def update(self, step: int, images: int, metrics: Mapping[str, jax.Array]) -> None:
         """Shows the metrics of a step, a few times a second: reading them waits for the device."""
         passed = time.perf_counter() - self._shown
         if self._bar.disable or passed < 0.3:
             return
         loss, accuracy, dropped = (float(metrics[name]) for name in STEP_METRICS)
-        speed = (step - self._step) * batch_size / passed
+        speed = (images - self._images) / passed
         self._bar.update(
             self._task,
             completed=step,
             now=f"loss {loss:.3f}  accuracy {100 * accuracy:.1f} %  {speed:,.0f} images/s  "
             f"dropped {100 * dropped:.0f} %",
         )
-        self._shown, self._step = time.perf_counter(), step
+        self._shown, self._images = time.perf_counter(), images
 
 
 def summary(row: Row, epochs: int) -> str:

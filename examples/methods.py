@@ -14,7 +14,8 @@ import models
 from errors import UserError
 
 if TYPE_CHECKING:
-    from train import Config
+    from config import Config
+    from epochs import Epochs
 
 Name = Literal[
     "none",
@@ -29,6 +30,8 @@ Name = Literal[
     "skip_update",
     "backdrop",
     "stochastic_depth",
+    "drop_path_subset",
+    "drop_backward",
 ]
 
 
@@ -44,6 +47,7 @@ class Method(NamedTuple):
 
 POLICY_FLAGS = ("exempt", "channel_choice", "layer_rate")
 HOLD_FLAGS = ("exempt", "channel_choice", "hold", "on_switch")
+DROP_EPOCH_FLAGS = ("drop_epoch_batch", "drop_epoch_learning_rate")
 METHODS: dict[str, Method] = {
     "none": Method("the optimizer alone", 0.0),
     "dropout": Method("zeroes units in the forward pass", 0.3),
@@ -63,7 +67,10 @@ METHODS: dict[str, Method] = {
         True,
     ),
     "layer_drop_back": Method(
-        "tensors are frozen on every second epoch (arXiv 2412.18027)", 0.5, ("exempt",), True
+        "tensors are frozen in every second epoch (arXiv 2412.18027)",
+        0.5,
+        ("exempt", *DROP_EPOCH_FLAGS),
+        True,
     ),
     "skip_update": Method(
         "masks the update and makes up for it (arXiv 2602.15322)", 0.5, ("exempt",)
@@ -72,6 +79,8 @@ METHODS: dict[str, Method] = {
     "stochastic_depth": Method(
         "drops residual branches, the last at this rate (arXiv 1603.09382)", 0.5, skips=True
     ),
+    "drop_path_subset": Method("runs residual branches on a part of each batch only", 0.4),
+    "drop_backward": Method("drops the backward pass of residual branches (arXiv 2402.17812)", 0.5),
 }
 assert tuple(METHODS) == get_args(Name)
 
@@ -85,7 +94,7 @@ def check(config: Config) -> None:
     """Raises a UserError for settings that do not go together."""
     method = METHODS[config.method]
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name in dict.fromkeys(POLICY_FLAGS + HOLD_FLAGS):
+    for name in dict.fromkeys(POLICY_FLAGS + HOLD_FLAGS + DROP_EPOCH_FLAGS):
         if name not in method.reads and getattr(config, name) != defaults[name]:
             raise UserError(
                 f"--{name.replace('_', '-')} has no meaning for --method {config.method}; leave it "
@@ -111,7 +120,7 @@ def channel_choice(config: Config) -> cdb_jax.policy.ChannelChoice:
     return config.channel_choice or METHODS[config.method].channel_choice
 
 
-def make_policy(config: Config, total_steps: int, epoch_steps: int) -> cdb_jax.Policy | None:
+def make_policy(config: Config, epochs: Epochs) -> cdb_jax.Policy | None:
     """What the method drops of gradients or updates; None if it leaves them alone."""
     key, exempt = config.seed, config.exempt
     match config.method:
@@ -135,7 +144,9 @@ def make_policy(config: Config, total_steps: int, epoch_steps: int) -> cdb_jax.P
             # With `skip_init_layers` 3: the arrays of index 0 to 3 in PyTorch's order.
             convolves = config.model.startswith("resnet")
             first = ("stem", "blocks/0/conv1") if convolves else ("patch_embed",)
-            schedule = cdb_jax.presets.released_layer_rate(total_steps)
+            schedule = cdb_jax.presets.released_layer_rate(
+                epochs=epochs.count, steps_per_epoch=epochs.batches
+            )
             return cdb_jax.presets.released_code(
                 key=key, exempt=first, rate=config.rate, layer_rate=schedule
             )
@@ -145,7 +156,10 @@ def make_policy(config: Config, total_steps: int, epoch_steps: int) -> cdb_jax.P
             )
         case "layer_drop_back":
             return cdb_jax.presets.layer_drop_back(
-                key=key, exempt=exempt, steps_per_epoch=epoch_steps, layer_rate=config.rate
+                key=key,
+                exempt=exempt,
+                steps_per_epoch=epochs.steps_per_epoch,
+                layer_rate=config.rate,
             )
         case "skip_update":
             return cdb_jax.presets.skip_update(config.rate, key=key, exempt=exempt)
@@ -153,9 +167,10 @@ def make_policy(config: Config, total_steps: int, epoch_steps: int) -> cdb_jax.P
 
 
 def make_optimizer(
-    config: Config, policy: cdb_jax.Policy | None, total_steps: int, epoch_steps: int
+    config: Config, policy: cdb_jax.Policy | None, epochs: Epochs
 ) -> optax.GradientTransformation:
     """The optimizer, and what the method puts around it."""
+    total_steps = epochs.count * epochs.batches  # If no epoch had larger batches.
     if config.schedule == "step":
         phases = [optax.constant_schedule(config.learning_rate * 0.1**i) for i in range(4)]
         ends = [round(part * total_steps) for part in (0.3, 0.6, 0.85)]
@@ -165,25 +180,18 @@ def make_optimizer(
             0.0, config.learning_rate, max(1, total_steps // 20), total_steps
         )
     if config.method == "layer_drop_back":
+        schedule = with_drop_epochs(schedule, config, epochs)
 
-        def doubled(count):
-            return 2 * base(count)
+    def decays(path, _):
+        return config.decays == "all" or "kernel" in jax.tree_util.keystr(path)
 
-        base, schedule = (
-            schedule,
-            cdb_jax.presets.every_nth_epoch(doubled, schedule, steps_per_epoch=epoch_steps),
-        )
-
-    def is_kernel(path, _):
-        return "kernel" in jax.tree_util.keystr(path)
-
-    def kernels(params):
-        return jax.tree_util.tree_map_with_path(is_kernel, params)
+    def decaying(params):
+        return jax.tree_util.tree_map_with_path(decays, params)
 
     if config.optimizer == "adamw":
-        optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=kernels)
+        optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=decaying)
     else:
-        decay = optax.add_decayed_weights(config.weight_decay, mask=kernels)
+        decay = optax.add_decayed_weights(config.weight_decay, mask=decaying)
         optimizer = optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
     if policy is None:
         return optimizer
@@ -196,13 +204,48 @@ def make_optimizer(
     return optax.chain(cdb_jax.channel_drop_back(policy), optimizer)
 
 
+def with_drop_epochs(schedule: optax.Schedule, config: Config, epochs: Epochs) -> optax.Schedule:
+    """A schedule of the learning rate with the changes of LayerDropBack.
+
+    It runs by epochs, as those with dropping may have fewer steps.
+    """
+    if config.drop_epoch_learning_rate == "relative" and config.rate == 1.0:
+        raise UserError("--drop-epoch-learning-rate relative needs a --rate below 1.")
+    steps_per_epoch = epochs.steps_per_epoch
+    base = schedule
+    if epochs.joined > 1:
+        base = cdb_jax.presets.by_epoch(
+            lambda epoch: schedule(epoch * epochs.batches), steps_per_epoch=steps_per_epoch
+        )
+
+    def in_drop_epochs(count):
+        match config.drop_epoch_learning_rate:
+            case "double":
+                return 2 * base(count)
+            case "relative":
+                return base(count) / (1 - config.rate)
+        return base(count)
+
+    return cdb_jax.presets.every_nth_epoch(in_drop_epochs, base, steps_per_epoch=steps_per_epoch)
+
+
 def model_settings(config: Config) -> dict[str, Any]:
     """What the method asks of the model."""
+    if config.method == "dropout":
+        return {"dropout_rate": config.rate}
+    return {"dropout_rate": config.dropout_rate} | _branch_settings(config)
+
+
+def _branch_settings(config: Config) -> dict[str, Any]:
+    depth = models.depth(config.model) or 1  # Unknown names are told later.
     match config.method:
-        case "dropout":
-            return {"dropout_rate": config.rate}
         case "backdrop":
             return {"backdrop_rate": config.rate}
+        case "drop_backward":
+            return {"branches": models.Branches((config.rate,) * depth, "backward")}
+        case "drop_path_subset":
+            rates = (config.rate,) * depth
+            return {"branches": models.Branches(rates, "subset", jax.device_count())}
         case "stochastic_depth":
             convolves = config.model.startswith("resnet")
             if config.skip_dropped and convolves and jax.default_backend() == "cpu":
@@ -210,8 +253,8 @@ def model_settings(config: Config) -> dict[str, Any]:
                     "--skip-dropped: convolutions that may be left out run twenty times slower on "
                     "CPU; leave the flag out, or choose a ViT."
                 )
-            depth = models.depth(config.model) or 1  # Unknown names are told later.
             budget = depth - config.rate * (depth + 1) / 2  # Drops the last block at `rate`.
             rates = cdb_jax.drop_path_rates(depth, budget, mode="linear")
-            return {"branches": models.Branches(tuple(rates.tolist()), config.skip_dropped)}
+            how: models.How = "skip" if config.skip_dropped else "mask"
+            return {"branches": models.Branches(tuple(rates.tolist()), how)}
     return {}

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 import processes
+from epochs import Epochs
 from errors import UserError, first_line
 
 Row = dict[str, Any]
@@ -73,7 +74,7 @@ class Run:
                 f"--run-dir {folder} cannot be used: {first_line(error)}. Choose another."
             ) from error
 
-    def restore(self, state: Any, epoch_steps: int) -> tuple[int, Any]:
+    def restore(self, state: Any, epochs: Epochs) -> tuple[int, Any]:
         """The last checkpoint and its step, on the devices of `state`; without one, 0 and `state`.
 
         Metrics logged after that checkpoint are forgotten: the run will log them again.
@@ -91,7 +92,7 @@ class Run:
                 ) from error
         step = last or 0
         self.rows = [row for row in self.rows if row["step"] <= step]
-        if [row["epoch"] for row in self.rows] != list(range(1, step // epoch_steps + 1)):
+        if [row["epoch"] for row in self.rows] != list(range(1, epochs.epoch_of(step) + 1)):
             raise UserError(
                 f"--run-dir {self.folder} cannot be used: metrics.jsonl lacks epochs before step "
                 f"{step}. Choose another."

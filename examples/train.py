@@ -17,14 +17,12 @@ import functools
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 
 import cdb_jax
@@ -37,106 +35,17 @@ import recipes
 import run_folder
 import training
 import weights
+from config import DEFAULTS, NOT_SETTINGS, Config
+from epochs import Epochs
 from errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Train an image classifier with a stochastic backward pass, or without."""
+class Pixels(NamedTuple):
+    """The highest value of a pixel, and what to standardise by, between 0 and 1."""
 
-    recipe: str | None = None
-    """Flags for a row of the paper's tables: a file in examples/recipes. Flags given here win."""
-    model: str = "resnet_small"
-    """resnet_small, resnet18, resnet34, resnet50;
-    vit_mini, vit_ti, vit_s, vit_b, vit_l with a patch size, as in vit_mini/2."""
-    dataset: Literal["digits", "cifar10", "cifar100", "svhn_cropped", "imagenet2012"] = "digits"
-    """digits comes with scikit-learn; the others are prepared once with examples/data.py."""
-    image_size: int | None = None
-    """Side of the images, resized to it; None: that of the data set."""
-    weights: Path | None = None
-    """Pretrained weights to begin with, as examples/recipes/README.md describes: a .npz file for a
-    ViT, .safetensors for a ResNet. With another number of classes the head is new."""
-    method: Annotated[methods.Name, tyro.conf.arg(help=methods.HELP)] = "cdb"
-    rate: float | None = None
-    """Probability of dropping; None: that of the method, named above."""
-    layer_rate: float = 1.0
-    """Probability that a layer is masked in a step (cdb, cdb_after, cdb_frozen)."""
-    channel_choice: Literal["bernoulli", "exact", "window"] | None = None
-    """Draws each channel independently, a fixed number, or a block that wraps around (cdb*,
-    algorithm_1); None: window for cdb_compact, else bernoulli."""
-    hold: int = 100
-    """Steps for which the same channels learn (cdb_compact)."""
-    on_switch: Literal["carry", "reset"] = "carry"
-    """When other channels learn: moments stay with those that are kept again, or all start again
-    (cdb_compact)."""
-    skip_dropped: bool = False
-    """Do not compute what is dropped: saves time."""
-    exempt: tuple[str, ...] = ("head",)
-    """Paths of layers that always learn in full. released exempts the first ones instead."""
-    epochs: int = 30
-    """Passes over the training images."""
-    batch_size: int = 64
-    """Images a step, over all devices."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD with Nesterov momentum 0.9."""
-    learning_rate: float = 3e-3
-    """The highest of the schedule."""
-    schedule: Literal["cosine", "step"] = "cosine"
-    """cosine: rises over a twentieth of the steps, then falls to zero.
-    step: times 0.1 after 30, 60 and 85 % of the steps."""
-    weight_decay: float = 1e-2
-    """Of kernels only: decoupled with adamw, added to the gradient with sgd."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward and backward pass. Parameters are float32 always."""
-    seed: int = 0
-    """Of initial parameters, order of the data, augmentation, dropout and dropped channels."""
-    run_dir: Path = Path("runs/train")
-    """Where results and checkpoints go."""
-    resume: bool = False
-    """Go on from the last checkpoint in --run-dir, if there is one."""
-    data_dir: Path | None = None
-    """Where TensorFlow Datasets keeps its sets."""
-    workers: int = 0
-    """Processes that read and augment images; 0 uses threads."""
-    mesh: str = ""
-    """Axes of devices, such as data=4,fsdp=2: batches are split over both, parameters and optimizer
-    state over fsdp. Empty: all devices in data."""
-    distributed: bool = False
-    """Join other processes: JAX finds them on TPU pods and under Slurm; else give all three:"""
-    coordinator: str | None = None
-    """HOST:PORT of process 0."""
-    process_count: int | None = None
-    """Number of processes."""
-    process_id: int | None = None
-    """Number of this process, from 0."""
-
-    def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "learning_rate", "hold")
-        for name in (*positive, "weight_decay", "workers"):
-            value, flag = getattr(self, name), "--" + name.replace("_", "-")
-            if name in positive and not 0 < value < float("inf"):
-                raise UserError(f"{flag} {value} must be positive, and finite.")
-            if not 0 <= value < float("inf"):
-                raise UserError(f"{flag} {value} must be at least 0, and finite.")
-        if self.workers > MOST_WORKERS:
-            raise UserError(f"--workers {self.workers} must be at most {MOST_WORKERS}.")
-        if self.image_size is not None and not 0 < self.image_size <= LARGEST_IMAGE:
-            raise UserError(f"--image-size {self.image_size} must be 1 to {LARGEST_IMAGE}.")
-        if self.rate is None:
-            object.__setattr__(self, "rate", methods.METHODS[self.method].rate)
-        if not 0.0 <= self.rate <= 1.0:
-            raise UserError(f"--rate {self.rate} must be a probability between 0 and 1.")
-        methods.check(self)
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed} must be at least 0 and less than 2**32.")
-
-
-MOST_WORKERS = 512
-LARGEST_IMAGE = 4096
-# What may differ between a run and its continuation.
-NOT_SETTINGS = {"recipe", "run_dir", "resume", "data_dir", "workers", "mesh"}
-NOT_SETTINGS |= {"distributed", "coordinator", "process_count", "process_id"}
-DEFAULTS = {x.name: x.default for x in dataclasses.fields(Config) if x.name not in NOT_SETTINGS}
+    max_value: int
+    mean: Any
+    std: Any
 
 
 class State(NamedTuple):
@@ -153,7 +62,7 @@ def make_steps(
     model: nnx.Module,
     tx: optax.GradientTransformation,
     policy: cdb_jax.Policy | None,
-    max_value: int,
+    pixels: Pixels,
     layout: Any = None,
 ) -> tuple[Callable, Callable]:
     """The compiled training step and evaluation step; `layout` holds the state's shardings."""
@@ -161,7 +70,7 @@ def make_steps(
     train_graph = nnx.graphdef(model)
     model.eval()
     eval_graph = nnx.graphdef(model)
-    mean, std = weights.pixel_statistics(config.weights)
+    max_value, mean, std = pixels
 
     def scores(model: nnx.Module, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Loss and correctness of every image."""
@@ -211,12 +120,14 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
     """
     out = display.console()
     weights.check(config.weights, config.model)
-    dataset = data.load(config.dataset, config.data_dir, config.image_size)
+    dataset = data.load(config.dataset, config.data_dir, config.image_size, config.rotation)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     size, seed = config.batch_size, np.uint32(config.seed)
     mesh = training.make_mesh(config.mesh, size)
-    epoch_steps = data.steps_per_epoch(dataset, size)
-    total_steps = config.epochs * epoch_steps
+    multiple = jax.device_count() if config.keep_partial_batch else size
+    num_batches = data.batches_per_epoch(dataset, size, multiple)
+    epochs = Epochs(config.epochs, num_batches, config.drop_epoch_batch)
+    training.check_epochs(epochs)
 
     def build(seed: jax.Array) -> nnx.Module:
         return models.create(
@@ -226,7 +137,7 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
             dtype=config.dtype,
             **methods.model_settings(config),
             # Streams of their own, so that every method starts from the same parameters.
-            rngs=nnx.Rngs(jax.random.key(seed), **training.streams(seed, "backdrop", "drop_path")),
+            rngs=nnx.Rngs(jax.random.key(seed), **training.streams(seed)),
         )
 
     def initial_state(seed: jax.Array, pretrained: Any) -> State:
@@ -238,15 +149,18 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
     zeros = dict.fromkeys(run_folder.STEP_METRICS, np.float32(0.0))
     try:
         model = nnx.eval_shape(build, seed)
-        policy = methods.make_policy(config, total_steps, epoch_steps)
+        policy = methods.make_policy(config, epochs)
         report = policy and cdb_jax.channel_report(nnx.state(model, nnx.Param), policy)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    tx = methods.make_optimizer(config, policy, total_steps, epoch_steps)
+    tx = methods.make_optimizer(config, policy, epochs)
     pretrained = weights.read(config.weights, config.model, model)
     layout = training.shardings(mesh, jax.eval_shape(initial_state, seed, pretrained.arrays))
-    max_value = dataset.preprocessing.max_value
-    train_step, eval_step = make_steps(config, model, tx, policy, max_value, layout)
+    statistics = weights.pixel_statistics(config.weights)
+    if config.standardise:
+        statistics = data.pixel_statistics(dataset)
+    pixels = Pixels(dataset.preprocessing.max_value, *statistics)
+    train_step, eval_step = make_steps(config, model, tx, policy, pixels, layout)
 
     settings = dataclasses.asdict(config) | {"weights": pretrained.digest}
     settings = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
@@ -254,34 +168,41 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
     if report and not brief:
         out.print(str(report), soft_wrap=True)
     state = training.on_mesh(mesh, initial_state, seed, pretrained.arrays)
-    step, state = run.restore(state, epoch_steps)
+    step, state = run.restore(state, epochs)
     if pretrained.summary and step == 0 and not brief:
         out.print(pretrained.summary, soft_wrap=True)
     del pretrained  # Large, and in the state if it is needed.
     batches = data.train_batches(
-        dataset, size, seed=config.seed, start_step=step, workers=config.workers, **share
+        dataset,
+        size,
+        seed=config.seed,
+        multiple=multiple,
+        start=epochs.batches_before(step),
+        workers=config.workers,
+        **share,
     )
     with run, contextlib.closing(batches), processes.StopRequest() as stop:
-        for epoch in range(step // epoch_steps + 1, config.epochs + 1):
-            start, first = time.perf_counter(), step
-            title = f"{config.model}, {config.method}: epoch {epoch}/{config.epochs}"
-            with display.EpochProgress(out, title, epoch_steps) as progress:
-                while step < epoch * epoch_steps:
+        for epoch in range(epochs.epoch_of(step), config.epochs):
+            start, num_images = time.perf_counter(), 0
+            title = f"{config.model}, {config.method}: epoch {epoch + 1}/{config.epochs}"
+            with display.EpochProgress(out, title, epochs.steps(epoch)) as progress:
+                for batch in training.epoch_batches(batches, epochs, step):
                     if stop.at(step):
                         run.save(step, state)
                         raise processes.StoppedError(step, stop.signal)
-                    batch = training.distribute(next(batches), mesh)
+                    batch = training.distribute(batch, mesh)
                     state, metrics = train_step(state, batch)
                     step += 1
-                    progress.update(step - first, size, metrics)
+                    num_images += batch["label"].size
+                    progress.update(step - epochs.start(epoch), num_images, metrics)
             sums = jax.device_get(state.sums)
             seconds = time.perf_counter() - start
             row = {
-                "epoch": epoch,
+                "epoch": epoch + 1,
                 "step": step,
-                **{name: float(total) / epoch_steps for name, total in sums.items()},
+                **{name: float(total) / epochs.steps(epoch) for name, total in sums.items()},
                 **training.evaluate(eval_step, state, dataset, size, mesh, share),
-                "images_per_second": (step - first) * size / seconds,
+                "images_per_second": num_images / seconds,
             }
             run.log(row)
             state = state._replace(sums=training.on_mesh(mesh, lambda: dict(zeros)))

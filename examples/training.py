@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data import DataSet, test_batches
+from epochs import Epochs
 from errors import UserError
 
 SMALLEST_SHARDED = 1024  # Entries; below, sending the shards takes longer than it saves.
@@ -68,10 +69,33 @@ def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     return jax.tree.map(sharding, tree)
 
 
-def streams(seed: jax.Array, *names: str) -> dict[str, jax.Array]:
-    """A key of its own for each name."""
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), len(names))
-    return dict(zip(names, keys, strict=True))
+def streams(seed: jax.Array) -> dict[str, jax.Array]:
+    """A separate key for each layer that drops something."""
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    names = ("backdrop", "drop_path", "drop_backward")
+    return dict(zip(names, jax.random.split(key, len(names)), strict=True))
+
+
+def check_epochs(epochs: Epochs) -> None:
+    """Raises a UserError for an epoch without steps."""
+    if epochs.joined > epochs.batches:
+        raise UserError(
+            f"--drop-epoch-batch {epochs.joined} joins more batches than the {epochs.batches} of "
+            "an epoch; use a smaller --batch-size."
+        )
+
+
+def epoch_batches(
+    batches: Iterator[dict[str, np.ndarray]], epochs: Epochs, step: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of an epoch from a step on, each of one or several batches of the loader."""
+    epoch = epochs.epoch_of(step)
+    joined = epochs.batches_in_step(epoch)
+    for _ in range(step, epochs.start(epoch + 1)):
+        parts = [next(batches) for _ in range(joined)]
+        yield parts[0] if joined == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    for _ in range(epochs.batches % joined):
+        next(batches)
 
 
 def on_mesh(mesh: jax.sharding.Mesh, f: Callable[..., Any], *args: Any) -> Any:

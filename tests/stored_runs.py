@@ -27,8 +27,8 @@ def final_state(folder, data_dir, **changes):
     settings["exempt"] = tuple(settings["exempt"])
     restore = run_folder.Run.restore
 
-    def look(run, state, epoch_steps):
-        found.append(restore(run, state, epoch_steps))
+    def look(run, state, epochs):
+        found.append(restore(run, state, epochs))
         run.__exit__(None, None, None)
         raise SeenError
 

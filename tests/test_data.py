@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def test_a_batch_has_the_promised_shape_and_dtype(digits):
 
 def test_an_epoch_shows_no_image_twice_and_the_next_one_has_another_order(digits):
     plain_digits = plain(digits)
-    steps = data.steps_per_epoch(digits, 64)
+    steps = data.batches_per_epoch(digits, 64)
     assert steps == 20
     batches = take(data.train_batches(plain_digits, 64, seed=0), 2 * steps)
     known = multiset(record["image"] for record in digits.train)
@@ -87,21 +88,23 @@ def test_the_seed_decides(digits):
         assert (a["image"] != c["image"]).any()
 
 
-@pytest.mark.parametrize("start_step", [1, 19, 20, 45])
-def test_a_run_resumes_at_any_step(digits, start_step):
-    batches = take(data.train_batches(digits, 64, seed=3), start_step + 2)
-    resumed = take(data.train_batches(digits, 64, seed=3, start_step=start_step), 2)
-    for a, b in zip(batches[start_step:], resumed, strict=True):
+@pytest.mark.parametrize("multiple", [None, 1])
+@pytest.mark.parametrize("start", [1, 19, 20, 45])
+def test_a_run_resumes_at_any_batch(digits, start, multiple):
+    settings = dict(seed=3, multiple=multiple)
+    batches = take(data.train_batches(digits, 64, **settings), start + 2)
+    resumed = take(data.train_batches(digits, 64, **settings, start=start), 2)
+    for a, b in zip(batches[start:], resumed, strict=True):
         assert_equal(a, b)
 
 
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_processes_share_each_batch_of_one_process(digits, process_count):
-    whole = take(data.train_batches(digits, 32, seed=0, start_step=38), 4)
+    whole = take(data.train_batches(digits, 32, seed=0, start=38), 4)
     shares = [
         take(
             data.train_batches(
-                digits, 32, seed=0, start_step=38, process_index=i, process_count=process_count
+                digits, 32, seed=0, start=38, process_index=i, process_count=process_count
             ),
             4,
         )
@@ -111,6 +114,56 @@ def test_processes_share_each_batch_of_one_process(digits, process_count):
         for name, values in batch.items():
             parts = [share[step][name] for share in shares]
             np.testing.assert_array_equal(np.concatenate(parts), values)
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_a_partial_batch_ends_an_epoch(digits, multiple):
+    count = data.batches_per_epoch(digits, 64, multiple)
+    assert count == 21
+    batches = take(data.train_batches(plain(digits), 64, seed=0, multiple=multiple), 2 * count)
+    sizes = [len(batch["label"]) for batch in batches]
+    last = 1297 - 20 * 64 - 1297 % multiple
+    assert sizes == 2 * ([64] * 20 + [last])
+    known = multiset(record["image"] for record in digits.train)
+    for epoch in (batches[:count], batches[count:]):
+        shown = multiset(np.concatenate([batch["image"] for batch in epoch]))
+        assert len(shown) == 1297 - 1297 % multiple and not Counter(shown) - Counter(known)
+    shares = [
+        take(
+            data.train_batches(
+                digits, 64, seed=0, multiple=8, start=20, process_index=i, process_count=2
+            ),
+            1,
+        )[0]
+        for i in (0, 1)
+    ]
+    (whole,) = take(data.train_batches(digits, 64, seed=0, multiple=8, start=20), 1)
+    for name, values in whole.items():
+        parts = np.concatenate([share[name] for share in shares])
+        np.testing.assert_array_equal(parts, values)
+
+
+def test_images_are_turned():
+    image = np.zeros((9, 9, 1), np.uint8)
+    image[4, 4:] = 200  # A line from the centre to the right.
+    turned = data.PREPROCESSING["digits"]._replace(image_shape=(9, 9, 1), shift=0, rotation=90.0)
+    uniforms = np.full((2, 6), 0.5)
+    uniforms[:, 5] = [0.5, 1.0]  # By 0 and by 90 degrees.
+    same, upright = data.augment([image, image], turned, uniforms)
+    np.testing.assert_array_equal(same, image)
+    np.testing.assert_array_equal(upright, np.rot90(image))
+    colored = np.repeat(image, 3, axis=-1)
+    wide = turned._replace(image_shape=(9, 9, 3))
+    np.testing.assert_array_equal(data.augment([colored], wide, uniforms[1:])[0], np.rot90(colored))
+
+
+def test_pixel_statistics(digits):
+    mean, std = data.pixel_statistics(digits)
+    images = np.stack([record["image"] for record in digits.train]) / 16
+    np.testing.assert_allclose(mean, images.mean(axis=(0, 1, 2), keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(std, images.std(axis=(0, 1, 2), keepdims=True), rtol=1e-5)
+    few, _ = data.pixel_statistics(digits, most=400)
+    np.testing.assert_allclose(few, mean, atol=0.02)
 
 
 @pytest.mark.parametrize("batch_size", [50, 64, 999])
@@ -156,7 +209,7 @@ import itertools, numpy as np, data
 from pathlib import Path
 if __name__ == "__main__":
     digits = data.load("digits", Path({str(digits.train.dataset_info.data_dir)!r}).parents[1])
-    for a, b in zip(*(itertools.islice(data.train_batches(digits, 64, seed=0, start_step=5,
+    for a, b in zip(*(itertools.islice(data.train_batches(digits, 64, seed=0, start=5,
                       workers=workers), 7) for workers in (0, 2))):
         assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
     print("same")
@@ -303,7 +356,7 @@ class TestMistakes:
 
     def test_a_batch_larger_than_the_set(self, digits):
         with pytest.raises(errors.UserError, match="--batch-size 1298 .* 1297 training images"):
-            data.steps_per_epoch(digits, 1298)
+            data.batches_per_epoch(digits, 1298)
 
     def test_preparing_an_unknown_set(self, tmp_path):
         result = subprocess.run(

@@ -47,6 +47,20 @@ key, rngs, rate = jax.random.key(0), nnx.Rngs(0), 0.2
 x, y = jnp.ones((2, 8, 8, 3)), jnp.ones((2, 8, 8, 3))
 attend, branch = nnx.Linear(3, 3, rngs=rngs), jnp.sin
 gated_loss = lambda gates, x, y: jnp.mean((x * gates.sum() - y) ** 2)
+block, blocks = lambda w, x: w * x, jnp.ones(4)
+rates, l = [0.5] * 4, 0
+
+
+def gradient(kept, params, x, y):
+    def loss(params):
+        z = x
+        for is_kept in kept:
+            z = z + cdb_jax.drop_backward(lambda z: z * params["head"]["bias"][0], z, kept=is_kept)
+        return jnp.mean((z - y) ** 2)
+
+    return jax.grad(loss)(params)
+
+
 """
 # What fragments of these pages take for granted: the reader's own model, loss and batch.
 GIVEN = {

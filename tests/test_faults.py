@@ -301,7 +301,7 @@ def read_everything(name, folder, workers=0):
     dataset = data.load(name, folder)
     batches = data.train_batches(dataset, 10, seed=0, workers=workers)
     with contextlib.closing(batches):
-        for _ in range(data.steps_per_epoch(dataset, 10)):
+        for _ in range(data.batches_per_epoch(dataset, 10)):
             next(batches)
     return len(list(data.test_batches(dataset, 10)))
 

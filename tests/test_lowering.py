@@ -56,6 +56,18 @@ PROGRAMS = {
         jax.grad(lambda x: jnp.sum(cdb_jax.drop_branch(jnp.sin, x, rate=0.5, key=KEY))),
         (X,),
     ),
+    "drop_path_subset": (
+        jax.grad(lambda x: jnp.sum(cdb_jax.drop_path_subset(jnp.sin, x, rate=0.5, key=KEY))),
+        (X,),
+    ),
+    "drop_backward": (
+        jax.grad(
+            lambda params, x, images: cdb_jax.drop_backward(
+                loss, params, x, images, rate=0.5, key=KEY
+            )
+        ),
+        (PARAMS, X, IMAGES),
+    ),
     "dropped_fraction": (
         lambda params, count: POLICIES["exact"].select(params, count).dropped_fraction,
         (PARAMS, COUNT),

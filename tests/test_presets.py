@@ -25,7 +25,7 @@ def test_layer_drop_back_takes_every_tensor_whole():
     policy = layer_drop_back(stack={"blocks": 0})
     tx = cdb_jax.channel_drop_back(policy)
     learns = []
-    for count in range(10, 20):
+    for count in range(20, 30):
         selection = policy.select(TREE, count).factors
         assert {path: x.shape for path, x in selection.items()} == {
             "blocks/fc/kernel": (4, 1),
@@ -48,14 +48,14 @@ def test_layer_drop_back_takes_every_tensor_whole():
 def test_layer_rates_of_other_kinds():
     for rate in (jnp.float32(0.25), lambda count: jnp.float32(0.25), 0.25):
         policy = layer_drop_back(layer_rate=rate)
-        assert [float(policy.layer_rate(step)) for step in (0, 10)] == [0.0, 0.25]
+        assert [float(policy.layer_rate(step)) for step in (10, 20)] == [0.0, 0.25]
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_layer_drop_back_alternates(every):
     policy = layer_drop_back(every=every, layer_rate=np.float32(0.25))
     rates = [float(policy.layer_rate(jnp.int32(step))) for step in range(60)]
-    drops = [epoch % every == every - 1 for epoch in range(6) for _ in range(10)]
+    drops = [epoch % every == 0 and epoch > 0 for epoch in range(6) for _ in range(10)]
     np.testing.assert_array_equal(rates, np.where(drops, 0.25, 0.0))
 
 
@@ -74,7 +74,7 @@ def test_layer_drop_back_skips_whole_layers():
     tree = {key: value for key, value in TREE.items() if key != "head"} | {
         "head": {"unused": jnp.ones(3)}
     }
-    for count in (0, 11, 12):
+    for count in (0, 21, 22):
         gradient = drawn.grad(loss, policy)(tree, x, step=count)
         full = jax.grad(loss)(tree, x)
         expected = policy.select(tree, count).mask(full)
@@ -87,9 +87,28 @@ def test_layer_drop_back_skips_whole_layers():
     assert report["head/unused"] == "in full"
 
 
+def test_skip_update_by_tensor(standard_promotion):
+    """A draw is shared by a tensor, biases have their own, and embeddings are left alone."""
+    params = {"embed": jnp.ones((4, 3)), "fc": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
+    policy = cdb_jax.presets.skip_update(0.4, key=0, exempt=("embed",))
+    tx = optax.chain(optax.sgd(1.0), cdb_jax.channel_drop_back(policy))
+    step = jax.jit(lambda state: tx.update(params, state, params))
+    state, found = tx.init(params), []
+    for _ in range(400):
+        updates, state = step(state)
+        assert (updates["embed"] == -1).all()
+        factors = [-np.asarray(x) for x in updates["fc"].values()]
+        assert all(len(np.unique(x)) == 1 for x in factors)
+        found.append([x.ravel()[0] for x in factors])
+    found = np.array(found)
+    np.testing.assert_allclose(np.unique(found), [0, 1 / 0.6], rtol=1e-6)
+    assert (abs(found.mean(axis=0) - 1) < 4 * np.sqrt((1 / 0.6 - 1) / 400)).all()
+    assert len(np.unique(found, axis=0)) == 4
+
+
 def test_skip_update_is_unbiased_and_leaves_the_moments_dense(standard_promotion):
     params = {"kernel": jnp.ones((3, 32))}
-    policy = cdb_jax.presets.skip_update(0.4, key=0)
+    policy = cdb_jax.presets.skip_update(0.4, key=0, exempt=(), by_column=True)
     factors = np.array([policy.select(params, step).factors["kernel"] for step in range(400)])
     kept = 0.6 + 0.4**32
     assert set(np.unique(factors)) == {np.float32(0.0), np.float32(1 / kept)}

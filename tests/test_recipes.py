@@ -20,6 +20,7 @@ import models.resnet
 import models.vit
 import recipes
 import train
+from epochs import Epochs
 
 # Rows of the paper's tables: ChannelDropBack, baseline.
 PAPER = {
@@ -41,7 +42,15 @@ CLASSES = {"cifar10": 10, "cifar100": 100, "svhn_cropped": 10, "imagenet2012": 1
 
 
 def test_every_row_has_a_recipe():
-    assert recipes.names() == sorted(PAPER)
+    assert recipes.names() == sorted([*PAPER, "resnet50-cifar100-layer_drop_back"])
+
+
+def test_the_recipe_of_layer_drop_back():
+    config = recipes.parse(train.Config, ["--recipe", "resnet50-cifar100-layer_drop_back"])
+    assert (config.method, config.rate, config.optimizer) == ("layer_drop_back", 0.5, "sgd")
+    assert (config.learning_rate, config.weight_decay, config.decays) == (0.1, 1e-4, "all")
+    assert (config.epochs, config.batch_size, config.schedule) == (200, 128, "cosine")
+    assert config.drop_epoch_learning_rate == "double"
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -63,6 +72,9 @@ def test_a_recipe_sets_what_its_name_says(name):
     assert re.match("svhn|cifar100?|imagenet", config.dataset)[0] == data_set
     assert config.method == "released" and config.rate == 0.3
     assert (config.optimizer, config.schedule) == ("sgd", "step")
+    assert config.keep_partial_batch and config.standardise and config.decays == "all"
+    assert config.rotation == 15
+    assert config.dropout_rate == (0.1 if config.model.startswith("vit") else 0.0)
     scratch = name in ("resnet50-cifar10", "resnet50-cifar100")
     assert (config.weights is None) == scratch
     shape = (200, 128, None, 5e-4) if scratch else (85, 1024, 224, 1e-4)
@@ -89,10 +101,10 @@ def params_of(model, side, classes):
 def test_a_recipe_builds_its_model_and_policy(name):
     config = recipes.parse(train.Config, [f"--recipe={name}"])
     params = params_of(config.model, config.image_size or 32, CLASSES[config.dataset])
-    steps = config.epochs * 100
-    policy = methods.make_policy(config, steps, 100)
+    epochs = Epochs(config.epochs, 100)
+    policy = methods.make_policy(config, epochs)
     assert len(str(cdb_jax.channel_report(params, policy)).splitlines()) > 100
-    tx = methods.make_optimizer(config, policy, steps, 100)
+    tx = methods.make_optimizer(config, policy, epochs)
     momentum = jax.tree.leaves(jax.eval_shape(tx.init, params))
     assert sum(x.size for x in momentum) > sum(x.size for x in jax.tree.leaves(params))
 
@@ -108,7 +120,7 @@ def test_flags_win():
 
 def test_the_learning_rate_falls_in_steps():
     config = train.Config(schedule="step", learning_rate=0.5, optimizer="sgd", weight_decay=0.0)
-    tx = methods.make_optimizer(config, None, 20, 2)
+    tx = methods.make_optimizer(config, None, Epochs(10, 2))
     params = {"kernel": jnp.ones(())}
 
     @jax.jit

@@ -42,7 +42,7 @@ Y = X[:, :4] * X[:, 4:8]
 
 def optimizer():
     """Masks before; frozen channels around; masks after an Adam whose moments are dense."""
-    after = cdb_jax.channel_drop_back(cdb_jax.presets.skip_update(0.2, key=1))
+    after = cdb_jax.channel_drop_back(cdb_jax.presets.skip_update(0.2, key=1, exempt=()))
     inner = optax.chain(optax.adam(3e-3), after)
     return optax.chain(cdb_jax.channel_drop_back(0.2, key=2), cdb_jax.freeze_dropped(inner, POLICY))
 
@@ -89,7 +89,7 @@ def test_each_frozen_channel_stands_still_in_the_chain():
     params = {"dense": {"kernel": jnp.ones((4, 8))}}
     policy = cdb_jax.Policy(0.5, key=0)
     drop = cdb_jax.channel_drop_back
-    inner = optax.chain(optax.adam(0.1), drop(cdb_jax.presets.skip_update(0.5, key=1)))
+    inner = optax.chain(optax.adam(0.1), drop(cdb_jax.presets.skip_update(0.5, key=1, exempt=())))
     tx = optax.chain(drop(0.5, key=2), cdb_jax.freeze_dropped(inner, policy))
     state = tx.init(params)
     for count in range(5):

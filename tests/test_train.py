@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from hypothesis import given, strategies as st
 from stored_runs import assert_same_runs, final_state, metrics
 
 import data
@@ -26,6 +27,7 @@ import processes
 import run_folder
 import train
 import training
+from epochs import Epochs
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "compilation_cache")
 
@@ -33,6 +35,7 @@ SCRIPT = Path(train.__file__)
 METHODS = tuple(methods.METHODS)
 SIMILAR = ("cdb_after", "algorithm_1", "released", "dropout", "skip_update", "backdrop", "none")
 WITHOUT_POLICY = ("none", "dropout", "backdrop", "stochastic_depth")
+WITHOUT_POLICY += ("drop_path_subset", "drop_backward")
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +88,7 @@ def test_every_method_learns(config, method, capsys):
     else:
         assert 0 < max(dropped) < 0.8
         if method == "layer_drop_back":
-            assert dropped[0] == dropped[2] == 0.0
+            assert dropped[0] == dropped[1] == 0.0
         assert "channel axis" in capsys.readouterr().out
 
 
@@ -120,17 +123,78 @@ def test_skipping_trains_as_masking_does(config, tmp_path, changes):
 def test_layer_drop_back_doubles_the_learning_rate_on_epochs_with_dropping(config):
     params = {"kernel": jnp.ones((2, 2))}
     settings = dict(optimizer="sgd", weight_decay=0.0, rate=0.0)
-    plain = methods.make_optimizer(config(method="none", **settings), None, 40, 10)
+    plain = methods.make_optimizer(config(method="none", **settings), None, Epochs(4, 10))
     doubling = config(method="layer_drop_back", exempt=(), **settings)
-    policy = methods.make_policy(doubling, 40, 10)
-    tx = methods.make_optimizer(doubling, policy, 40, 10)
+    policy = methods.make_policy(doubling, Epochs(4, 10))
+    tx = methods.make_optimizer(doubling, policy, Epochs(4, 10))
     state, plain_state, factors = tx.init(params), plain.init(params), []
     for _ in range(40):
         updates, state = tx.update(params, state, params)
         expected, plain_state = plain.update(params, plain_state, params)
         factors.append(float(updates["kernel"][0, 0] / expected["kernel"][0, 0]))
     # The warm-up starts from a rate of 0.
-    np.testing.assert_allclose(factors[1:], ([1] * 10 + [2] * 10 + [1] * 10 + [2] * 10)[1:], 1e-5)
+    np.testing.assert_allclose(factors[1:], ([1] * 20 + [2] * 10 + [1] * 10)[1:], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("policy", "factor"), [("double", 2.0), ("fixed", 1.0), ("relative", 1 / 0.6)]
+)
+def test_the_learning_rate_of_larger_batches_follows_epochs(config, policy, factor):
+    """Steps of an epoch with joined batches go as far along the schedule as its batches do."""
+    settings = dict(rate=0.4, drop_epoch_batch=3, drop_epoch_learning_rate=policy)
+    given = config(method="layer_drop_back", **settings)
+    epochs = Epochs(5, 7, joined=3)
+    found = methods.with_drop_epochs(lambda batches: 100.0 - batches, given, epochs)
+    values = [float(found(step)) for step in range(epochs.total_steps)]
+    expected = []
+    for epoch in range(5):
+        joined = epoch in (2, 4)
+        for i in range(2 if joined else 7):
+            done = 7 * epoch + (3.5 * i if joined else i)
+            expected.append((100 - done) * (factor if joined else 1.0))
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+
+
+@given(count=st.integers(1, 7), batches=st.integers(1, 9), joined=st.integers(1, 4))
+def test_epochs(count, batches, joined):
+    """Against a list of the batches of all steps."""
+    epochs = Epochs(count, batches, min(joined, batches))
+    steps, first = [], 0
+    for epoch in range(count):
+        size = epochs.joined if epoch in (2, 4, 6) else 1
+        steps += [(epoch, first + size * i) for i in range(batches // size)]
+        first += batches
+    assert epochs.total_steps == len(steps)
+    for step, (epoch, before) in enumerate(steps):
+        assert (epochs.epoch_of(step), epochs.batches_before(step)) == (epoch, before)
+    assert epochs.epoch_of(len(steps)) == count
+    assert epochs.batches_before(len(steps)) == first
+
+    read = iter(range(first))
+    loader = ({"label": np.array([i])} for i in read)
+    for epoch in range(count):
+        step = epochs.start(epoch)
+        for batch in training.epoch_batches(loader, epochs, step):
+            before = steps[step][1]
+            np.testing.assert_array_equal(
+                batch["label"], before + np.arange(epochs.batches_in_step(epoch))
+            )
+            step += 1
+    assert next(read, None) is None
+
+
+def test_a_run_with_larger_batches_goes_on_from_any_step(config, tmp_path, monkeypatch):
+    settings = dict(method="layer_drop_back", epochs=4, drop_epoch_batch=3, batch_size=320)
+    settings |= dict(keep_partial_batch=True)  # 5 batches: 2 steps of three, and two left out.
+    whole = train.train(config(**settings, run_dir=tmp_path / "whole"), brief=True)
+    assert [row["step"] for row in whole] == [5, 10, 11, 16]
+    interrupt(monkeypatch, 10)
+    with pytest.raises(processes.StoppedError):
+        train.train(config(**settings), brief=True)
+    resumed = train.train(config(**settings, resume=True), brief=True)
+    for a, b in zip(whole, resumed, strict=True):
+        for name in ("step", "train_loss", "test_loss", "dropped_fraction"):
+            assert a[name] == b[name], name
 
 
 def test_dropped_blocks_are_not_computed(config, tmp_path):
@@ -313,7 +377,7 @@ def test_evaluation_is_the_mean_over_the_test_set(config, data_dir):
     model.head.kernel[...] = jax.random.normal(jax.random.key(0), (16, 10))
     _, params, rest = nnx.split(model, nnx.Param, ...)
     _, eval_step = train.make_steps(
-        config(), model, optax.identity(), None, dataset.preprocessing.max_value
+        config(), model, optax.identity(), None, train.Pixels(16, 0.5, 0.5)
     )
     state = train.State(params, rest, opt_state=None, sums={})
     mesh = training.make_mesh("", 96)  # Not a divisor of 500.

@@ -205,7 +205,7 @@ def begun(monkeypatch):
     """Runs begin and end at once, and leave their states here."""
     states = []
 
-    def restore(run, state, epoch_steps):
+    def restore(run, state, epochs):
         states.append(state)
         raise BeginError
 
@@ -291,7 +291,10 @@ def test_images_are_standardised_as_the_weights_expect(file, mean, std):
 
     images = np.random.default_rng(0).integers(0, 256, (8, 2, 2, 3), dtype=np.uint8)
     labels = np.arange(8, dtype=np.int32)
-    _, eval_step = train.make_steps(train.Config(weights=file), Sees(), optax.identity(), None, 255)
+    pixels = train.Pixels(255, *weights.pixel_statistics(file))
+    _, eval_step = train.make_steps(
+        train.Config(weights=file), Sees(), optax.identity(), None, pixels
+    )
     state = train.State(nnx.State({}), nnx.State({}), opt_state=None, sums={})
     found = eval_step(state, {"image": images, "label": labels, "weight": np.ones(8, np.float32)})
     seen = ((images / 255 - np.array(mean)) / np.array(std)).reshape(8, 12).astype(np.float32)

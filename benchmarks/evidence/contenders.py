@@ -12,6 +12,7 @@ import optax
 
 import cdb_jax
 import methods
+from epochs import Epochs
 
 CHANNELS = (0.1, 0.3, 0.5, 0.8)
 UNITS = (0.1, 0.2, 0.3, 0.5)
@@ -114,16 +115,19 @@ def config_of(contender: Contender, **settings: Any) -> SimpleNamespace:
         skip_dropped=False,
         exempt=("head",),
         schedule="cosine",
+        decays="kernels",
+        dropout_rate=0.0,
+        drop_epoch_learning_rate="double",
     )
     return SimpleNamespace(method=contender.method, **defaults | contender.settings | settings)
 
 
 def make_policy(
-    contender: Contender, config: SimpleNamespace, steps: int, epoch_steps: int
+    contender: Contender, config: SimpleNamespace, epochs: Epochs
 ) -> cdb_jax.Policy | None:
-    policy = methods.make_policy(config, steps, epoch_steps)
+    policy = methods.make_policy(config, epochs)
     changes = {
-        name: value(config.rate, steps) if value is ramp else value
+        name: value(config.rate, epochs.total_steps) if value is ramp else value
         for name, value in contender.policy.items()
     }
     return dataclasses.replace(policy, **changes) if changes else policy
@@ -133,13 +137,12 @@ def make_optimizer(
     contender: Contender,
     config: SimpleNamespace,
     policy: cdb_jax.Policy | None,
-    steps: int,
-    epoch_steps: int,
+    epochs: Epochs,
 ) -> optax.GradientTransformation:
     # Updates are proportional to the learning rate, so that it may be given when all is compiled.
     unit = SimpleNamespace(**vars(config) | {"learning_rate": 1.0})
     optimizer = optax.chain(
-        methods.make_optimizer(unit, policy, steps, epoch_steps), optax.scale(config.learning_rate)
+        methods.make_optimizer(unit, policy, epochs), optax.scale(config.learning_rate)
     )
     if contender.adds_noise:  # Variance falls as in arXiv 1511.06807.
         noise = optax.add_noise(config.rate, 0.55, jax.random.key(config.seed))

@@ -18,6 +18,7 @@ from sklearn.model_selection import train_test_split
 
 import models.resnet
 import models.vit
+from epochs import Epochs
 from gaussian_process import texture
 
 HELD_OUT = 797  # Digits to test on; a thousand are left to train and validate on.
@@ -60,6 +61,10 @@ class Task(NamedTuple):
     @property
     def epoch_steps(self) -> int:
         return len(self.split(0).train.label) // self.batch_size
+
+    @property
+    def epochs(self) -> Epochs:
+        return Epochs(self.steps // self.epoch_steps, self.epoch_steps)
 
 
 @functools.cache

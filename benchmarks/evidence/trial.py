@@ -140,7 +140,7 @@ def batches(task: Any, seed: int) -> Iterator[np.ndarray]:
 def compiled(program: Program) -> Compiled:
     task, contender = TASKS[program.task], contender_of(program)
     train = task.split(0).train
-    steps = (task.steps, task.epoch_steps)
+    epochs = task.epochs
     numbers = Settings(0, 0.0, 0.0).arrays()
 
     def parts(numbers: Settings) -> tuple[Any, Any, Any]:
@@ -151,8 +151,8 @@ def compiled(program: Program) -> Compiled:
             rate=program.rate,
             **numbers._asdict(),
         )
-        policy = make_policy(contender, config, *steps)
-        return config, policy, make_optimizer(contender, config, policy, *steps)
+        policy = make_policy(contender, config, epochs)
+        return config, policy, make_optimizer(contender, config, policy, epochs)
 
     def build(numbers: Settings) -> nnx.Module:
         keys = jax.random.split(jax.random.key(numbers.seed))

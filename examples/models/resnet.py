@@ -201,8 +201,9 @@ class ResNet(nnx.Module):
         if self.pools_stem:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for i, block in enumerate(self.blocks):
-            gate = None if gates is None else gates[i]
-            x = block(x, gate, None if kept is None else kept[i])
+            given = {} if gates is None else {"gate": gates[i]}
+            given |= {} if kept is None else {"kept": kept[i]}
+            x = block(x, **given)
         x = jnp.mean(self.backdrop(x) if self.backdrop else x, axis=(1, 2))
         return self.head(self.dropout(x))
 

@@ -160,8 +160,9 @@ class ViT(nnx.Module):
         for i, block in enumerate(self.blocks):
             if self.backdrop and i == len(self.blocks) - 1:
                 x = self.backdrop(x)
-            gate = None if gates is None else gates[i]
-            x = block(x, gate) if kept is None else block(x, gate, kept[2 * i : 2 * i + 2])
+            given = {} if gates is None else {"gate": gates[i]}
+            given |= {} if kept is None else {"kept": kept[2 * i : 2 * i + 2]}
+            x = block(x, **given)
         return self.head(self.norm(x[:, 0]))
 
 
