@@ -69,11 +69,25 @@ def drop_path_subset(
         return branch(*args)
     if rate == 1.0:
         return jax.tree.map(jnp.zeros_like, jax.eval_shape(branch, *args))
-    indices = samples.draw(key)
-    y = branch(*jax.tree.map(lambda x: samples.take(x, indices), args))
+    kept = samples.draw(key)
+    y = branch(*jax.tree.map(lambda x: samples.take(x, kept), args))
     if scale_by_keep:
-        y = scale(y, samples.total / samples.kept)
-    return samples.put(y, indices)
+        y = scale(y, samples.total / samples.num_kept)
+    return samples.put(y, kept)
+
+
+class _Kept(NamedTuple):
+    """Which samples are kept, for each shard.
+
+    Attributes:
+      indices: the places of the kept samples, in ascending order.
+      is_kept: whether each sample is kept.
+      slots: which of the kept samples each one is; any number for a dropped one.
+    """
+
+    indices: jax.Array
+    is_kept: jax.Array
+    slots: jax.Array
 
 
 class _Samples(NamedTuple):
@@ -82,7 +96,7 @@ class _Samples(NamedTuple):
     axis: int
     num_shards: int
     total: int
-    kept: int
+    num_kept: int
 
     @classmethod
     def of(cls, args: Any, axis: int, num_shards: int, rate: float) -> _Samples:
@@ -107,39 +121,53 @@ class _Samples(NamedTuple):
                 "devices that share the batch."
             )
         per_shard = total // num_shards
-        kept = max(1, round(per_shard * (1.0 - rate)))
-        return cls(axis, num_shards, total, num_shards * kept)
+        num_kept = max(1, round(per_shard * (1.0 - rate)))
+        return cls(axis, num_shards, total, num_shards * num_kept)
 
-    def draw(self, key: jax.Array | None) -> jax.Array:
-        """The places of the kept samples in each shard, in ascending order."""
+    def draw(self, key: jax.Array | None) -> _Kept:
         key = check_call_key(key, "rngs.drop_path()")
         shape = self.num_shards, self.total // self.num_shards
         order = jnp.argsort(jax.random.uniform(key, shape, jnp.float32), axis=1)
-        return jnp.sort(order[:, : self.kept // self.num_shards], axis=1)
+        indices = jnp.sort(order[:, : self.num_kept // self.num_shards], axis=1)
+        is_kept = jnp.any(indices[:, :, None] == jnp.arange(shape[1])[None, None], axis=1)
+        slots = jnp.maximum(jnp.cumsum(is_kept, axis=1, dtype=jnp.int32) - 1, 0)
+        return _Kept(indices, is_kept, slots)
 
-    def take(self, x: jax.Array, indices: jax.Array) -> jax.Array:
-        def take(x: jax.Array, indices: jax.Array) -> jax.Array:
-            return x.at[indices].get(**_KNOWN_INDICES)
+    def take(self, x: jax.Array, kept: _Kept) -> jax.Array:
+        return self._in_each_shard(_take, x, kept)
 
-        return self._in_each_shard(take, x, indices)
-
-    def put(self, x: jax.Array, indices: jax.Array) -> jax.Array:
-        def put(x: jax.Array, indices: jax.Array) -> jax.Array:
-            zeros = jnp.zeros((self.total // self.num_shards, *x.shape[1:]), x.dtype)
-            return zeros.at[indices].set(x, **_KNOWN_INDICES)
-
-        return self._in_each_shard(put, x, indices)
+    def put(self, x: jax.Array, kept: _Kept) -> jax.Array:
+        return self._in_each_shard(_put, x, kept)
 
     def _in_each_shard(
-        self, f: Callable[..., jax.Array], x: jax.Array, indices: jax.Array
+        self, f: Callable[[jax.Array, _Kept], jax.Array], x: jax.Array, kept: _Kept
     ) -> jax.Array:
-        def mapped(x: jax.Array, indices: jax.Array) -> jax.Array:
+        def mapped(x: jax.Array, kept: _Kept) -> jax.Array:
             x = jnp.moveaxis(x, self.axis, 0)
             shards = x.reshape(self.num_shards, -1, *x.shape[1:])
-            y = jax.vmap(f)(shards, indices)
+            y = jax.vmap(f)(shards, kept)
             return jnp.moveaxis(y.reshape(-1, *y.shape[2:]), 0, self.axis)
 
-        return explicit.call(mapped, lambda: jax.typeof(x).sharding.spec, x, indices)
+        return explicit.call(mapped, lambda: jax.typeof(x).sharding.spec, x, kept)
 
 
-_KNOWN_INDICES: Any = dict(mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True)
+# JAX would transpose one of these to a scatter into zeros, which takes memory for both. As each is
+# the transpose of the other, neither needs more than a gather, which joins the operations around.
+
+
+@jax.custom_vjp
+def _take(x: jax.Array, kept: _Kept) -> jax.Array:
+    """The kept samples."""
+    return x.at[kept.indices].get(mode="promise_in_bounds")
+
+
+@jax.custom_vjp
+def _put(y: jax.Array, kept: _Kept) -> jax.Array:
+    """The kept samples at their places, with zeros for the others."""
+    found = y.at[kept.slots].get(mode="promise_in_bounds")
+    is_kept = kept.is_kept.reshape(-1, *[1] * (y.ndim - 1))
+    return jnp.where(is_kept, found, jnp.zeros((), y.dtype))
+
+
+_take.defvjp(lambda x, kept: (_take(x, kept), kept), lambda kept, dx: (_put(dx, kept), None))
+_put.defvjp(lambda y, kept: (_put(y, kept), kept), lambda kept, dy: (_take(dy, kept), None))
