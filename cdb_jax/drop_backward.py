@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 from jax.extend.core.primitives import remat_p
 
 from cdb_jax import _cpu_order as cpu_order, _jaxprs as jaxprs
-from cdb_jax._checks import check_bool, check_call_rate, is_exactly
+from cdb_jax._checks import check_bool, check_call_rate, check_no_module, is_exactly
 from cdb_jax._scaling import scale
 from cdb_jax.stochastic_depth import draw_kept, keep_probability
 
-CALL_NAME = "drop_backward"  # Of the call in a traced program.
+CALL_NAME = "cdb_jax_drop_backward"  # Of the call in a traced program.
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
@@ -32,17 +31,22 @@ def drop_backward(
 ) -> Any:
     r"""Returns `branch(*args)`, and drops the backward pass of the branch at random.
 
-    Use it for a residual branch, as in `x + drop_backward(branch, x, rate=0.5, key=key)`. The
-    forward pass is exact. With probability `rate`, the branch counts as a constant in the backward
-    pass: its weights have a gradient of zero, and the gradient of `x` passes along the residual
-    connection only:
+    Use it for a residual branch, as in `x + drop_backward(branch, x, rate=0.5, key=key)`, with
+    another key for each branch, inside `jit`. The forward pass is exact. With probability `rate`,
+    the branch is treated as a constant in the backward pass: its weights have a gradient of zero,
+    and the gradient of `x` passes along the residual connection only:
 
     .. math:: y = x + f(x), \qquad \bar x = \bar y + b \, \bar y f'(x), \qquad b \in \{0, 1\}.
 
     A dropped branch computes nothing in the backward pass, which is in a conditional. As shapes are
     static, both store the same for it: the results of products and convolutions, from which a kept
-    branch computes the rest again. If the branch uses `jax.checkpoint` itself, that decides.
-    Forward-mode derivatives are not defined.
+    branch computes the rest again. If the branch uses `jax.checkpoint` or `checkpoint_name` itself,
+    that decides. Under `vmap` with different draws, nothing is saved, as conditionals become
+    selections. Forward-mode derivatives are not defined.
+
+    A gradient of zero does not freeze weights: an optimizer with momentum or weight decay still
+    moves them. The functions take arrays only; for models of Flax, use `cdb_jax.nnx.DropBackward`
+    or `cdb_jax.linen.DropBackward`.
 
     Args:
       branch: a function of arrays that returns an array, or a tree of arrays. It may close over
@@ -51,12 +55,12 @@ def drop_backward(
       rate: probability that the backward pass is dropped, in [0, 1]; may be traced.
       key: a JAX key for this call. Rates of exactly 0 and 1 need none.
       kept: whether to keep the backward pass, a bool scalar, in place of a draw: an entry of what
-        `kept_branches` returns.
+        `kept_branches` returns. No key is needed then.
       scale_by_keep: whether to divide the gradient of a kept branch by `1 - rate`, so that the
         expected gradient is that of the branch. The paper does not.
 
     Returns:
-      `branch(*args)`, bit for bit.
+      `branch(*args)`, the same as without the function under `jit`.
 
     Raises:
       TypeError, ValueError: for a bad rate, a missing key, or if neither a rate nor `kept` is
@@ -73,19 +77,24 @@ def drop_backward(
     References:
       DropBP, `arXiv 2402.17812 <https://arxiv.org/abs/2402.17812>`_.
     """
+    if not callable(branch):
+        raise TypeError(
+            f"branch must be a function, got {type(branch).__name__}; pass the branch and its "
+            "arguments, as in drop_backward(branch, x, rate=0.5, key=key), not its result."
+        )
+    check_no_module(args, "args holds", "cdb_jax.nnx.DropBackward")
     check_bool("scale_by_keep", scale_by_keep)
     if rate is not None:
         rate = check_call_rate(rate)
-    elif kept is None or scale_by_keep:
-        raise ValueError(
-            f"rate is missing: pass rate=0.5 and a key, or kept, got kept={kept!r} and "
-            f"scale_by_keep={scale_by_keep}, which needs the rate."
-        )
+    elif kept is None:
+        raise ValueError("rate is missing; pass rate=0.5 and a key by name, or kept.")
+    elif scale_by_keep:
+        raise ValueError("rate is missing: scale_by_keep=True divides by 1 - rate.")
     if kept is None:
         assert rate is not None
         if is_exactly(rate, 0.0, 1.0):
             return branch(*args) if rate == 0.0 else _constant(branch, args)
-        kept = draw_kept(rate, key, ())
+        kept = draw_kept(rate, key, (), "rngs.drop_backward()")
     kept = _check_kept(kept)
     if not scale_by_keep:
         return differentiated_if(kept, branch, *args)
@@ -113,31 +122,30 @@ def differentiated_if(kept: jax.Array, branch: Callable[..., Any], *args: Any) -
     function = jaxprs.as_function(
         program.eqns, (*program.constvars, *program.invars), program.outvars, program
     )
-    if not _has(program, lambda eqn: eqn.primitive is remat_p or _is_complex(eqn)):
+    if not _any_equation(program, _decides_what_is_stored):
         # XLA cannot merge a conditional with the operations around it, so all that its branches
         # read is in memory. This stores the results of products and convolutions only.
         saved = jax.checkpoint_policies.dots_saveable
         function = jax.checkpoint(function, policy=saved, prevent_cse=False)
 
-    def drop_backward(kept: jax.Array, operands: list[Any]) -> list[jax.Array]:
-        return _call(function, kept, operands)
+    def call(kept: jax.Array, operands: list[Any]) -> list[jax.Array]:
+        return _gated(function, kept, operands)
 
-    # `value_and_grad` finds the branch in a traced program by the name of this function.
-    assert drop_backward.__name__ == CALL_NAME
-    results = jax.jit(drop_backward)(kept, [*consts, *arrays.values()])
+    call.__name__ = CALL_NAME  # By which `value_and_grad` finds the branch in a traced program.
+    results = jax.jit(call)(kept, [*consts, *arrays.values()])
     return jax.tree.unflatten(jax.tree.structure(types), results)
 
 
-def _has(program: core.Jaxpr, matches: Callable[[core.JaxprEqn], bool]) -> bool:
+def _any_equation(program: core.Jaxpr, matches: Callable[[core.JaxprEqn], bool]) -> bool:
     """Whether an equation of a program, or of the programs in it, matches."""
-    return any(
-        matches(eqn) or any(_has(inner, matches) for inner in jaxprs.programs_in(eqn.params))
-        for eqn in program.eqns
-    )
+    inner = [x for eqn in program.eqns for x in jaxprs.programs_in(eqn.params)]
+    return any(map(matches, program.eqns)) or any(_any_equation(x, matches) for x in inner)
 
 
-def _is_complex(eqn: core.JaxprEqn) -> bool:
-    """JAX cannot store complex numbers in a checkpoint with a policy."""
+def _decides_what_is_stored(eqn: core.JaxprEqn) -> bool:
+    """Whether the user did, or JAX cannot: complex numbers fail in a checkpoint with a policy."""
+    if eqn.primitive is remat_p or eqn.primitive.name == "name":  # Of `checkpoint_name`.
+        return True
     dtypes = [getattr(v.aval, "dtype", np.bool_) for v in eqn.outvars]
     return any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes)
 
@@ -148,32 +156,29 @@ class _Residuals(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _call(function: Callable[..., list[Any]], kept: Any, operands: Any) -> list[Any]:
+def _gated(function: Callable[..., list[Any]], kept: jax.Array, operands: list[Any]) -> list[Any]:
     return function(*operands)
 
 
 def _fwd(
-    function: Callable[..., list[Any]], kept: Any, operands: Any
+    function: Callable[..., list[Any]], kept: jax.Array, operands: list[Any]
 ) -> tuple[list[Any], _Residuals]:
-    values = [x.value for x in operands]
-    moving = [x.value if x.perturbed else None for x in operands]
+    # All floats, needed or not: a program that is traced once may be used for several layers, and
+    # XLA leaves out the gradients that nothing reads.
+    floats = [x if _is_float(x) else None for x in operands]
 
-    def of_moving(moving: list[Any]) -> tuple[list[Any], list[Any]]:
-        given = [y if x is None else x for x, y in zip(moving, values, strict=True)]
+    def of_floats(floats: list[Any]) -> tuple[list[Any], list[Any]]:
+        given = [y if x is None else x for x, y in zip(floats, operands, strict=True)]
         results = function(*given)
         return [x for x in results if _is_float(x)], results
 
-    _, vjp, results = jax.vjp(of_moving, moving, has_aux=True)
-    return results, _Residuals(kept.value, vjp)
+    _, vjp, results = jax.vjp(of_floats, floats, has_aux=True)
+    return results, _Residuals(kept, vjp)
 
 
 def _bwd(function: Any, residuals: _Residuals, cotangents: list[Any]) -> tuple[Any, ...]:
     kept, vjp = residuals
-    if all(isinstance(x, SymbolicZero) for x in cotangents):
-        return None, None
-    floats = [
-        _zeros_of(x.aval) if isinstance(x, SymbolicZero) else x for x in cotangents if _is_float(x)
-    ]
+    floats = [x for x in cotangents if _is_float(x)]
 
     def compute(cotangents: list[jax.Array]) -> list[Any]:
         return vjp(cotangents)[0]
@@ -185,7 +190,7 @@ def _bwd(function: Any, residuals: _Residuals, cotangents: list[Any]) -> tuple[A
     return None, jax.lax.cond(kept, compute_fast, zeros, floats)
 
 
-_call.defvjp(_fwd, _bwd, symbolic_zeros=True)
+_gated.defvjp(_fwd, _bwd)
 
 
 @jax.custom_vjp
@@ -203,10 +208,6 @@ def _scale_bwd(factor: Any, dx: jax.Array) -> tuple[Any, None]:
 
 
 _scale_gradient.defvjp(_scale_fwd, _scale_bwd)
-
-
-def _zeros_of(array_type: Any) -> jax.Array:
-    return jnp.zeros_like(array_type)
 
 
 def _is_float(x: Any) -> bool:

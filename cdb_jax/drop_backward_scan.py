@@ -29,16 +29,17 @@ def drop_backward_scan(
     :math:`k = \max(1, \mathrm{round}(L (1 - \mathrm{rate})))` random blocks of L take part, and the
     others count as constants. As k is static, there is no conditional, and only the inputs of these
     k blocks are stored. What a block computes inside is computed again, as under `jax.checkpoint`.
-    Forward-mode derivatives are not defined.
+    Forward-mode and second derivatives are not defined. A gradient of zero does not freeze weights:
+    an optimizer with momentum or weight decay still moves them.
 
     Args:
-      branch: a function of a block and an array like `x` that returns an array like `x`. It may
-        close over other arrays, which are differentiated too.
+      branch: a function of a block and an array like `x` that returns an array like `x`, without
+        the residual connection. It may close over other arrays, which are differentiated too.
       blocks: a tree of arrays whose first axis stacks L blocks.
       x: the input of the first block.
-      rate: the share of the blocks whose backward pass is dropped, in [0, 1]. It sets shapes, so it
-        cannot be traced.
-      key: a JAX key for this call. A rate of exactly 0 needs none.
+      rate: the share of the blocks whose backward pass is dropped, in [0, 1]; 1 drops all. It sets
+        shapes, so it cannot be traced.
+      key: a JAX key for this call. Rates of exactly 0 and 1 need none.
       scale_by_keep: whether to multiply the gradient of a kept branch by L / k. The paper does not.
 
     Returns:
@@ -66,7 +67,8 @@ def drop_backward_scan(
     depth = _check_depth(blocks)
     first = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape[1:], w.dtype), blocks)
     closed, result = jax.make_jaxpr(branch, return_shape=True)(first, x)
-    if (jnp.shape(result), jnp.result_type(result)) != (x.shape, x.dtype):
+    is_array = isinstance(result, jax.ShapeDtypeStruct)
+    if not is_array or (result.shape, result.dtype) != (x.shape, x.dtype):
         raise ValueError(
             f"branch returned {result}, but x has shape {x.shape} and dtype {x.dtype}; a residual "
             "branch returns an array like its input."
@@ -75,12 +77,12 @@ def drop_backward_scan(
     function = jaxprs.as_function(
         program.eqns, (*program.constvars, *program.invars), program.outvars, program
     )
-    num_kept = depth if rate == 0.0 else max(1, round(depth * (1.0 - rate)))
-    indices = jnp.arange(depth)
-    if num_kept < depth:
+    num_kept = max(1, round(depth * (1.0 - rate))) if rate < 1.0 else 0
+    indices = jnp.arange(num_kept)
+    if 0 < num_kept < depth:
         key = check_call_key(key, "rngs.drop_backward()")
         indices = jnp.sort(jax.random.permutation(key, depth)[:num_kept])
-    call = _Call(function, depth, depth / num_kept if scale_by_keep else 1.0)
+    call = _Call(function, depth, depth / num_kept if scale_by_keep and num_kept else 1.0)
     return _run(call, indices, list(consts), jax.tree.leaves(blocks), x)
 
 
@@ -142,7 +144,7 @@ def _fwd(
         x = call.advance(consts, blocks, x, start, stop)
         return (x, stop), x
 
-    (x, start), inputs = jax.lax.scan(to_next_kept, (x, jnp.zeros_like(indices[0])), indices)
+    (x, start), inputs = jax.lax.scan(to_next_kept, (x, jnp.zeros((), indices.dtype)), indices)
     x = call.advance(consts, blocks, x, start, call.depth)
     return x, _Residuals(indices, inputs, consts, blocks)
 

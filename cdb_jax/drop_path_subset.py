@@ -7,9 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cdb_jax import _explicit as explicit
-from cdb_jax._checks import check_bool, check_call_key, check_positive, check_static_rate, is_int
+from cdb_jax._checks import (
+    check_bool,
+    check_call_key,
+    check_no_module,
+    check_positive,
+    check_static_rate,
+    is_int,
+)
 from cdb_jax._scaling import scale
 
 
@@ -24,17 +32,19 @@ def drop_path_subset(
 ) -> jax.Array:
     r"""Like `drop_path(branch(*args), rate)`, but runs the branch on the kept samples only.
 
-    Use it as in `x + drop_path_subset(branch, x, rate=0.4, key=key)`. Exactly
-    :math:`k = \max(1, \mathrm{round}(B (1 - \mathrm{rate})))` of B random samples are kept, so
-    the time and the memory of the branch fall with the rate. There is no conditional. A layer of
-    the branch that mixes samples, such as batch normalisation, sees the kept samples only.
+    Use it as in `x + drop_path_subset(branch, x, rate=0.4, key=key)`, with another key for each
+    branch. With B samples in each of S shards, exactly
+    :math:`k = \max(1, \mathrm{round}(B (1 - \mathrm{rate})))` random samples of each shard are
+    kept, so the time and the memory of the branch fall with the rate. There is no conditional. If
+    B is small, the rounding matters: a rate below 1 / (2 B) drops nothing, and B = 1 never drops. A
+    layer of the branch that mixes samples, such as batch normalisation, sees the kept samples only.
 
     Args:
       branch: a function of arrays that returns a float array with one entry for each sample.
       *args: arguments of `branch`: arrays, or trees of arrays, with the same number of samples.
         The branch may close over arrays that have no samples, such as weights.
-      rate: the share of the samples that is dropped, in [0, 1]. It sets shapes, so it cannot be
-        traced.
+      rate: the share of the samples that is dropped, in [0, 1]; 1 drops all. It sets shapes, so it
+        cannot be traced.
       key: a JAX key for this call. Rates of exactly 0 and 1 need none.
       sample_axis: the axis of the samples, in all arguments and in the result.
       num_shards: the number of devices that share the samples. Each shard keeps the same number
@@ -64,6 +74,7 @@ def drop_path_subset(
     """
     rate = check_static_rate(rate)
     check_bool("scale_by_keep", scale_by_keep)
+    check_no_module(args, "args holds", "cdb_jax.nnx.DropPath and its method subset")
     samples = _Samples.of(args, sample_axis, num_shards, rate)
     if rate == 0.0:
         return branch(*args)
@@ -71,6 +82,7 @@ def drop_path_subset(
         return jax.tree.map(jnp.zeros_like, jax.eval_shape(branch, *args))
     kept = samples.draw(key)
     y = branch(*jax.tree.map(lambda x: samples.take(x, kept), args))
+    samples.check_result(y)
     if scale_by_keep:
         y = scale(y, samples.total / samples.num_kept)
     return samples.put(y, kept)
@@ -101,6 +113,11 @@ class _Samples(NamedTuple):
     @classmethod
     def of(cls, args: Any, axis: int, num_shards: int, rate: float) -> _Samples:
         leaves = jax.tree.leaves(args)
+        if not leaves or not all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves):
+            raise TypeError(
+                f"the arguments of the branch must be arrays of samples, got {args!r:.80}; close "
+                "over settings."
+            )
         check_positive("num_shards", num_shards)
         if not is_int(axis) or not all(-x.ndim <= axis < x.ndim for x in leaves):
             shapes = [x.shape for x in leaves]
@@ -120,9 +137,24 @@ class _Samples(NamedTuple):
                 f"num_shards={num_shards} does not divide the {total} samples; use the number of "
                 "devices that share the batch."
             )
+        devices = max(explicit.num_shards(jax.typeof(x).sharding, (axis % x.ndim,)) for x in leaves)
+        if num_shards % devices:
+            raise ValueError(
+                f"num_shards={num_shards}: the samples are sharded over {devices} devices; use "
+                f"num_shards={devices}."
+            )
         per_shard = total // num_shards
         num_kept = max(1, round(per_shard * (1.0 - rate)))
         return cls(axis, num_shards, total, num_shards * num_kept)
+
+    def check_result(self, y: Any) -> None:
+        is_float = isinstance(y, jax.Array) and jnp.issubdtype(y.dtype, jnp.inexact)
+        if not is_float or not -y.ndim <= self.axis < y.ndim or y.shape[self.axis] != self.num_kept:
+            got = f"shape {y.shape} and dtype {y.dtype}" if isinstance(y, jax.Array) else repr(y)
+            raise ValueError(
+                f"branch must return one float array with the {self.num_kept} kept samples along "
+                f"sample_axis={self.axis}, got {got:.80}."
+            )
 
     def draw(self, key: jax.Array | None) -> _Kept:
         key = check_call_key(key, "rngs.drop_path()")

@@ -220,10 +220,12 @@ def kept_branches(
     Args:
       rates: the drop rate of each branch, shape `(depth,)`; may be traced.
       key: a JAX key for this step.
-      choice: "bernoulli": each branch is dropped independently. If all would be dropped, one of
-        those with a rate below 1 is kept at random. "exact": each branch is dropped with its rate,
-        and the number of kept branches is always the average, `sum(1 - rates)`, rounded up or down
-        at random if it is not a whole number. So each step takes the same time.
+      choice: "bernoulli": each branch is dropped independently. "exact": each branch is dropped
+        with its rate, and the number of kept branches is always the average, `sum(1 - rates)`,
+        rounded up or down at random if it is not a whole number. So each step takes the same time.
+        In both cases, if all would be dropped, one of those with a rate below 1 is kept at random
+        (any one, if all rates are 1). So for a few branches with high rates, branches are kept more
+        often than their rates say.
 
     Returns:
       A bool array of shape `(depth,)`, for `drop_backward(..., kept=kept[l])`.
@@ -245,24 +247,27 @@ def kept_branches(
     if jnp.ndim(rates) != 1 or not jnp.size(rates):
         raise ValueError(f"rates must have one entry for each branch, got shape {rates.shape}.")
     rates = jnp.asarray(rates, jnp.float32)
-    key, other = jax.random.split(key)
-    uniform = jax.random.uniform(key, rates.shape, jnp.float32)
-    kept = _keep_exactly(1.0 - rates, uniform, other) if choice == "exact" else uniform >= rates
-    # Under the condition that u < rate, u / rate is uniform. A rate of 1 is the last resort.
-    last = jnp.argmax(jnp.where(rates < 1.0, uniform / rates, uniform - 1.0))
+    first, second, third = jax.random.split(key, 3)
+    if choice == "exact":
+        kept = _keep_exactly(1.0 - rates, first, second)
+    else:
+        kept = jax.random.uniform(first, rates.shape, jnp.float32) >= rates
+    # A rate of 1 is the last resort.
+    order = jax.random.uniform(third, rates.shape, jnp.float32)
+    last = jnp.argmax(jnp.where(rates < 1.0, order, order - 1.0))
     return kept | (~jnp.any(kept) & (jnp.arange(rates.size) == last))
 
 
-def _keep_exactly(keep: jax.Array, uniform: jax.Array, key: jax.Array) -> jax.Array:
+def _keep_exactly(keep: jax.Array, order_key: jax.Array, key: jax.Array) -> jax.Array:
     """Systematic sampling in random order.
 
     The probabilities of being kept lie side by side on a line, and a branch is kept if its segment
     contains one of the points u, u + 1, ...
     """
-    order = jax.random.permutation(key, keep.size)
+    order = jax.random.permutation(order_key, keep.size)
     ends = jnp.cumsum(keep[order])
     nearest = jnp.round(ends)
     ends = jnp.where(jnp.abs(ends - nearest) < 1e-5, nearest, ends)  # Whole but for rounding.
-    counts = jnp.floor(ends + uniform[0])
+    counts = jnp.floor(ends + jax.random.uniform(key, (), jnp.float32))
     is_hit = jnp.diff(counts, prepend=0.0) > 0
     return jnp.zeros(keep.shape, bool).at[order].set(is_hit) | (keep == 1.0)

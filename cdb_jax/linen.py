@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,7 +150,7 @@ class DropBackward(nn.Module):
       ...     @nn.compact
       ...     def __call__(self, x, train):
       ...         drop = cdb_jax.linen.DropBackward(0.5)
-      ...         return x + drop(nn.Dense.__call__, nn.Dense(2), x, deterministic=not train)
+      ...         return x + drop(nn.Dense(2), x, deterministic=not train)
       >>> model, x = Block(), jnp.ones((1, 2))
       >>> params = model.init(jax.random.key(0), x, False)
       >>> def loss(params, seed):
@@ -168,41 +169,59 @@ class DropBackward(nn.Module):
     def __call__(
         self,
         branch: Callable[..., Any],
-        module: nn.Module,
         *args: Any,
         kept: jax.Array | None = None,
         deterministic: bool | None = None,
     ) -> Any:
-        """Returns `branch(module, *args)`.
+        """Returns `branch(*args)`.
 
         Variables, such as batch statistics, change as without the layer.
 
         Args:
-          branch: a function of a module and arrays, such as a method of a class.
-          module: a module, such as `self`; the branch may call its submodules.
-          *args: arrays.
+          branch: a module, a method of a module such as `self.attend`, or a function whose first
+            argument is a module, such as `self`; it may call submodules, and create them.
+          *args: arguments of the branch: arrays and settings, after a module for a function.
           kept: whether to keep the backward pass, in place of a draw: an entry of what
-            `kept_branches` returns.
+            `kept_branches` returns. It has no meaning in evaluation.
           deterministic: whether the layer is in evaluation mode.
         """
+        function, module, args = _with_module(branch, args)
         rate = check_call_rate(self.rate)
         is_evaluating = nn.merge_param("deterministic", self.deterministic, deterministic)
-        if is_evaluating or module.is_initializing():
-            return branch(module, *args)
+        is_plain = is_evaluating or module.is_initializing()
         key = None
-        if kept is None and not is_exactly(rate, 0.0):
+        if not is_plain and kept is None and not is_exactly(rate, 0.0):
             key = self.make_rng(self.rng_collection)
         settings: Any = dict(rate=rate, key=key, kept=kept, scale_by_keep=self.scale_by_keep)
 
-        def lifted(branch: Callable[..., Any], scope: Any, *args: Any) -> Any:
+        def lifted(function: Callable[..., Any], scope: Any, *args: Any) -> Any:
             def inner(scope_of: Any, repack: Any, variables: Any, rngs: Any) -> Any:
                 def pure(variables: Any, *args: Any) -> Any:
                     scope = scope_of(variables, rngs)
-                    results = branch(scope, *args)
+                    results = function(scope, *args)
                     return results, repack(scope)
 
+                if is_plain:
+                    return pure(variables, *args)
                 return drop_backward(pure, variables, *args, **settings)
 
             return lift.pack(inner, (True,), (True,), (True,), name="drop_backward")(scope)
 
-        return nn.transforms.lift_direct_transform(lifted, (branch,), module, *args)
+        return nn.transforms.lift_direct_transform(lifted, (function,), module, *args)
+
+
+def _with_module(
+    branch: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[Callable[..., Any], nn.Module, tuple[Any, ...]]:
+    """A branch as a function of a module, and of other arguments."""
+    if isinstance(branch, nn.Module):
+        return type(branch).__call__, branch, args
+    owner = getattr(branch, "__self__", None)
+    if inspect.ismethod(branch) and isinstance(owner, nn.Module):
+        return branch.__func__, owner, args
+    if not args or not isinstance(args[0], nn.Module):
+        raise TypeError(
+            f"branch must be a module, a method of one, or a function whose first argument is one, "
+            f"got {branch!r:.80}; use drop(self.attend, x) or drop(function, self, x)."
+        )
+    return branch, args[0], args[1:]

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import errors, nnx
 
 from cdb_jax import inference, report
 from cdb_jax._checks import check_bool, check_call_rate, is_exactly
@@ -199,6 +200,10 @@ def _filled(given: Any, changed: Any) -> Any:
 
 def _is_model(x: Any) -> bool:
     return isinstance(x, nnx.Pytree)
+
+
+def _is_stateful(x: Any) -> bool:
+    return isinstance(x, (nnx.Pytree, nnx.Variable))
 
 
 class _Call:
@@ -479,7 +484,9 @@ class DropPath(_RandomLayer):
             )
         if self._is_evaluating(deterministic):
             return in_evaluation(branch(*args), self.rate, self.scale_by_keep)
-        leaves, treedef = jax.tree.flatten(args, is_leaf=_is_model)
+        if is_exactly(self.rate, 1.0):
+            return jax.tree.map(jnp.zeros_like, nnx.eval_shape(branch, *args))
+        leaves, treedef = jax.tree.flatten(args, is_leaf=_is_stateful)
 
         def of_arrays(arrays: dict[int, jax.Array]) -> jax.Array:
             filled = [arrays.get(i, x) for i, x in enumerate(leaves)]
@@ -487,7 +494,7 @@ class DropPath(_RandomLayer):
 
         return drop_path_subset(
             of_arrays,
-            {i: x for i, x in enumerate(leaves) if not _is_model(x)},
+            {i: x for i, x in enumerate(leaves) if not _is_stateful(x)},
             rate=self.rate,  # type: ignore[arg-type]
             key=self._key(rngs),
             sample_axis=self.sample_axis,
@@ -539,14 +546,15 @@ class DropBackward(_RandomLayer):
     ) -> Any:
         """Returns `branch(*args)`.
 
-        The state of models, such as batch statistics and RNG counts, changes as without the layer.
+        Variables of models, such as batch statistics and RNG counts, change as without the layer;
+        other attributes do not. For keyword arguments of the branch, pass a function that has them.
 
         Args:
           branch: a model, a method of a model, or a function of models and arrays. Pass the models
             that a function calls in `args`.
           *args: models and arrays.
           kept: whether to keep the backward pass, in place of a draw: an entry of what
-            `kept_branches` returns.
+            `kept_branches` returns. It has no meaning in evaluation.
           deterministic: as for other layers, overrides the mode.
           rngs: the source of keys for this call.
         """
@@ -556,8 +564,8 @@ class DropBackward(_RandomLayer):
         method: Any = branch
         if inspect.ismethod(method):
             branch, args = method.__func__, (method.__self__, *args)
-        leaves, treedef = jax.tree.flatten((branch, args), is_leaf=_is_model)
-        models = {i: x for i, x in enumerate(leaves) if _is_model(x)}
+        leaves, treedef = jax.tree.flatten((branch, args), is_leaf=_is_stateful)
+        models = {i: x for i, x in enumerate(leaves) if _is_stateful(x)}
         others = {i: x for i, x in enumerate(leaves) if i not in models}
         graph, state = nnx.split(models)
 
@@ -569,7 +577,14 @@ class DropBackward(_RandomLayer):
             return results, _changes(state, nnx.state(models))
 
         settings: Any = dict(rate=self.rate, kept=kept, scale_by_keep=self.scale_by_keep)
-        results, changed = drop_backward(pure, state, others, key=key, **settings)
-        flat = [(path, x) for path, x in nnx.to_flat_state(changed) if jax.tree.leaves(x)]
+        try:
+            results, changed = drop_backward(pure, state, others, key=key, **settings)
+        except errors.TraceContextError as error:
+            raise ValueError(
+                "the branch changes a model that it closes over; pass the model or a method of it, "
+                "as in drop(self.mlp, x), or pass the model in the arguments of the branch."
+            ) from error
+        filled = dict(nnx.to_flat_state(_filled(state, changed)))
+        flat = [(p, filled[p]) for p, x in nnx.to_flat_state(changed) if jax.tree.leaves(x)]
         nnx.update(models, nnx.from_flat_state(flat))
         return results

@@ -133,9 +133,14 @@ def run_branch(
     return cond(draw_kept(rate, key, ()), kept, dropped, *args)
 
 
-def draw_kept(rate: float | jax.Array, key: jax.Array | None, shape: Sequence[int]) -> jax.Array:
+def draw_kept(
+    rate: float | jax.Array,
+    key: jax.Array | None,
+    shape: Sequence[int],
+    source: str = "rngs.drop_path()",
+) -> jax.Array:
     """Draws whether a branch is kept, for each entry of a shape."""
-    key = check_call_key(key, "rngs.drop_path()")
+    key = check_call_key(key, source)
     return jax.random.uniform(key, shape, jnp.float32) >= rate
 
 

@@ -233,28 +233,26 @@ def model_settings(config: Config) -> dict[str, Any]:
     """What the method asks of the model."""
     if config.method == "dropout":
         return {"dropout_rate": config.rate}
-    return {"dropout_rate": config.dropout_rate} | _branch_settings(config)
+    settings = {"dropout_rate": config.dropout_rate}
+    if config.method == "backdrop":
+        return settings | {"backdrop_rate": config.rate}
+    if config.method in ("stochastic_depth", "drop_path_subset", "drop_backward"):
+        return settings | {"branches": _branches(config)}
+    return settings
 
 
-def _branch_settings(config: Config) -> dict[str, Any]:
+def _branches(config: Config) -> models.Branches:
     depth = models.depth(config.model) or 1  # Unknown names are told later.
-    match config.method:
-        case "backdrop":
-            return {"backdrop_rate": config.rate}
-        case "drop_backward":
-            return {"branches": models.Branches((config.rate,) * depth, "backward")}
-        case "drop_path_subset":
-            rates = (config.rate,) * depth
-            return {"branches": models.Branches(rates, "subset", jax.device_count())}
-        case "stochastic_depth":
-            convolves = config.model.startswith("resnet")
-            if config.skip_dropped and convolves and jax.default_backend() == "cpu":
-                raise UserError(
-                    "--skip-dropped: convolutions that may be left out run twenty times slower on "
-                    "CPU; leave the flag out, or choose a ViT."
-                )
-            budget = depth - config.rate * (depth + 1) / 2  # Drops the last block at `rate`.
-            rates = cdb_jax.drop_path_rates(depth, budget, mode="linear")
-            how: models.How = "skip" if config.skip_dropped else "mask"
-            return {"branches": models.Branches(tuple(rates.tolist()), how)}
-    return {}
+    if config.method == "drop_backward":
+        return models.Branches((config.rate,) * depth, "backward")
+    if config.method == "drop_path_subset":
+        return models.Branches((config.rate,) * depth, "subset", jax.device_count())
+    convolves = config.model.startswith("resnet")
+    if config.skip_dropped and convolves and jax.default_backend() == "cpu":
+        raise UserError(
+            "--skip-dropped: convolutions that may be left out run twenty times slower on CPU; "
+            "choose a ViT, or --method drop_path_subset."
+        )
+    budget = depth - config.rate * (depth + 1) / 2  # Drops the last block at `rate`.
+    rates = cdb_jax.drop_path_rates(depth, budget, mode="linear")
+    return models.Branches(tuple(rates.tolist()), "skip" if config.skip_dropped else "mask")

@@ -271,6 +271,18 @@ def test_models(name, standard_promotion):
             "rate must be a float, not traced",
         ),
         (
+            lambda: cdb_jax.drop_path_subset(jnp.sum, X, rate=0.5, key=KEY),
+            "branch must return one float array with the 8 kept samples",
+        ),
+        (
+            lambda: cdb_jax.drop_path_subset(lambda x: x[:1], X, rate=0.5, key=KEY),
+            "branch must return.*8 kept",
+        ),
+        (
+            lambda: cdb_jax.drop_path_subset(lambda x, y: x, X, True, rate=0.5, key=KEY),
+            "must be arrays of samples",
+        ),
+        (
             lambda: cdb_jax.nnx.DropPath(0.5, sample_axis=None, rngs=nnx.Rngs(0)).subset(
                 jnp.sin, X
             ),

@@ -64,6 +64,8 @@ class Task(NamedTuple):
 
     @property
     def epochs(self) -> Epochs:
+        if self.steps % self.epoch_steps:
+            return Epochs(1, self.steps)
         return Epochs(self.steps // self.epoch_steps, self.epoch_steps)
 
 

@@ -513,6 +513,9 @@ def _moved_by(program: Any, facts: Sequence[Fact], context: _Context) -> list[Fa
 
 def _jit(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
     if eqn.params["name"] == CALL_NAME:
+        if shape_of(eqn.invars[0]):  # Under `vmap`, both sides of a conditional are computed.
+            context.used_otherwise(facts, Reason.INSIDE, "drop_backward under vmap")
+            return None, None
         return _drop_backward(eqn, facts, context)
     # The operations of a nested jit join those around it.
     program, results = _follow(eqn.params["jaxpr"], facts, context)
