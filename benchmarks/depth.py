@@ -163,13 +163,23 @@ def recompute_branches(model: nnx.Module) -> None:
         block.drop_path.recomputes = True
 
 
-def mean_flops(variant: Variant, step: Step, full: Step, *settings: Any) -> float:
-    """The operations of an average step.
+def mean_flops(variant: Variant, step: Step, full: Step, *settings: Any) -> float | None:
+    """The operations of an average step; None for layers that are frozen at random.
 
     A compiler cannot know how often it takes a conditional, so those of a step that drops all
     branches are counted too. Each branch takes part in a share of `1 - rate` of the steps.
     """
-    rate = variant.rate
+    rate, policy = variant.rate, variant.policy
+    if (
+        policy
+        and variant.use != "after"
+        and (policy.layer_rate, policy.layer_choice)
+        != (
+            1.0,
+            "bernoulli",
+        )
+    ):
+        return None
     if variant.how == "skip":
         none = compile_step(*settings, variant._replace(rate=1.0))
         return rate * none.flops + (1 - rate) * full.flops
@@ -207,11 +217,12 @@ def compare(
     rows = []
     for variant in variants:
         step = steps[variant.name]
+        flops = mean_flops(variant, step, full, *settings)
         row = {
             "task": f"{name} {size}px batch {batch} adamw" + f" {dtype}" * (dtype != "float32"),
             "variant": variant.name,
             "rate": variant.rate,
-            "flops": mean_flops(variant, step, full, *settings) / full.flops,
+            "flops": None if flops is None else flops / full.flops,
             "temporaries": step.temporaries / full.temporaries,
         }
         if rounds:
@@ -228,11 +239,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         time_, interval = "-", "-"
+        flops = "-" if row["flops"] is None else f"{row['flops']:.3f}"
         if "ratio" in row:
             time_, interval = f"{row['ratio']:.3f}", f"[{row['low']:.3f}, {row['high']:.3f}]"
         lines.append(
             f"| {row['task']} | {row['rate']} | {row['variant']} | {time_} | {interval} | "
-            f"{row['flops']:.3f} | {row['temporaries']:.3f} |"
+            f"{flops} | {row['temporaries']:.3f} |"
         )
     return "\n".join(lines)
 
@@ -241,6 +253,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", nargs="*", type=parse_step)
     parser.add_argument("--rates", nargs="*", type=float, default=RATES)
+    names = [x.name for x in VARIANTS]
+    parser.add_argument("--variants", nargs="*", choices=names, default=names)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="float32", help="of the computation")
     parser.add_argument("--output", type=Path)
@@ -248,7 +262,7 @@ def main() -> None:
     rows = []
     for name, size, batch in args.steps or [parse_step(x) for x in STEPS]:
         for rate in args.rates:
-            variants = [x._replace(rate=rate) for x in VARIANTS]
+            variants = [x._replace(rate=rate) for x in VARIANTS if x.name in args.variants]
             rows += compare(name, size, batch, args.dtype, variants, args.rounds)
     publish(args.output or results_file("depth"), table(rows), rows)
 

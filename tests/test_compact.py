@@ -513,6 +513,51 @@ def test_eight_devices(spec, on_switch):
 
 
 @pytest.mark.parametrize("spec", [P(None, "data"), P("data"), P()])
+def test_memory_on_eight_devices(spec):
+    """Data-parallel, FSDP, groups over sharded channels; with a norm over the whole gradient."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    shapes = {f"dense{i}": {"kernel": jnp.ones((512, 512))} for i in range(6)}
+    of_params, replicated = NamedSharding(mesh, spec), NamedSharding(mesh, P())
+    policy = window(0.75, window_groups=8 if spec == P(None, "data") else None)
+    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
+
+    def loss(params, x):
+        for layer in params.values():
+            x = jnp.tanh(x @ layer["kernel"])
+        return jnp.mean(x**2)
+
+    def full(params, x, state):
+        return jax.grad(loss)(params, x), {}
+
+    def skipping(params, x, state):
+        selection = policy.select(params, state.count)
+        grads = cdb_jax.grad(loss, kept_only=True)(params, x, selection=selection)
+        return grads, {"selection": selection}
+
+    def memory(tx, grad):
+        """Bytes of the optimizer state, and of temporaries, on each device."""
+
+        def step(params, state, x):
+            grads, given = grad(params, x, state)
+            updates, state = tx.update(grads, state, params, **given)
+            return optax.apply_updates(params, updates), state
+
+        params = jax.tree.map(lambda x: jax.device_put(x, of_params), shapes)
+        state = jax.jit(tx.init)(params)
+        where = jax.tree.map(lambda x: of_params if x.ndim == 2 else replicated, (params, state))
+        x = jax.ShapeDtypeStruct((16, 512), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+        compiled = jax.jit(step, donate_argnums=(0, 1), in_shardings=(*where, None))
+        compiled = compiled.lower(params, state, x).compile().memory_analysis()
+        held = sum(x.nbytes for x in jax.tree.leaves(params)) // (1 if spec == P() else 8)
+        return compiled.argument_size_in_bytes - held, compiled.temp_size_in_bytes
+
+    whole, part = memory(inner, full), memory(compact(inner, policy), skipping)
+    assert part[0] < 0.3 * whole[0]
+    # With FSDP, the gathered weights of all layers take more than their gradients.
+    assert part[1] < (1.01 if spec == P("data") else 0.75) * whole[1]
+
+
+@pytest.mark.parametrize("spec", [P(None, "data"), P("data"), P()])
 def test_explicit_sharding(spec):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     params = {"a": {"kernel": jnp.arange(256.0).reshape(16, 16)}}

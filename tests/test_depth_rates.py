@@ -1,4 +1,4 @@
-"""`examples/depth.py`: drop rates by sensitivity, end to end."""
+"""`examples/depth_rates.py`: drop rates by sensitivity, end to end."""
 
 import json
 import sys
@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-import depth
+import depth_rates
 import models.vit
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "compilation_cache")
@@ -14,11 +14,13 @@ pytestmark = pytest.mark.usefixtures("standard_promotion", "compilation_cache")
 
 def test_end_to_end(monkeypatch, tmp_path, data_dir, capsys):
     """Rates meet the budget, follow the sensitivities, and are trained with."""
-    monkeypatch.setattr(depth, "DEPTH", 3)
+    monkeypatch.setattr(depth_rates, "DEPTH", 3)
     monkeypatch.setitem(models.vit.VITS, "vit_deep", (16, 3, 2))
     flags = f"--budgets 0.5 --seeds 2 --epochs 2 --batch-size 320 --run-dir {tmp_path}"
-    monkeypatch.setattr(sys, "argv", ["depth.py", *flags.split(), "--data-dir", str(data_dir)])
-    depth.main()
+    monkeypatch.setattr(
+        sys, "argv", ["depth_rates.py", *flags.split(), "--data-dir", str(data_dir)]
+    )
+    depth_rates.main()
     found = json.loads((tmp_path / "results.json").read_text())
     assert [row["mode"] for row in found["rows"]] == ["none", "uniform", "linear", "sense"]
     assert found["rows"][0]["difference"] == [0.0, 0.0, 0.0]
@@ -49,6 +51,6 @@ def test_end_to_end(monkeypatch, tmp_path, data_dir, capsys):
     ],
 )
 def test_mistakes(monkeypatch, flags, message):
-    monkeypatch.setattr(sys, "argv", ["depth.py", *flags.split()])
+    monkeypatch.setattr(sys, "argv", ["depth_rates.py", *flags.split()])
     with pytest.raises(SystemExit, match=f"^error: {message}"):
-        depth.main()
+        depth_rates.main()

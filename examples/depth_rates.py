@@ -1,7 +1,7 @@
 """Drop rates of residual branches by their sensitivity (arXiv 2106.03091), end to end.
 
-    python examples/depth.py                         # some minutes on two cores
-    python examples/depth.py --budgets 0.3 --seeds 1
+    python examples/depth_rates.py                         # some minutes on two cores
+    python examples/depth_rates.py --budgets 0.3 --seeds 1
 
 Trains a deep, narrow ViT on scikit-learn's digits for an epoch, measures how much the loss depends
 on each block, sets drop rates under a budget, and goes on training. Uniform and linear rates with
