@@ -396,7 +396,7 @@ class AcceptedError(Exception):
 NASTY = ["", " ", "-1", "0", "0.5", "1e400", "nan", "inf", "-inf", "abc", "None", "None None"]
 NASTY += ["9" * 40, "\u0663", "\U0001f4a5", "--", "../..", "'; true #", "a=b", "%s", "\\x00", "*"]
 PROCESSES = ("distributed", "coordinator", "process_count", "process_id")
-SWITCHES = ("skip_dropped", "resume")
+SWITCHES = ("skip_dropped", "resume", "keep_partial_batch", "standardise")
 FLAGS = [field.name for field in dataclasses.fields(train.Config)]
 
 
