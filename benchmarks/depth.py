@@ -194,7 +194,7 @@ def mean_flops(variant: Variant, step: Step, full: Step, *settings: Any) -> floa
 
 
 def is_slow_in_conditionals(name: str) -> bool:
-    """On CPU, XLA runs convolutions in a conditional twenty times slower, forward and backward."""
+    """Whether it has convolutions, which XLA's CPU compiler runs slowly inside a conditional."""
     return name.startswith("resnet") and jax.default_backend() == "cpu"
 
 

@@ -12,10 +12,10 @@ Prints a Markdown table and writes `results/methods-<device>.json`. Needs jax, f
 import argparse
 from pathlib import Path
 
+from depth import STEPS, Variant, compare, table
 from overhead import parse_step, publish, results_file  # Puts the library on the path.
 
 import cdb_jax
-from depth import STEPS, Variant, compare, table
 
 
 def policy(rate: float, **settings) -> cdb_jax.Policy:
@@ -50,7 +50,9 @@ VARIANTS = (
     Variant("stochastic depth 0.4, computed", "mask", rate=0.4),
     Variant("stochastic depth 0.4, on part of the batch", "subset", rate=0.4),
     Variant("drop_backward 0.5", "backward", rate=0.5),
-    Variant("drop_backward 0.5, channels 0.5 skipped", "backward", False, 0.5, WINDOW, "skip"),
+    Variant(
+        "drop_backward 0.5, channels 0.5 skipped", "backward", rate=0.5, policy=WINDOW, use="skip"
+    ),
 )
 
 

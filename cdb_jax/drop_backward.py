@@ -108,14 +108,13 @@ def drop_backward(
 
 
 def differentiated_if(kept: jax.Array, branch: Callable[..., Any], *args: Any) -> Any:
-    """`branch(*args)`, which counts as a constant in the backward pass unless it is kept."""
+    """`branch(*args)`, which is treated as a constant in the backward pass unless it is kept."""
     leaves, treedef = jax.tree.flatten(args)
     arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, _ARRAYS)}
 
     def of_arrays(arrays: dict[int, Any]) -> Any:
-        return branch(
-            *jax.tree.unflatten(treedef, [arrays.get(i, x) for i, x in enumerate(leaves)])
-        )
+        filled = [arrays.get(i, x) for i, x in enumerate(leaves)]
+        return branch(*jax.tree.unflatten(treedef, filled))
 
     closed, types = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
     program, consts = jaxprs.opened(closed)

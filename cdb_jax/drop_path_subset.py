@@ -75,7 +75,7 @@ def drop_path_subset(
     rate = check_static_rate(rate)
     check_bool("scale_by_keep", scale_by_keep)
     check_no_module(args, "args holds", "cdb_jax.nnx.DropPath and its method subset")
-    samples = _Samples.of(args, sample_axis, num_shards, rate)
+    samples = _Samples.checked(args, sample_axis, num_shards, rate)
     if rate == 0.0:
         return branch(*args)
     if rate == 1.0:
@@ -111,7 +111,7 @@ class _Samples(NamedTuple):
     num_kept: int
 
     @classmethod
-    def of(cls, args: Any, axis: int, num_shards: int, rate: float) -> _Samples:
+    def checked(cls, args: Any, axis: int, num_shards: int, rate: float) -> _Samples:
         leaves = jax.tree.leaves(args)
         if not leaves or not all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves):
             raise TypeError(
@@ -160,8 +160,9 @@ class _Samples(NamedTuple):
         key = check_call_key(key, "rngs.drop_path()")
         shape = self.num_shards, self.total // self.num_shards
         order = jnp.argsort(jax.random.uniform(key, shape, jnp.float32), axis=1)
-        indices = jnp.sort(order[:, : self.num_kept // self.num_shards], axis=1)
-        is_kept = jnp.any(indices[:, :, None] == jnp.arange(shape[1])[None, None], axis=1)
+        num_kept = self.num_kept // self.num_shards
+        indices = jnp.sort(order[:, :num_kept], axis=1)
+        is_kept = jnp.argsort(order, axis=1) < num_kept
         slots = jnp.maximum(jnp.cumsum(is_kept, axis=1, dtype=jnp.int32) - 1, 0)
         return _Kept(indices, is_kept, slots)
 

@@ -202,7 +202,7 @@ def every_nth_epoch(
     References:
       LayerDropBack, `arXiv 2412.18027 <https://arxiv.org/abs/2412.18027>`_.
     """
-    epochs = _Epochs.of(steps_per_epoch, n)
+    epochs = _Epochs.checked(steps_per_epoch, n)
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         is_nth = epochs.position(count)[1]
@@ -236,7 +236,7 @@ def by_epoch(
       >>> [round(float(schedule(step)), 3) for step in (0, 100, 125, 175)]
       [0.1, 0.05, 0.015, 0.0]
     """
-    epochs = _Epochs.of(steps_per_epoch, n)
+    epochs = _Epochs.checked(steps_per_epoch, n)
     return lambda count: schedule(epochs.position(count)[0])
 
 
@@ -248,7 +248,7 @@ class _Epochs(NamedTuple):
     nth_steps: int
 
     @classmethod
-    def of(cls, steps_per_epoch: StepsPerEpoch, n: int) -> _Epochs:
+    def checked(cls, steps_per_epoch: StepsPerEpoch, n: int) -> _Epochs:
         pair = steps_per_epoch if isinstance(steps_per_epoch, tuple) else (steps_per_epoch,) * 2
         if len(pair) != 2:
             raise ValueError(f"steps_per_epoch must be an int or two, got {steps_per_epoch!r}.")

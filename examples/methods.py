@@ -250,7 +250,7 @@ def _branches(config: Config) -> models.Branches:
     convolves = config.model.startswith("resnet")
     if config.skip_dropped and convolves and jax.default_backend() == "cpu":
         raise UserError(
-            "--skip-dropped: convolutions that may be left out run twenty times slower on CPU; "
+            "--skip-dropped: convolutions that may be left out run many times slower on CPU; "
             "choose a ViT, or --method drop_path_subset."
         )
     budget = depth - config.rate * (depth + 1) / 2  # Drops the last block at `rate`.

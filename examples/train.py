@@ -136,7 +136,7 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
             image_shape=dataset.preprocessing.image_shape,
             dtype=config.dtype,
             **methods.model_settings(config),
-            # Streams of their own, so that every method starts from the same parameters.
+            # Separate streams, so that every method starts from the same parameters.
             rngs=nnx.Rngs(jax.random.key(seed), **training.streams(seed)),
         )
 

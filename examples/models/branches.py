@@ -96,6 +96,15 @@ class Branches(NamedTuple):
         return KeptBranches([rate for rate in self.rates for _ in range(per_block)], rngs)
 
 
+def given(index: int, per_block: int, gates: Any, kept: Any) -> dict[str, Any]:
+    """What the call of a block gets of the gates and flags of all, if there are any."""
+    found = {} if gates is None else {"gate": gates[index]}
+    if kept is not None:
+        flags = kept[index * per_block : (index + 1) * per_block]
+        found["kept"] = flags if per_block > 1 else flags[0]
+    return found
+
+
 class KeptBranches(nnx.Module):
     """Draws the branches whose backward pass a step keeps; None in evaluation."""
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.branches import NO_BRANCH_DROPPED, Branch, Branches, make_backdrop
+from models.branches import NO_BRANCH_DROPPED, Branch, Branches, given, make_backdrop
 
 he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 ones, zeros = nnx.initializers.ones, nnx.initializers.zeros
@@ -201,9 +201,7 @@ class ResNet(nnx.Module):
         if self.pools_stem:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for i, block in enumerate(self.blocks):
-            given = {} if gates is None else {"gate": gates[i]}
-            given |= {} if kept is None else {"kept": kept[i]}
-            x = block(x, **given)
+            x = block(x, **given(i, 1, gates, kept))
         x = jnp.mean(self.backdrop(x) if self.backdrop else x, axis=(1, 2))
         return self.head(self.dropout(x))
 

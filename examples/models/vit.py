@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.branches import NO_BRANCH_DROPPED, Branch, Branches, make_backdrop
+from models.branches import NO_BRANCH_DROPPED, Branch, Branches, given, make_backdrop
 
 xavier = nnx.initializers.xavier_uniform()
 
@@ -160,9 +160,7 @@ class ViT(nnx.Module):
         for i, block in enumerate(self.blocks):
             if self.backdrop and i == len(self.blocks) - 1:
                 x = self.backdrop(x)
-            given = {} if gates is None else {"gate": gates[i]}
-            given |= {} if kept is None else {"kept": kept[2 * i : 2 * i + 2]}
-            x = block(x, **given)
+            x = block(x, **given(i, 2, gates, kept))
         return self.head(self.norm(x[:, 0]))
 
 
