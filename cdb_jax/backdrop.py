@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cdb_jax._checks import check_call_key, check_call_rate, is_exactly, is_int
-from cdb_jax._scaling import scale
+from cdb_jax._scaling import scale, varying_with
 
 
 def backdrop(
@@ -95,11 +95,21 @@ def _scale_gradient(
     shape: tuple[int, ...], axes: tuple[int, ...], x: jax.Array, residuals: _Residuals
 ) -> jax.Array:
     """Returns `x`; multiplies its gradient by a mask of a given shape, with mean 1 over `axes`."""
-    return x
+    return _varying(x, residuals)
 
 
-def _fwd(shape: Any, axes: Any, x: jax.Array, residuals: _Residuals) -> tuple[jax.Array, Any]:
-    return x, residuals
+def _varying(x: jax.Array, residuals: _Residuals) -> jax.Array:
+    key, rate, mask = residuals
+    if mask is not None:
+        return varying_with(x, mask)
+    assert key is not None
+    return varying_with(x, jax.random.bits(key), jnp.asarray(rate))
+
+
+def _fwd(
+    shape: Any, axes: Any, x: jax.Array, residuals: _Residuals
+) -> tuple[jax.Array, _Residuals]:
+    return _varying(x, residuals), residuals
 
 
 def _bwd(

@@ -14,7 +14,7 @@ from jax.extend.core.primitives import remat_p
 
 from cdb_jax import _cpu_order as cpu_order, _jaxprs as jaxprs
 from cdb_jax._checks import check_bool, check_call_rate, check_no_module, is_exactly
-from cdb_jax._scaling import scale
+from cdb_jax._scaling import scale_gradient, varying_with
 from cdb_jax.stochastic_depth import draw_kept, keep_probability
 
 CALL_NAME = "cdb_jax_drop_backward"  # Of the call in a traced program.
@@ -102,7 +102,9 @@ def drop_backward(
     factor = 1.0 / keep_probability(rate)
 
     def scaled(*args: Any) -> Any:
-        return jax.tree.map(lambda x: _scale_gradient(x, factor), branch(*args))
+        return jax.tree.map(
+            lambda x: scale_gradient(x, factor) if _is_float(x) else x, branch(*args)
+        )
 
     return differentiated_if(kept, scaled, *args)
 
@@ -156,7 +158,7 @@ class _Residuals(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated(function: Callable[..., list[Any]], kept: jax.Array, operands: list[Any]) -> list[Any]:
-    return function(*operands)
+    return _varying(function(*operands), kept)
 
 
 def _fwd(
@@ -172,7 +174,7 @@ def _fwd(
         return [x for x in results if _is_float(x)], results
 
     _, vjp, results = jax.vjp(of_floats, floats, has_aux=True)
-    return results, _Residuals(kept, vjp)
+    return _varying(results, kept), _Residuals(kept, vjp)
 
 
 def _bwd(function: Any, residuals: _Residuals, cotangents: list[Any]) -> tuple[Any, ...]:
@@ -192,21 +194,8 @@ def _bwd(function: Any, residuals: _Residuals, cotangents: list[Any]) -> tuple[A
 _gated.defvjp(_fwd, _bwd)
 
 
-@jax.custom_vjp
-def _scale_gradient(x: jax.Array, factor: float | jax.Array) -> jax.Array:
-    """Returns `x`, and multiplies its gradient."""
-    return x
-
-
-def _scale_fwd(x: jax.Array, factor: Any) -> tuple[jax.Array, Any]:
-    return x, factor
-
-
-def _scale_bwd(factor: Any, dx: jax.Array) -> tuple[Any, None]:
-    return (scale(dx, factor) if _is_float(dx) else dx), None
-
-
-_scale_gradient.defvjp(_scale_fwd, _scale_bwd)
+def _varying(results: list[Any], kept: jax.Array) -> list[Any]:
+    return [varying_with(x, kept) if _is_float(x) else x for x in results]
 
 
 def _is_float(x: Any) -> bool:

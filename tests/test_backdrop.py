@@ -243,6 +243,24 @@ def test_linen_layer():
     assert (masked == masked.all(axis=(0, 3), keepdims=True)).all()
 
 
+def test_the_gradient_of_a_mean_over_draws():
+    """An input that the draws share gets the mean of their masks, with a key or a given mask."""
+    x = jnp.arange(1.0, 5.0)
+    keys = jax.random.split(jax.random.key(0), 6)
+    masks = jnp.array([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 0.0]])
+
+    def of_key(x, key):
+        return jnp.sum(cdb_jax.backdrop(x, 0.5, axes=0, key=key) ** 2)
+
+    def of_mask(x, mask):
+        return jnp.sum(cdb_jax.backdrop(x, 0.5, axes=0, mask=mask) ** 2)
+
+    for f, draws in ((of_key, keys), (of_mask, masks)):
+        together = jax.grad(lambda x, f=f, d=draws: jnp.mean(jax.vmap(f, (None, 0))(x, d)))(x)
+        alone = jax.vmap(jax.grad(f), (None, 0))(x, draws)
+        np.testing.assert_allclose(together, alone.mean(axis=0), rtol=1e-6)
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
