@@ -68,11 +68,13 @@ class EpochProgress:
 
 def summary(row: Row, epochs: int) -> str:
     """One line for an epoch."""
+    held = f"  held period {row['held_period']}" if "held_period" in row else ""
     return (
         f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  "
         f"accuracy {100 * row['train_accuracy']:.2f} %  test loss {row['test_loss']:.4f}  "
         f"test accuracy {100 * row['test_accuracy']:.2f} %  "
-        f"{row['images_per_second']:,.0f} images/s  dropped {100 * row['dropped_fraction']:.1f} %"
+        f"{row['images_per_second']:,.0f} images/s  "
+        f"dropped {100 * row['dropped_fraction']:.1f} %{held}"
     )
 
 

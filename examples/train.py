@@ -204,6 +204,8 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
                 **training.evaluate(eval_step, state, dataset, size, mesh, share),
                 "images_per_second": num_images / seconds,
             }
+            if config.method == "cdb_compact":
+                row["held_period"] = (step - 1) // config.hold  # Of the last step, from 0.
             run.log(row)
             state = state._replace(sums=training.on_mesh(mesh, lambda: dict(zeros)))
             run.save(step, state)

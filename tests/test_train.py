@@ -155,6 +155,14 @@ def test_the_learning_rate_of_larger_batches_follows_epochs(config, policy, fact
     np.testing.assert_allclose(values, expected, rtol=1e-5)
 
 
+def test_metrics_show_the_held_period(config, capsys):
+    rows = train.train(config(method="cdb_compact", hold=5))  # Epochs of 8 steps.
+    assert [row["step"] for row in rows] == [8, 16]
+    assert [row["held_period"] for row in rows] == [1, 3]
+    assert "held period 3" in capsys.readouterr().out
+    assert "held_period" not in train.train(config(run_dir=config().run_dir / "b"))[0]
+
+
 @given(count=st.integers(1, 7), batches=st.integers(1, 9), joined=st.integers(1, 4))
 def test_epochs(count, batches, joined):
     """Against a list of the batches of all steps."""
@@ -430,7 +438,7 @@ MISTAKES = [
     (["--model", "vgg"], "unknown model 'vgg'; choose one of resnet_small"),
     (
         ["--model", "resnet_nano", "--method", "stochastic_depth", "--skip-dropped"],
-        "--skip-dropped: convolutions that may be left out run twenty times slower on CPU",
+        "--skip-dropped: convolutions that may be left out run many times slower on CPU",
     ),
     (["--model", "foo", "--method", "stochastic_depth"], "unknown model 'foo'; choose one of"),
     (["--model", "vit_nano/3"], "patch_size=3 does not divide images of 8x8"),
