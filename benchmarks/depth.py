@@ -75,7 +75,13 @@ class Variant(NamedTuple):
         return optax.chain(mask, inner) if self.use == "before" else optax.chain(inner, mask)
 
 
+def policy(rate: float, **settings: Any) -> cdb_jax.Policy:
+    """Windows of channels in all layers but the head."""
+    return cdb_jax.Policy(rate, key=0, channel_choice="window", exempt=("head",), **settings)
+
+
 FULL = Variant("full")
+WINDOW = policy(0.5)
 VARIANTS = (
     Variant("mask", "mask"),
     Variant("skip", "skip"),
@@ -102,20 +108,49 @@ def compile_step(
     kept: Any = None,
 ) -> Step:
     """Compiles a step; `kept` replaces the draw of the branches that keep their backward pass."""
+    graph, params, rest = nnx.split(build(name, size, dtype, variant), nnx.Param, ...)
+    batch = jax.random.normal(jax.random.key(0), (batch_size, size, size, 3))
+    batch = batch, jnp.arange(batch_size) % 1000
+    tx, train = training_step(graph, variant, kept)
+    opt_state = tx.init(params)
+    compiled = jax.jit(train).lower(params, opt_state, rest, jnp.int32(0), *batch).compile()
+    state: dict[str, Any] = {"rest": rest, "count": 0}
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        *_, new_rest, _ = jax.block_until_ready(
+            compiled(params, opt_state, state["rest"], jnp.int32(state["count"]), *batch)
+        )
+        elapsed = time.perf_counter() - start
+        state["rest"] = new_rest  # Its counts of draws; the next step drops other blocks.
+        state["count"] += 1
+        return elapsed
+
+    flops = compiled.cost_analysis()["flops"]
+    return Step(seconds, flops, compiled.memory_analysis().temp_size_in_bytes)
+
+
+def build(name: str, size: int, dtype: str, variant: Variant, num_shards: int = 1) -> nnx.Module:
+    """A model for images of `size` pixels, whose blocks are dropped as the variant says."""
+    rates = (variant.rate,) * models.depth(name)
     model = models.create(
         name,
         num_classes=1000,
         image_shape=(size, size, 3),
         dtype=dtype,
-        branches=models.Branches((variant.rate,) * models.depth(name), variant.how),
+        branches=models.Branches(rates, variant.how, num_shards),
         backdrop_rate=variant.backdrop_rate,
         rngs=nnx.Rngs(0, drop_path=1, drop_backward=1, backdrop=1),
     )
     if variant.recomputes:
         recompute_branches(model)
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    images = jax.random.normal(jax.random.key(0), (batch_size, size, size, 3))
-    labels = jnp.arange(batch_size) % 1000
+    return model
+
+
+def training_step(
+    graph: Any, variant: Variant, kept: Any = None
+) -> tuple[optax.GradientTransformation, Callable[..., Any]]:
+    """The optimizer, and `train(params, opt_state, rest, count, images, labels)`."""
     policy, tx = variant.policy, variant.optimizer(optax.adamw(1e-3))
 
     def train(params: Any, opt_state: Any, rest: Any, count: Any, images: Any, labels: Any) -> Any:
@@ -138,23 +173,7 @@ def compile_step(
         updates, opt_state = tx.update(grads, opt_state, params, **given)
         return optax.apply_updates(params, updates), opt_state, new_rest, loss
 
-    opt_state = tx.init(params)
-    batch = images, labels
-    compiled = jax.jit(train).lower(params, opt_state, rest, jnp.int32(0), *batch).compile()
-    state: dict[str, Any] = {"rest": rest, "count": 0}
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        *_, new_rest, _ = jax.block_until_ready(
-            compiled(params, opt_state, state["rest"], jnp.int32(state["count"]), *batch)
-        )
-        elapsed = time.perf_counter() - start
-        state["rest"] = new_rest  # Its counts of draws; the next step drops other blocks.
-        state["count"] += 1
-        return elapsed
-
-    flops = compiled.cost_analysis()["flops"]
-    return Step(seconds, flops, compiled.memory_analysis().temp_size_in_bytes)
+    return tx, train
 
 
 def recompute_branches(model: nnx.Module) -> None:
@@ -170,15 +189,8 @@ def mean_flops(variant: Variant, step: Step, full: Step, *settings: Any) -> floa
     branches are counted too. Each branch takes part in a share of `1 - rate` of the steps.
     """
     rate, policy = variant.rate, variant.policy
-    if (
-        policy
-        and variant.use != "after"
-        and (policy.layer_rate, policy.layer_choice)
-        != (
-            1.0,
-            "bernoulli",
-        )
-    ):
+    whole = (1.0, "bernoulli")  # Every layer is masked, and none left out at random.
+    if policy and variant.use != "after" and (policy.layer_rate, policy.layer_choice) != whole:
         return None
     if variant.how == "skip":
         none = compile_step(*settings, variant._replace(rate=1.0))

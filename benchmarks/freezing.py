@@ -63,9 +63,9 @@ def main() -> None:
     args = parser.parse_args()
     sharding = None
     if args.tpu:
-        import tpu
+        import targets
 
-        sharding = jax.sharding.SingleDeviceSharding(tpu.chips("2x4")[0])
+        sharding = jax.sharding.SingleDeviceSharding(targets.chips("v5e:2x4")[0])
     rows = measure(sharding)
     lines = ["| optimizer | bytes accessed | temporary memory |", "| --- | --- | --- |"]
     lines += [

@@ -184,9 +184,9 @@ def build(name: str, depth: int, remat: str, dtype: Any) -> Model:
 
 def meshes(target: str, kind: str) -> Mesh:
     if target == "tpu":
-        import tpu
+        import targets
 
-        devices = tpu.chips("2x4")[:1] if kind == "one" else tpu.chips("2x4")
+        devices = targets.chips("v5e:2x4")[:1] if kind == "one" else targets.chips("v5e:2x4")
     else:
         devices = jax.devices()[:1]
     return Mesh(devices, ("data",))

@@ -12,17 +12,11 @@ Prints a Markdown table and writes `results/methods-<device>.json`. Needs jax, f
 import argparse
 from pathlib import Path
 
-from depth import STEPS, Variant, compare, table
+from depth import STEPS, WINDOW, Variant, compare, policy, table
 from overhead import parse_step, publish, results_file  # Puts the library on the path.
 
 import cdb_jax
 
-
-def policy(rate: float, **settings) -> cdb_jax.Policy:
-    return cdb_jax.Policy(rate, key=0, channel_choice="window", exempt=("head",), **settings)
-
-
-WINDOW = policy(0.5)
 VARIANTS = (
     Variant("channels 0.5, masked before AdamW", policy=WINDOW),
     Variant("channels 0.5, masked after AdamW", policy=WINDOW, use="after"),

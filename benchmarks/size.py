@@ -82,9 +82,9 @@ def measure(name: str, shapes: dict[str, tuple[int, ...]], place: Any) -> dict[s
 
 
 def tpu_place(params: Any) -> Any:
-    import tpu
+    import targets
 
-    mesh = jax.sharding.Mesh(np.array(tpu.chips("16x16")).reshape(-1), ("fsdp",))
+    mesh = jax.sharding.Mesh(np.array(targets.chips("v5e:16x16")).reshape(-1), ("fsdp",))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec), params)
 

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import tpu
+import targets
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from overhead import ROOT  # Puts the library on the path.
@@ -81,7 +81,7 @@ def shardings(params: Any, layout: str, mesh: Mesh) -> Any:
 
 
 def compile_step(name: str, layout: str, topology: str, method: str, policy: Any) -> Any:
-    devices = tpu.chips(topology)
+    devices = targets.chips(f"v5e:{topology}")
     mesh = Mesh(devices, ("data",))
     graph, params, rest = nnx.split(nnx.eval_shape(lambda: build(name)), nnx.Param, ...)
     tx = optax.adamw(1e-3)

@@ -220,9 +220,10 @@ class KeptPart:
 
     @property
     def held(self) -> jax.Array:
-        """All places as one vector: int32."""
+        """All places as one vector: int32; never empty, as Orbax does not save empty arrays."""
         vectors = [x.reshape(-1) for x in jax.tree.leaves(self.places)]
-        return jnp.concatenate([jnp.zeros(0, jnp.int32), *vectors])
+        filling = 0 if any(x.size for x in vectors) else 1
+        return jnp.concatenate([*vectors, jnp.zeros(filling, jnp.int32)])
 
     def with_places(self, held: jax.Array) -> KeptPart:
         """A part of the same size in the places that a vector holds."""

@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 import tyro
 
 import methods
+from epochs import SaveTimes
 from errors import UserError
+from paths import AnyPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +21,17 @@ class Config:
     recipe: str | None = None
     """Flags for a row of the paper's tables: a file in examples/recipes. Flags given here win."""
     model: str = "resnet_small"
-    """resnet_small, resnet18, resnet34, resnet50;
-    vit_mini, vit_ti, vit_s, vit_b, vit_l with a patch size, as in vit_mini/2."""
-    dataset: Literal["digits", "cifar10", "cifar100", "svhn_cropped", "imagenet2012"] = "digits"
-    """digits comes with scikit-learn; the others are prepared once with examples/data.py."""
+    """resnet_small, resnet18, resnet34, resnet50, mobilenet_v2, densenet121; vit_mini, vit_ti,
+    vit_s, vit_b, vit_l with a patch size, as in vit_mini/2; or a network of your own, as
+    package.module:function."""
+    dataset: str = "digits"
+    """digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped or imagenet2012. digits comes
+    with scikit-learn; the others are prepared once with examples/data.py."""
+    data_folder: AnyPath | None = None
+    """A folder of images to train on instead, with a subfolder for each class."""
     image_size: int | None = None
     """Side of the images, resized to it; None: that of the data set."""
-    weights: Path | None = None
+    weights: AnyPath | None = None
     """Pretrained weights to begin with, as examples/recipes/README.md describes: a .npz file for a
     ViT, .safetensors for a ResNet. With another number of classes the head is new."""
     method: Annotated[methods.Name, tyro.conf.arg(help=methods.HELP)] = "cdb"
@@ -77,19 +83,26 @@ class Config:
     """Of the forward and backward pass. Parameters are float32 always."""
     seed: int = 0
     """Of initial parameters, order of the data, augmentation, dropout and dropped channels."""
-    run_dir: Path = Path("runs/train")
-    """Where results and checkpoints go."""
+    run_dir: AnyPath = Path("runs/train")
+    """Where results and checkpoints go: a folder, or a bucket such as gs://name/folder."""
     resume: bool = False
     """Go on from the last checkpoint in --run-dir, if there is one."""
-    data_dir: Path | None = None
+    save_every: str | None = None
+    """Save so often besides at the end of epochs: 500 means steps, 10m minutes."""
+    keep: int = 2
+    """Checkpoints to keep: the newest ones."""
+    go_on_if_not_finite: bool = False
+    """Go on if the loss or a parameter is NaN or infinite."""
+    data_dir: AnyPath | None = None
     """Where TensorFlow Datasets keeps its sets."""
     workers: int = 0
     """Processes that read and augment images; 0 uses threads."""
     mesh: str = ""
     """Axes of devices, such as data=4,fsdp=2: batches are split over both, parameters and optimizer
     state over fsdp. Empty: all devices in data."""
-    distributed: bool = False
-    """Join other processes: JAX finds them on TPU pods and under Slurm; else give all three:"""
+    distributed: Literal["auto", "always", "never"] = "auto"
+    """Join other processes. auto: if Slurm, MPI or a TPU pod has started several. JAX finds them on
+    TPU pods, under Slurm and Open MPI 4; elsewhere give all three:"""
     coordinator: str | None = None
     """HOST:PORT of process 0."""
     process_count: int | None = None
@@ -98,7 +111,7 @@ class Config:
     """Number of this process, from 0."""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "learning_rate", "hold", "drop_epoch_batch")
+        positive = ("epochs", "batch_size", "learning_rate", "hold", "drop_epoch_batch", "keep")
         for name in (*positive, "weight_decay", "workers", "rotation"):
             value, flag = getattr(self, name), "--" + name.replace("_", "-")
             if name in positive and not 0 < value < float("inf"):
@@ -116,6 +129,7 @@ class Config:
             if not 0.0 <= value <= 1.0:
                 raise UserError(f"{flag} {value} must be a probability between 0 and 1.")
         methods.check(self)
+        SaveTimes(self.save_every)
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed} must be at least 0 and less than 2**32.")
 
@@ -124,5 +138,6 @@ MOST_WORKERS = 512
 LARGEST_IMAGE = 4096
 # What may differ between a run and its continuation.
 NOT_SETTINGS = {"recipe", "run_dir", "resume", "data_dir", "workers", "mesh"}
+NOT_SETTINGS |= {"save_every", "keep", "go_on_if_not_finite"}
 NOT_SETTINGS |= {"distributed", "coordinator", "process_count", "process_id"}
 DEFAULTS = {x.name: x.default for x in dataclasses.fields(Config) if x.name not in NOT_SETTINGS}

@@ -1,6 +1,7 @@
 """Images through TensorFlow Datasets and Grain; TensorFlow itself is needed only to prepare a set.
 
     python examples/data.py cifar10 --data-dir ~/tensorflow_datasets    # once: download and prepare
+    python examples/data.py fashion_mnist --files /usr/share/datasets/fashion-mnist    # offline
 
 A batch is a function of the seed and the step alone: a run resumes by starting at its step, and
 with several processes each reads its own share of the same batches.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +26,10 @@ from absl import flags, logging
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+import idx
+import image_folder
 from errors import UserError, first_line
+from paths import AnyPath
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -76,11 +81,16 @@ class Preprocessing(NamedTuple):
 
 PREPROCESSING = {
     "digits": Preprocessing((8, 8, 1), max_value=16, shift=1),
+    "mnist": Preprocessing((28, 28, 1), shift=2),
+    "fashion_mnist": Preprocessing((28, 28, 1), shift=2, flip=True),
     "cifar10": Preprocessing((32, 32, 3), shift=4, flip=True),
     "cifar100": Preprocessing((32, 32, 3), shift=4, flip=True),
     "svhn_cropped": Preprocessing((32, 32, 3), shift=4),
     "imagenet2012": Preprocessing((224, 224, 3), flip=True, test_split="validation"),
 }
+
+
+FOLDER = Preprocessing((224, 224, 3), flip=True)  # For a folder of images.
 
 
 class DataSet(NamedTuple):
@@ -98,6 +108,8 @@ def load(
     data_dir: Path | None = None,
     image_size: int | None = None,
     rotation: float = 0.0,
+    folder: Path | None = None,
+    colors: bool = False,
 ) -> DataSet:
     """Opens a prepared set for random access; prepares `digits`, which takes a second.
 
@@ -106,10 +118,16 @@ def load(
       data_dir: where TensorFlow Datasets keeps its sets; None for its default.
       image_size: side of the images that a model sees; None for that of the set.
       rotation: turns training images by up to so many degrees.
+      folder: a folder of images to take instead, as `image_folder` describes.
+      colors: whether grey images become red, green and blue, as public weights want them.
 
     Raises:
       UserError: if the set is unknown, not prepared, or not readable.
     """
+    if folder is not None:
+        train, test, num_classes = image_folder.load(folder)
+        preprocessing = _changed(FOLDER, image_size, rotation, colors)
+        return DataSet(str(folder), train, test, num_classes, preprocessing)
     if name not in PREPROCESSING:
         raise UserError(f"unknown data set {name!r}; choose one of {', '.join(PREPROCESSING)}.")
     logging.set_verbosity(logging.ERROR)
@@ -140,11 +158,18 @@ def load(
             mend = f"remove its folder, and {mend}"
         raise UserError(f"data set {name!r} in {place}: {reason}; {mend}") from error
     num_classes = builder.info.features["label"].num_classes
-    preprocessing = PREPROCESSING[name]._replace(rotation=rotation)
-    if image_size is not None:
-        image_shape = (image_size, image_size, preprocessing.image_shape[-1])
-        preprocessing = preprocessing._replace(image_shape=image_shape)
+    preprocessing = _changed(PREPROCESSING[name], image_size, rotation, colors)
     return DataSet(name, train, test, num_classes, preprocessing)
+
+
+def _changed(
+    preprocessing: Preprocessing, image_size: int | None, rotation: float, colors: bool
+) -> Preprocessing:
+    height, width, channels = preprocessing.image_shape
+    if image_size is not None:
+        height = width = image_size
+    channels = 3 if colors else channels
+    return preprocessing._replace(image_shape=(height, width, channels), rotation=rotation)
 
 
 def _builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
@@ -249,6 +274,8 @@ def _read(data: DataSet, split: str, indices: np.ndarray) -> list[dict[str, Any]
     for i in indices.tolist():
         try:
             records.append(source[i])
+        except UserError:
+            raise
         except Exception as error:  # Image libraries and file formats raise what they like.
             raise UserError(
                 f"{split} image {i} of {data.name} cannot be read: {first_line(error)}; prepare "
@@ -272,8 +299,16 @@ def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     iterable = batches.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=2 * threads))
     if workers:
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; this script has its own.
-        iterable = iterable.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers))
+        iterable = iterable.mp_prefetch(
+            grain.multiprocessing.MultiprocessingOptions(workers), worker_init_fn=_ignore_signals
+        )
     return iter(iterable)
+
+
+def _ignore_signals(worker: int, workers: int) -> None:
+    """A stop of the whole group is for the main process, which ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches_per_epoch(data: DataSet, batch_size: int, multiple: int | None = None) -> int:
@@ -394,17 +429,29 @@ def _resize(
     return np.asarray(resized).reshape(preprocessing.image_shape)
 
 
-def prepare(name: tyro.conf.Positional[str], data_dir: Path | None = None) -> None:
+def prepare(
+    name: tyro.conf.Positional[str],
+    data_dir: AnyPath | None = None,
+    files: AnyPath | None = None,
+) -> None:
     """Download a data set and prepare it for the examples.
 
     Args:
-      name: digits, cifar10, cifar100, svhn_cropped or imagenet2012.
+      name: digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped or imagenet2012.
       data_dir: where TensorFlow Datasets keeps its sets.
+      files: a folder with the original files of mnist or fashion_mnist, instead of a download.
+        Debian's package dataset-fashion-mnist is found without this.
     """
     if name not in PREPROCESSING:
         raise UserError(f"unknown data set {name!r}; choose one of {', '.join(PREPROCESSING)}.")
+    if files and name not in ("mnist", "fashion_mnist"):
+        raise UserError(f"--files is for mnist and fashion_mnist, not for {name}; leave it out.")
     try:
-        _builder(name, data_dir).download_and_prepare()
+        builder = _builder(name, data_dir)
+        if folder := idx.folder_of(name, files):
+            idx.prepare(builder, folder)
+        else:
+            builder.download_and_prepare()
     except ModuleNotFoundError as error:
         raise UserError(
             f"preparing {name} needs {error.name}; run 'pip install tensorflow-cpu' and try again."

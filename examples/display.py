@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,22 +20,33 @@ from run_folder import STEP_METRICS, Row
 matplotlib.use("Agg")  # Draws to files; no display is needed.
 from matplotlib import pyplot  # noqa: E402
 
+LOG_EVERY = 60.0  # Seconds between lines of progress where nobody watches.
+
 
 def console() -> Console:
-    """Where to print: one process speaks for all."""
-    return Console(quiet=jax.process_index() > 0, highlight=False)
+    """Where to print: one process speaks for all. What is printed is text, never markup."""
+    if hasattr(sys.stdout, "reconfigure"):  # A stream may lack signs that a path has.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # A launcher may give its processes a terminal, and then collect what they print in a file.
+    terminal = False if jax.process_count() > 1 else None
+    quiet = jax.process_index() > 0
+    return Console(quiet=quiet, highlight=False, markup=False, emoji=False, force_terminal=terminal)
 
 
 class EpochProgress:
-    """A bar for the steps of one epoch, which disappears when the epoch is over."""
+    """A bar for the steps of one epoch, which disappears when the epoch is over.
+
+    Where nobody watches, a line each minute.
+    """
 
     def __init__(self, out: Console, title: str, steps: int):
+        self._out, self._title, self._steps = out, title, steps
         self._bar = progress.Progress(
-            progress.TextColumn("{task.description}"),
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),
             progress.MofNCompleteColumn(),
             progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[now]}"),
+            progress.TextColumn("{task.fields[now]}", markup=False),
             console=out,
             transient=True,
             disable=not out.is_terminal or out.quiet,
@@ -53,40 +65,51 @@ class EpochProgress:
     def update(self, step: int, images: int, metrics: Mapping[str, jax.Array]) -> None:
         """Shows the metrics of a step, a few times a second: reading them waits for the device."""
         passed = time.perf_counter() - self._shown
-        if self._bar.disable or passed < 0.3:
+        if self._out.quiet or passed < (LOG_EVERY if self._bar.disable else 0.3):
             return
         loss, accuracy, dropped = (float(metrics[name]) for name in STEP_METRICS)
         speed = (images - self._images) / passed
-        self._bar.update(
-            self._task,
-            completed=step,
-            now=f"loss {loss:.3f}  accuracy {100 * accuracy:.1f} %  {speed:,.0f} images/s  "
-            f"dropped {100 * dropped:.0f} %",
-        )
+        now = f"loss {loss:.3f}  accuracy {100 * accuracy:.1f} %  {speed:,.0f} images/s  "
+        now += f"dropped {100 * dropped:.0f} %"
+        if self._bar.disable:
+            self._out.print(f"{self._title}, step {step}/{self._steps}  {now}", soft_wrap=True)
+        else:
+            self._bar.update(self._task, completed=step, now=now)
         self._shown, self._images = time.perf_counter(), images
 
 
 def summary(row: Row, epochs: int) -> str:
     """One line for an epoch."""
     held = f"  held period {row['held_period']}" if "held_period" in row else ""
+    x = {name: number(value) for name, value in row.items()}
     return (
-        f"epoch {row['epoch']}/{epochs}  loss {row['train_loss']:.4f}  "
-        f"accuracy {100 * row['train_accuracy']:.2f} %  test loss {row['test_loss']:.4f}  "
-        f"test accuracy {100 * row['test_accuracy']:.2f} %  "
-        f"{row['images_per_second']:,.0f} images/s  "
-        f"dropped {100 * row['dropped_fraction']:.1f} %{held}"
+        f"epoch {row['epoch']}/{epochs}  loss {x['train_loss']:.4f}  "
+        f"accuracy {100 * x['train_accuracy']:.2f} %  test loss {x['test_loss']:.4f}  "
+        f"test accuracy {100 * x['test_accuracy']:.2f} %  "
+        f"{x['images_per_second']:,.0f} images/s  "
+        f"dropped {100 * x['dropped_fraction']:.1f} %{held}"
     )
+
+
+def number(value: float | None) -> float:
+    """A metric; NaN for what was not finite."""
+    return float("nan") if value is None else value
 
 
 def show_results(folder: Path, title: str, rows: Sequence[Row]) -> None:
     """Prints the final table and draws the curves of one run."""
     if jax.process_index() > 0 or not rows:
         return
+    rows = [{name: number(value) for name, value in row.items()} for row in rows]
     last, best = rows[-1], max(rows, key=lambda row: row["test_accuracy"])
     names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
     formats = ("{:.4f}", "{:.4f}", "{:.2%}", "{:.2%}")
     lines = [
-        (label, str(row["epoch"]), *(f.format(row[n]) for n, f in zip(names, formats, strict=True)))
+        (
+            label,
+            f"{row['epoch']:.0f}",
+            *(f.format(row[n]) for n, f in zip(names, formats, strict=True)),
+        )
         for label, row in (("last", last), ("best", best))
     ]
     columns = ("", "epoch", *(name.replace("_", " ") for name in names))
@@ -136,7 +159,7 @@ def plot_curves(histories: Mapping[str, Sequence[Sequence[Row]]], file: Path, ti
     for panel, name, factor, label in panels:
         for method, runs in histories.items():
             epochs = [row["epoch"] for row in runs[0]]
-            values = factor * np.array([[row[name] for row in rows] for rows in runs])
+            values = factor * np.array([[number(row[name]) for row in rows] for rows in runs])
             (line,) = panel.plot(epochs, values.mean(axis=0), label=method)
             low, high = values.min(axis=0), values.max(axis=0)
             panel.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import time
 from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from errors import UserError
 
 
 class Epochs(NamedTuple):
@@ -48,3 +55,44 @@ class Epochs(NamedTuple):
         epoch = self.epoch_of(step)
         done = step - self.start(epoch)
         return epoch * self.batches + done * self.batches_in_step(epoch)
+
+
+class SaveTimes:
+    """When to save between the ends of epochs.
+
+    Args:
+      every: such as "500", steps, or "10m", minutes; None for never.
+
+    Raises:
+      UserError: for another text.
+    """
+
+    AGREE_EVERY = 10  # Steps; several processes go by the clock of process 0.
+
+    def __init__(self, every: str | None):
+        number = (every or "0").removesuffix("m")
+        if not number.isdecimal() or (every and int(number) == 0):
+            raise UserError(
+                f"--save-every {every} must be a positive number of steps, as in 500, or of "
+                "minutes, as in 10m."
+            )
+        is_minutes = bool(every) and every.endswith("m")
+        self._steps = 0 if is_minutes else int(number)
+        self._seconds = 60.0 * int(number) if is_minutes else 0.0
+        self._saved = time.monotonic()
+
+    def saved(self, step: int) -> None:
+        self._saved = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save after this many steps. All processes must ask at the same steps."""
+        if self._steps:
+            return step % self._steps == 0
+        if not self._seconds:
+            return False
+        due = time.monotonic() - self._saved >= self._seconds
+        if jax.process_count() == 1:
+            return due
+        if step % self.AGREE_EVERY:
+            return False
+        return bool(multihost_utils.broadcast_one_to_all(np.array(due)))

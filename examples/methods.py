@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import jax
@@ -120,8 +121,29 @@ def channel_choice(config: Config) -> cdb_jax.policy.ChannelChoice:
     return config.channel_choice or METHODS[config.method].channel_choice
 
 
-def make_policy(config: Config, epochs: Epochs) -> cdb_jax.Policy | None:
+# With `skip_init_layers` 3: the arrays of index 0 to 3 in PyTorch's order.
+FIRST_LAYERS = {
+    "resnet": ("stem", "blocks/0/conv1"),
+    "vit": ("patch_embed",),
+    "mobilenet": ("stem", "blocks/0/depthwise"),
+    "densenet": ("stem", "blocks/0/conv1"),
+}
+
+
+def make_policy(config: Config, epochs: Epochs, channel_axes: Any = None) -> cdb_jax.Policy | None:
     """What the method drops of gradients or updates; None if it leaves them alone."""
+    policy = _make_policy(config, epochs)
+    if policy is None or channel_axes is None:
+        return policy
+    if config.method == "released":
+        raise UserError(
+            "--method released leaves out the first layers, which it knows for the models of the "
+            "examples only; choose another --method."
+        )
+    return dataclasses.replace(policy, channel_axes=channel_axes)
+
+
+def _make_policy(config: Config, epochs: Epochs) -> cdb_jax.Policy | None:
     key, exempt = config.seed, config.exempt
     match config.method:
         case "cdb" | "cdb_after" | "cdb_frozen":
@@ -141,9 +163,8 @@ def make_policy(config: Config, epochs: Epochs) -> cdb_jax.Policy | None:
                 hold=config.hold,
             )
         case "released":
-            # With `skip_init_layers` 3: the arrays of index 0 to 3 in PyTorch's order.
-            convolves = config.model.startswith("resnet")
-            first = ("stem", "blocks/0/conv1") if convolves else ("patch_embed",)
+            family = re.match("[a-z]*", config.model)[0]
+            first = FIRST_LAYERS.get(family, ())
             schedule = cdb_jax.presets.released_layer_rate(
                 epochs=epochs.count, steps_per_epoch=epochs.batches
             )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
-from typing import NoReturn
+import zlib
+from collections.abc import Callable
+from typing import Literal, NoReturn
 
 import jax
 import numpy as np
@@ -19,10 +22,37 @@ from errors import UserError, first_line
 START = 300  # Seconds that processes wait for process 0 to start.
 PATIENCE = 60  # Seconds until a process that gives no sign of life is taken for dead.
 LOST = os.EX_TEMPFAIL  # Exit code of a process that could not go on without another.
+# What tells a process how many of its kind a launcher has started.
+LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": "Slurm",
+    "OMPI_COMM_WORLD_SIZE": "Open MPI",
+    "PMI_SIZE": "MPI",
+}
 
 
-def join(coordinator: str | None, process_count: int | None, process_id: int | None):
-    """Joins the other processes. On TPU pods and under Slurm JAX finds the arguments by itself."""
+def launcher() -> str | None:
+    """What has started this process as one of several, if anything."""
+    for variable, name in LAUNCHERS.items():
+        if os.environ.get(variable, "1").strip() not in ("", "0", "1"):
+            return name
+    return "a TPU pod" if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") else None
+
+
+def join(
+    when: Literal["auto", "always", "never"],
+    coordinator: str | None = None,
+    process_count: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins the other processes, if there are any.
+
+    Args:
+      when: "auto" under a launcher, or if the other arguments are given.
+      coordinator: HOST:PORT of process 0. JAX finds the arguments by itself on TPU pods, under
+        Slurm and Open MPI 4.
+      process_count: how many there are.
+      process_id: which one this is, from 0.
+    """
     flags = {
         "--coordinator": coordinator,
         "--process-count": process_count,
@@ -33,6 +63,10 @@ def join(coordinator: str | None, process_count: int | None, process_id: int | N
         raise UserError(
             f"{' and '.join(missing)} must be given too; or none, where JAX finds them."
         )
+    if not missing and when == "never":
+        raise UserError("--coordinator joins other processes, and --distributed never forbids it.")
+    if missing and (when == "never" or (when == "auto" and not launcher())):
+        return
     if coordinator is not None:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -45,7 +79,8 @@ def join(coordinator: str | None, process_count: int | None, process_id: int | N
                 f"{process_count}."
             )
         if process_id > 0:
-            _wait_for(host, int(port))
+            _wait_for(host.strip("[]"), int(port))
+    _choose_port()
     try:
         jax.distributed.initialize(
             coordinator,
@@ -57,8 +92,17 @@ def join(coordinator: str | None, process_count: int | None, process_id: int | N
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"jax.distributed did not start: {first_line(error)}. Where JAX does not find the "
-            "others by itself, give --coordinator, --process-count and --process-id."
+            "others by itself, give --coordinator, --process-count and --process-id; or "
+            "--distributed never, for a process that trains alone."
         ) from error
+
+
+def _choose_port() -> None:
+    """Another port for each step of a Slurm job: JAX takes one for all that run side by side."""
+    job, step = (os.environ.get(f"SLURM_{x}_ID", "") for x in ("JOB", "STEP"))
+    if job.isdecimal() and step.isdecimal():
+        port = 61440 + (int(job) + 97 * int(step)) % 4096
+        os.environ.setdefault("JAX_COORDINATOR_PORT", str(port))
 
 
 def _wait_for(host: str, port: int) -> None:
@@ -75,6 +119,35 @@ def _wait_for(host: str, port: int) -> None:
                     "process 0 running, and may this host reach it?"
                 ) from error
         time.sleep(0.2)
+
+
+def device_summary() -> str:
+    """The devices that are used, and a warning if GPUs of a node are not; for all to call."""
+    kind = jax.devices()[0].device_kind
+    alone = jax.process_count() == 1
+    host = zlib.crc32(socket.gethostname().encode())
+    mine = np.array([host, jax.local_device_count(), num_gpus()])
+    found = np.atleast_2d(mine if alone else multihost_utils.process_allgather(mine))
+    text = "1 process" if alone else f"{jax.process_count()} processes"
+    if not alone and (name := launcher()):
+        text += f", started by {name}"
+    text += f"; {jax.device_count()} x {kind}"
+    on_gpu = jax.default_backend() == "gpu"
+    for node in dict.fromkeys(found[:, 0].tolist()):
+        rows = found[found[:, 0] == node]
+        used, there = rows[:, 1].sum(), rows[:, 2].max()
+        if on_gpu and used < there:
+            text += (
+                f"\nwarning: only {used} of the {there} GPUs of a node are used; start one process "
+                "for each GPU, or one for all of them."
+            )
+            break
+    return text
+
+
+def num_gpus() -> int:
+    """NVIDIA GPUs of this node, whether or not this process may use them."""
+    return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def leave(error: Exception) -> NoReturn:
@@ -94,16 +167,37 @@ def leave(error: Exception) -> NoReturn:
     else:
         if not lost:
             traceback.print_exception(error)
-        cause = first_line(error).rpartition("Error dispatching computation: ")[-1]
         print(
-            f"error: process {jax.process_index()} of {jax.process_count()} cannot go on: {cause}. "
-            "If another one has stopped, start all of them again with --resume.",
+            f"error: process {jax.process_index()} of {jax.process_count()} cannot go on: "
+            f"{first_line(error)}. If another one has stopped, start all of them again with "
+            "--resume.",
             file=sys.stderr,
             flush=True,
         )
     if jax.process_index() == 0:
         time.sleep(2.0)  # The others end with it, and may have something to say.
     os._exit(LOST if lost else 1)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a program, and ends when it has: threads that wait for a dead disk do not keep it."""
+    code: object = 1
+    try:
+        main()
+        code = None
+    except SystemExit as stopped:
+        code = stopped.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException as error:
+        traceback.print_exception(error)
+        code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    if not code:
+        raise SystemExit(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(code))
 
 
 def is_lost(error: Exception) -> bool:
@@ -121,20 +215,20 @@ class StoppedError(Exception):
 
 
 class StopRequest:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second acts as usual.
+    """Turns Ctrl-C or SIGTERM into a request to stop.
 
-    With several processes all of them must leave the loop at the same step, so they compare notes
-    every `AGREE_EVERY` steps.
+    A second Ctrl-C acts as usual. More SIGTERMs change nothing, as schedulers send several, and
+    kill in the end. Of several processes all must leave the loop at the same step: JAX's preemption
+    service, which hears SIGTERM from the moment they join, finds a step that none of them has
+    passed.
     """
-
-    AGREE_EVERY = 20
 
     def __enter__(self) -> StopRequest:
         self.signal = 0
-        self._previous = {
-            number: signal.signal(number, self._receive)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._calls = 0
+        self._previous = {signal.SIGINT: signal.signal(signal.SIGINT, self._interrupt)}
+        if jax.process_count() == 1:
+            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -142,14 +236,21 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        self.signal = number
-        signal.signal(number, self._previous[signal.Signals(number)])
+        self.signal = self.signal or number
 
-    def at(self, step: int) -> bool:
-        """Whether to stop before this step."""
-        if jax.process_count() > 1 and step % self.AGREE_EVERY == 0:
-            agreed = int(multihost_utils.process_allgather(np.array(self.signal)).max())
-            # One that arrives meanwhile is for the next time.
-            self.signal = agreed or self.signal
-            return agreed > 0
-        return jax.process_count() == 1 and self.signal > 0
+    def _interrupt(self, number: int, frame: object) -> None:
+        self._receive(number, frame)
+        signal.signal(number, self._previous[signal.SIGINT])
+        if jax.process_count() > 1:  # For the preemption service.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def is_now(self) -> bool:
+        """Whether to stop here. All processes must ask equally often."""
+        if jax.process_count() == 1:
+            return self.signal > 0
+        self._calls += 1
+        if not multihost_utils.reached_preemption_sync_point(self._calls):
+            return False
+        interrupted = multihost_utils.process_allgather(np.array(self.signal == signal.SIGINT))
+        self.signal = int(signal.SIGINT if interrupted.any() else signal.SIGTERM)
+        return True

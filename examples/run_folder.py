@@ -3,50 +3,69 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
+import math
+import os
+import secrets
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import absl.logging
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+import paths
 import processes
 from epochs import Epochs
 from errors import UserError, first_line
 
 Row = dict[str, Any]
 STEP_METRICS = ("train_loss", "train_accuracy", "dropped_fraction")
-COLUMNS = ("epoch", "step", *STEP_METRICS, "test_loss", "test_accuracy", "images_per_second")
+MEASURED = (*STEP_METRICS, "test_loss", "test_accuracy", "images_per_second")
+UNREADABLE = "[]\\"  # Orbax saves to paths with these, and cannot read what it has saved.
 
 
 class Run:
     """A folder with the settings, metrics and checkpoints of one training run.
+
+    No other run can use it until this one has ended. All processes of a run share it.
 
     Args:
       folder: made if it does not exist.
       settings: what the results depend on, as JSON values. A run resumes only with equal ones.
       defaults: what settings count as that the folder's run, of an earlier release, did not have.
       resume: whether to go on where the folder's run stopped, if it holds one.
+      keep: how many checkpoints to keep.
 
     Raises:
-      UserError: if the folder cannot be written, holds a run that is not to be resumed, or one
-        with other settings.
+      UserError: if the folder cannot be written, is in use, holds a run that is not to be resumed,
+        or one with other settings.
     """
 
-    def __init__(self, folder: Path, settings: Row, defaults: Row, *, resume: bool):
+    def __init__(self, folder: Path, settings: Row, defaults: Row, *, resume: bool, keep: int = 2):
         # Orbax logs at length what it raises as well, and so do the loops that it runs in.
         absl.logging.set_verbosity(absl.logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        self.folder = folder.absolute()
+        self.folder = folder if paths.is_bucket(folder) else folder.absolute()
         settings_file = self.folder / "settings.json"
         self._metrics_file = self.folder / "metrics.jsonl"
         self.speaks = jax.process_index() == 0
+        self._is_read_back = False
+        if bad := [x for x in UNREADABLE if x in str(self.folder)]:
+            raise UserError(
+                f"--run-dir {folder}: checkpoints below a path with {bad[0]} could be saved, but "
+                "not be read; choose another."
+            )
+        self._lock = _claim(folder)
         try:
             exists = settings_file.exists()
             if exists and not resume:
@@ -58,7 +77,9 @@ class Run:
             checkpoints.mkdir(parents=True, exist_ok=True)
             self._checkpoints = ocp.CheckpointManager(
                 checkpoints,
-                options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, cleanup_tmp_directories=True
+                ),
             )
             if jax.process_count() > 1:  # No process may take this run's file for an older one's.
                 multihost_utils.sync_global_devices("run folder")
@@ -69,21 +90,24 @@ class Run:
                 )
             if self.speaks and not exists:
                 _write(settings_file, json.dumps(settings, indent=2) + "\n")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"--run-dir {folder} cannot be used: {first_line(error)}. Choose another."
-            ) from error
+        except (OSError, ValueError, ImportError) as error:  # The last without access to buckets.
+            self._release()
+            raise _unusable(folder, error) from error
+        except BaseException:
+            self._release()
+            raise
 
     def restore(self, state: Any, epochs: Epochs) -> tuple[int, Any]:
         """The last checkpoint and its step, on the devices of `state`; without one, 0 and `state`.
 
-        Metrics logged after that checkpoint are forgotten: the run will log them again.
+        Metrics logged after that checkpoint are forgotten: the run will log them again. Those of
+        its own epoch are missing if the run was stopped while it evaluated; then the sums in the
+        state are those of this epoch.
         """
         last = self._checkpoints.latest_step()
         if last is not None:
-            shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             try:
-                state = self._checkpoints.restore(last, args=ocp.args.StandardRestore(shapes))
+                state = self._read(last, state)
             except Exception as error:  # Orbax raises whatever its storage layers raise.
                 _leave_out_echoes()
                 raise UserError(
@@ -92,30 +116,49 @@ class Run:
                 ) from error
         step = last or 0
         self.rows = [row for row in self.rows if row["step"] <= step]
-        if [row["epoch"] for row in self.rows] != list(range(1, epochs.epoch_of(step) + 1)):
+        complete, logged = epochs.epoch_of(step), len(self.rows)
+        at_end = step > 0 and step == epochs.start(complete)
+        is_pending = logged == complete - 1 and at_end and float(state.sums["train_loss"]) != 0.0
+        if at_end and not is_pending:  # The sums were those of an epoch that is now logged.
+            state = state._replace(sums=_zeros(state.sums))
+        wanted = complete - 1 if is_pending else complete
+        if [row["epoch"] for row in self.rows] != list(range(1, wanted + 1)):
             raise UserError(
                 f"--run-dir {self.folder} cannot be used: metrics.jsonl lacks epochs before step "
                 f"{step}. Choose another."
             )
         return step, state
 
+    def _read(self, step: int, state: Any) -> Any:
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        return self._checkpoints.restore(step, args=ocp.args.StandardRestore(shapes))
+
     def save(self, step: int, state: Any) -> None:
-        """Starts writing a checkpoint; the two newest are kept."""
+        """Starts writing a checkpoint; the newest are kept.
+
+        The first one is read back, so that nobody trains for days on what cannot be resumed.
+        """
         if self._checkpoints.latest_step() == step:
             return
         with self._writing(f"the checkpoint of step {step}"):
             # Half a checkpoint would be of no use, and is harder to report.
             needed = sum(x.nbytes for x in jax.tree.leaves(state))
-            free = shutil.disk_usage(self.folder).free
+            bucket = paths.is_bucket(self.folder)
+            free = math.inf if bucket else shutil.disk_usage(self.folder).free
             if free < needed:
                 raise OSError(
                     f"it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free."
                 )
             self._checkpoints.save(step, args=ocp.args.StandardSave(state))
+            if not self._is_read_back:
+                self._checkpoints.wait_until_finished()
+                self._read(step, state)
+                self._is_read_back = True
 
     def log(self, row: Row) -> None:
-        """Adds a line to `metrics.jsonl`."""
-        self.rows.append(row)
+        """Adds a line to `metrics.jsonl`, with null for what is not finite."""
+        finite = {name: x if math.isfinite(x) else None for name, x in row.items()}
+        self.rows.append(finite)
         if self.speaks:
             with self._writing(self._metrics_file.name):
                 _write(self._metrics_file, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -127,7 +170,7 @@ class Run:
         """Waits until everything is written, unless that means waiting for a lost process."""
         well = error is None or isinstance(error, processes.StoppedError)
         if jax.process_count() > 1 and not well:
-            return
+            return  # The lock goes with the process.
         try:
             with self._writing("the last checkpoint"):
                 self._checkpoints.wait_until_finished()
@@ -137,6 +180,11 @@ class Run:
         finally:
             with contextlib.suppress(Exception):  # The same once more.
                 self._checkpoints.close()
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock:
+            self._lock.close()
 
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -145,11 +193,88 @@ class Run:
         except Exception as error:  # Orbax raises whatever its storage layers raise.
             if processes.is_lost(error):
                 raise
-            complete = max(self._checkpoints.all_steps(read=True), default=0)
             raise UserError(
                 f"{what} could not be written to {self.folder}: {first_line(error)}. When that is "
-                f"mended, --resume goes on from step {complete}."
+                f"mended, {self.way_on()}"
             ) from error
+
+    def way_on(self) -> str:
+        """Where a run goes on that has failed, for an error."""
+        try:
+            complete = max(self._checkpoints.all_steps(read=True), default=0)
+        except Exception:  # The folder may be gone.
+            complete = 0
+        return f"--resume goes on from step {complete}." if complete else "start again."
+
+
+@jax.jit
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def _unusable(folder: Path, error: Exception) -> UserError:
+    return UserError(f"--run-dir {folder} cannot be used: {first_line(error)}. Choose another.")
+
+
+def _claim(folder: Path) -> IO[str] | None:
+    """Locks a folder for this run, and makes sure that all processes of the run see the same one.
+
+    Process 0 holds the lock, which the operating system releases if it dies, and writes a token
+    into it that the others read. A bucket cannot be locked.
+    """
+    if paths.is_bucket(folder):
+        return None
+    lock, failed, token = None, None, 0
+    if jax.process_index() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock, token = _lock(folder)
+        except UserError as error:
+            failed = error
+        except OSError as error:
+            failed = _unusable(folder, error)
+    if jax.process_count() > 1:
+        token = int(multihost_utils.broadcast_one_to_all(np.int32(token)))
+        if not token and not failed:
+            failed = UserError(f"--run-dir {folder} cannot be used by process 0, which says why.")
+        if token:
+            sees = multihost_utils.process_allgather(np.array(_token(folder) == token))
+            if not sees.all():
+                failed = UserError(
+                    f"--run-dir {folder} is not the same folder for process 0 and process "
+                    f"{int(np.argmin(sees))}; choose one on a file system that all hosts share."
+                )
+    if failed:
+        if lock:
+            lock.close()
+        raise failed
+    return lock
+
+
+def _lock(folder: Path) -> tuple[IO[str], int]:
+    lock = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().partition("\n")[0] or "another process"
+        lock.close()
+        raise UserError(
+            f"{folder} is in use by {owner}; wait until that run has ended, or choose another "
+            "--run-dir."
+        ) from None
+    token = 1 + secrets.randbelow(2**31 - 1)
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{token}\n")
+    lock.flush()
+    return lock, token
+
+
+def _token(folder: Path) -> int:
+    try:
+        return int((folder / ".lock").read_text().split("\n")[1])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _read_settings(file: Path) -> Row:
@@ -193,7 +318,9 @@ def _leave_out_echoes() -> None:
 def _read_rows(file: Path) -> list[Row]:
     try:
         rows = [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
-        if all(isinstance(row[name], (int, float)) for row in rows for name in COLUMNS):
+        counts = all(isinstance(row[name], int) for row in rows for name in ("epoch", "step"))
+        numbers = (row[name] for row in rows for name in MEASURED)
+        if counts and all(x is None or isinstance(x, (int, float)) for x in numbers):
             return rows
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file.name} is damaged: {error!r}") from error

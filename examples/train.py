@@ -4,9 +4,10 @@
     python examples/train.py --model vit_s/4 --dataset cifar10 --method cdb --rate 0.3
     python examples/train.py --recipe resnet50-cifar100             # a row of the paper's tables
     python examples/train.py --run-dir runs/a --resume              # go on after an interruption
+    srun -n 8 python examples/train.py --batch-size 512             # one process for each GPU
 
 Everything is kept in the run folder: settings.json, metrics.jsonl, curves.png and checkpoints. All
-devices share each batch; with several processes start one command on each host.
+devices share each batch, those of other processes too if a launcher has started several.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +38,10 @@ import run_folder
 import training
 import weights
 from config import DEFAULTS, NOT_SETTINGS, Config
-from epochs import Epochs
+from epochs import Epochs, SaveTimes
 from errors import UserError
+
+CHECK_EVERY = 50  # Steps; reading the loss waits for the device.
 
 
 class Pixels(NamedTuple):
@@ -111,6 +115,17 @@ def make_steps(
     return compiled, jax.jit(eval_step)
 
 
+def inferred_axes(model: nnx.Module, dataset: data.DataSet) -> Any:
+    """The channel axes of a network that names may not tell us about."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    shape = (2, *dataset.preprocessing.image_shape)
+
+    def loss(params: nnx.State, rest: nnx.State, images: jax.Array) -> jax.Array:
+        return nnx.merge(graph, params, rest, copy=True)(images).sum()
+
+    return cdb_jax.infer_channel_axes(loss, params, rest, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
 def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
     """Trains, and returns the metrics of every epoch. When brief, shows nothing but progress.
 
@@ -118,9 +133,21 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
       UserError: if the configuration, the data set or the run folder does not allow it.
       StoppedError: if asked to stop, when everything is saved.
     """
+    with processes.StopRequest() as stop:
+        return _train(config, stop, brief=brief)
+
+
+def _train(config: Config, stop: processes.StopRequest, *, brief: bool) -> list[run_folder.Row]:
     out = display.console()
     weights.check(config.weights, config.model)
-    dataset = data.load(config.dataset, config.data_dir, config.image_size, config.rotation)
+    dataset = data.load(
+        config.dataset,
+        config.data_dir,
+        config.image_size,
+        config.rotation,
+        config.data_folder,
+        colors=config.weights is not None,
+    )
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     size, seed = config.batch_size, np.uint32(config.seed)
     mesh = training.make_mesh(config.mesh, size)
@@ -149,7 +176,8 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
     zeros = dict.fromkeys(run_folder.STEP_METRICS, np.float32(0.0))
     try:
         model = nnx.eval_shape(build, seed)
-        policy = methods.make_policy(config, epochs)
+        axes = inferred_axes(model, dataset) if models.imported.is_path(config.model) else None
+        policy = methods.make_policy(config, epochs, axes)
         report = policy and cdb_jax.channel_report(nnx.state(model, nnx.Param), policy)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
@@ -163,54 +191,88 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
     train_step, eval_step = make_steps(config, model, tx, policy, pixels, layout)
 
     settings = dataclasses.asdict(config) | {"weights": pretrained.digest}
+    # The folder may move.
+    settings["data_folder"] = config.data_folder and config.data_folder.name
     settings = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
-    run = run_folder.Run(config.run_dir, settings, DEFAULTS, resume=config.resume)
-    if report and not brief:
-        out.print(str(report), soft_wrap=True)
-    state = training.on_mesh(mesh, initial_state, seed, pretrained.arrays)
-    step, state = run.restore(state, epochs)
-    if pretrained.summary and step == 0 and not brief:
-        out.print(pretrained.summary, soft_wrap=True)
-    del pretrained  # Large, and in the state if it is needed.
-    batches = data.train_batches(
-        dataset,
-        size,
-        seed=config.seed,
-        multiple=multiple,
-        start=epochs.batches_before(step),
-        workers=config.workers,
-        **share,
-    )
-    with run, contextlib.closing(batches), processes.StopRequest() as stop:
-        for epoch in range(epochs.epoch_of(step), config.epochs):
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(
+            run_folder.Run(
+                config.run_dir, settings, DEFAULTS, resume=config.resume, keep=config.keep
+            )
+        )
+        if not brief:
+            out.print(processes.device_summary(), soft_wrap=True)
+        if report and not brief:
+            out.print(str(report), soft_wrap=True)
+        state = training.on_mesh(mesh, initial_state, seed, pretrained.arrays)
+        step, state = run.restore(state, epochs)
+        if pretrained.summary and step == 0 and not brief:
+            out.print(pretrained.summary, soft_wrap=True)
+        del pretrained  # Large, and in the state if it is needed.
+        batches = data.train_batches(
+            dataset,
+            size,
+            seed=config.seed,
+            multiple=multiple,
+            start=epochs.batches_before(step),
+            workers=config.workers,
+            **share,
+        )
+        stack.enter_context(contextlib.closing(batches))
+        save_times = SaveTimes(config.save_every)
+
+        def check(state: State) -> None:
+            if not config.go_on_if_not_finite and not training.is_finite(state):
+                raise UserError(
+                    f"the loss or a parameter is not finite at step {step}; lower --learning-rate, "
+                    f"or use --go-on-if-not-finite. Otherwise {run.way_on()}"
+                )
+
+        def save(state: State) -> None:
+            check(state)
+            run.save(step, state)
+            save_times.saved(step)
+
+        def save_and_stop(state: State) -> NoReturn:
+            save(state)
+            raise processes.StoppedError(step, stop.signal)
+
+        for epoch in range(len(run.rows), config.epochs):
             start, num_images = time.perf_counter(), 0
             title = f"{config.model}, {config.method}: epoch {epoch + 1}/{config.epochs}"
             with display.EpochProgress(out, title, epochs.steps(epoch)) as progress:
-                for batch in training.epoch_batches(batches, epochs, step):
-                    if stop.at(step):
-                        run.save(step, state)
-                        raise processes.StoppedError(step, stop.signal)
+                for batch in training.epoch_batches(batches, epochs, epoch, step, stop):
                     batch = training.distribute(batch, mesh)
                     state, metrics = train_step(state, batch)
                     step += 1
                     num_images += batch["label"].size
                     progress.update(step - epochs.start(epoch), num_images, metrics)
+                    if step % CHECK_EVERY == 0:
+                        check(state)
+                    if step < epochs.start(epoch + 1) and save_times.is_due(step):
+                        save(state)
+            if step < epochs.start(epoch + 1):
+                save_and_stop(state)
             sums = jax.device_get(state.sums)
             seconds = time.perf_counter() - start
-            row = {
+            tested = training.evaluate(eval_step, state, dataset, size, mesh, share, stop)
+            if tested is None:
+                save_and_stop(state)
+            row: run_folder.Row = {
                 "epoch": epoch + 1,
                 "step": step,
                 **{name: float(total) / epochs.steps(epoch) for name, total in sums.items()},
-                **training.evaluate(eval_step, state, dataset, size, mesh, share),
-                "images_per_second": num_images / seconds,
+                **tested,
+                # Unknown if the run was stopped in the evaluation and has only gone on with that.
+                "images_per_second": num_images / seconds if num_images else math.nan,
             }
             if config.method == "cdb_compact":
                 row["held_period"] = (step - 1) // config.hold  # Of the last step, from 0.
             run.log(row)
-            state = state._replace(sums=training.on_mesh(mesh, lambda: dict(zeros)))
-            run.save(step, state)
             if not brief:
                 out.print(display.summary(row, config.epochs), soft_wrap=True)
+            state = state._replace(sums=training.on_mesh(mesh, lambda: dict(zeros)))
+            save(state)
     return run.rows
 
 
@@ -218,8 +280,7 @@ def main() -> None:
     try:
         config = recipes.parse(Config, sys.argv[1:])
         given = (config.coordinator, config.process_count, config.process_id)
-        if config.distributed or given != (None, None, None):
-            processes.join(*given)
+        processes.join(config.distributed, *given)
         rows = train(config)
         display.show_results(config.run_dir, f"{config.model}, {config.method}", rows)
     except processes.StoppedError as stopped:
@@ -230,4 +291,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    processes.run(main)

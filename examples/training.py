@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data import DataSet, test_batches
 from epochs import Epochs
 from errors import UserError
+from processes import StopRequest
 
 SMALLEST_SHARDED = 1024  # Entries; below, sending the shards takes longer than it saves.
 
@@ -86,21 +88,45 @@ def check_epochs(epochs: Epochs) -> None:
 
 
 def epoch_batches(
-    batches: Iterator[dict[str, np.ndarray]], epochs: Epochs, step: int
+    batches: Iterator[dict[str, np.ndarray]],
+    epochs: Epochs,
+    epoch: int,
+    step: int,
+    stop: StopRequest | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of an epoch from a step on, each of one or several batches of the loader."""
-    epoch = epochs.epoch_of(step)
+    """The batches of an epoch from a step on, each of one or several batches of the loader.
+
+    They end early if a stop is asked for.
+    """
     joined = epochs.batches_in_step(epoch)
-    for _ in range(step, epochs.start(epoch + 1)):
-        parts = [next(batches) for _ in range(joined)]
+    steps = range(step, epochs.start(epoch + 1))
+    for _ in steps:
+        if stop and stop.is_now():
+            return
+        try:
+            parts = [next(batches) for _ in range(joined)]
+        except Exception:
+            if stop and stop.signal:  # It may have reached the loader too.
+                return
+            raise
         yield parts[0] if joined == 1 else jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    for _ in range(epochs.batches % joined):
+    for _ in range(epochs.batches % joined if steps else 0):
         next(batches)
 
 
 def on_mesh(mesh: jax.sharding.Mesh, f: Callable[..., Any], *args: Any) -> Any:
     """The result of `f(*args)`, computed and kept where `shardings` says."""
     return jax.jit(f, out_shardings=shardings(mesh, jax.eval_shape(f, *args)))(*args)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def is_finite(state: Any) -> bool:
+    """Whether a run can go on from a state: its parameters, and the loss of all steps so far."""
+    return bool(_all_finite((state.params, state.sums)))
 
 
 def distribute(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
@@ -119,9 +145,13 @@ def evaluate(
     batch_size: int,
     mesh: jax.sharding.Mesh,
     share: dict[str, int],
-) -> dict[str, float]:
-    """Mean loss and accuracy over the test images, each counted once."""
-    batches = test_batches(dataset, batch_size, **share)
-    parts = [eval_step(state, distribute(batch, mesh)) for batch in batches]
+    stop: StopRequest | None = None,
+) -> dict[str, float] | None:
+    """Mean loss and accuracy over the test images, each counted once; None if asked to stop."""
+    parts = []
+    for batch in test_batches(dataset, batch_size, **share):
+        if stop and stop.is_now():
+            return None
+        parts.append(eval_step(state, distribute(batch, mesh)))
     loss, correct, weight = np.sum(jax.device_get(parts), axis=0).tolist()
     return {"test_loss": loss / weight, "test_accuracy": correct / weight}

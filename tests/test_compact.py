@@ -440,6 +440,18 @@ def test_muon():
     assert singular.max() / singular.min() < 2.0  # Of the gradient, the ratio is larger.
 
 
+def test_nothing_to_hold_can_be_saved(tmp_path):
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    tx = compact(optax.adamw(0.1), Policy(0.0, key=0, channel_choice="window"))
+    state = tx.init(PARAMS)
+    with checkpoint.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "state", state)
+        restored = saver.restore(tmp_path / "state", state)
+    chex.assert_trees_all_equal(restored, state)
+    _, state = tx.update(PARAMS, state, PARAMS)
+    assert state.count == 1
+
+
 def test_nnx():
     model = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
     policy = window()

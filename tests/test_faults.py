@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import io
+import json
+import os
 import re
 import shlex
 import shutil
@@ -19,11 +21,15 @@ import tensorflow_datasets as tfds
 from stored_runs import assert_same_runs, metrics
 
 import data
+import display
 import errors
 import models.vit
+import paths
 import processes
+import recipes
 import run_folder
 import train
+import training
 
 pytestmark = [
     pytest.mark.bad_input,
@@ -50,7 +56,9 @@ def run(finished, tmp_path):
 
 
 def contents(folder):
-    return {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    """All files but the lock, which every run that looks at a folder takes."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".lock")
+    return {file: file.read_bytes() for file in files}
 
 
 def rewrite(pattern, change):
@@ -184,6 +192,108 @@ def test_without_the_damaged_checkpoint_the_run_goes_on(finished, run, pattern):
     train.train(config, brief=True)
     for row, other in zip(metrics(run), expected, strict=True):
         assert row | {"images_per_second": 0} == other | {"images_per_second": 0}
+
+
+@pytest.mark.parametrize("sign", ["[", "]", "\\"])
+def test_a_path_that_checkpoints_cannot_be_read_from(finished, tmp_path, sign):
+    """Above the folder that is named, too."""
+    folder = tmp_path / f"lr{sign}" / "run"
+    with pytest.raises(errors.UserError, match="a path with .* could be saved, but not be read"):
+        train.train(train.Config(**finished[1], run_dir=folder))
+    assert not folder.exists()
+
+
+def test_a_first_checkpoint_that_cannot_be_read(finished, tmp_path, monkeypatch):
+    def read(run, step, state):
+        raise ValueError("NOT_FOUND: no manifest")
+
+    monkeypatch.setattr(run_folder.Run, "_read", read)
+    message = "the checkpoint of step 8 could not be written to .*: NOT_FOUND: no manifest"
+    with pytest.raises(errors.UserError, match=message):
+        train.train(train.Config(**finished[1], run_dir=tmp_path / "run"))
+
+
+def test_a_folder_in_use(finished, run):
+    """By a run that ends, and by one that is killed."""
+    settings = finished[1]
+    held = run_folder.Run(run, json.loads((run / "settings.json").read_text()), {}, resume=True)
+    message = rf"run is in use by process {os.getpid()} on .*; wait until that run has ended, or"
+    with pytest.raises(errors.UserError, match=message):
+        train.train(train.Config(**settings, run_dir=run, resume=True))
+    with held:
+        pass
+    script = "import sys, run_folder; _ = run_folder._lock(run_folder.Path(sys.argv[1])); "
+    script += "print('locked', flush=True); input()"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", script, run],
+        cwd=os.path.dirname(train.__file__),
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert owner.stdout.readline() == b"locked\n"
+    with pytest.raises(errors.UserError, match=f"in use by process {owner.pid} on"):
+        train.train(train.Config(**settings, run_dir=run, resume=True))
+    owner.kill()
+    owner.communicate()
+    assert len(train.train(train.Config(**settings, run_dir=run, resume=True), brief=True)) == 2
+
+
+def test_paths_as_people_write_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "mine.toml").write_text('weights = "~/w.npz"\n')
+    monkeypatch.setattr(recipes, "FOLDER", folder)
+    flags = ["--recipe", "mine", "--run-dir=~/x", "--data-dir", "gs://bucket/data"]
+    config = recipes.parse(train.Config, flags)
+    assert config.run_dir == tmp_path / "x" and config.weights == tmp_path / "w.npz"
+    assert str(config.data_dir) == "gs://bucket/data"
+    with pytest.raises(errors.UserError, match="the path ~nobody-of-that-name/x cannot be used"):
+        paths.parse("~nobody-of-that-name/x")
+
+
+def test_a_bucket_is_never_a_folder_here(finished, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = train.Config(**finished[1], run_dir=paths.parse("gs://bucket/run"))
+    exists = type(config.run_dir).exists
+
+    def unreachable(path):
+        if str(path).startswith("gs://"):
+            raise ImportError("no way to Google Cloud Storage")
+        return exists(path)
+
+    monkeypatch.setattr(type(config.run_dir), "exists", unreachable)
+    with pytest.raises(errors.UserError, match="--run-dir gs://bucket/run cannot be used: no way"):
+        train.train(config)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite(finished, tmp_path, monkeypatch):
+    """It ends the run, or is null in the metrics; the last finite checkpoint stays."""
+    distribute, batches = training.distribute, []
+
+    def spoil(batch, mesh):
+        batches.append("weight" not in batch)
+        spoilt = distribute(batch, mesh)
+        if sum(batches) == 12 and batches[-1]:
+            spoilt["image"] = jnp.full(spoilt["image"].shape, jnp.nan)
+        return spoilt
+
+    monkeypatch.setattr(training, "distribute", spoil)
+    folder = tmp_path / "run"
+    message = "the loss or a parameter is not finite at step 16; .* --resume goes on from step 8"
+    with pytest.raises(errors.UserError, match=message):
+        train.train(train.Config(**finished[1], run_dir=folder), brief=True)
+    assert [x.name for x in (folder / "checkpoints").iterdir()] == ["8"]
+    batches.clear()
+    goes_on = train.Config(**finished[1], run_dir=tmp_path / "b", go_on_if_not_finite=True)
+    train.train(goes_on)
+    first, second = metrics(tmp_path / "b")
+    assert first["train_loss"] > 0 and second["train_loss"] is None
+    display.show_results(tmp_path / "b", "a run", metrics(tmp_path / "b"))
+    assert "NaN" not in (tmp_path / "b/metrics.jsonl").read_text()
 
 
 # Disks.
@@ -397,6 +507,7 @@ NASTY = ["", " ", "-1", "0", "0.5", "1e400", "nan", "inf", "-inf", "abc", "None"
 NASTY += ["9" * 40, "\u0663", "\U0001f4a5", "--", "../..", "'; true #", "a=b", "%s", "\\x00", "*"]
 PROCESSES = ("distributed", "coordinator", "process_count", "process_id")
 SWITCHES = ("skip_dropped", "resume", "keep_partial_batch", "standardise")
+SWITCHES += ("go_on_if_not_finite",)
 FLAGS = [field.name for field in dataclasses.fields(train.Config)]
 
 
@@ -451,7 +562,12 @@ def test_a_flag(monkeypatch, capsys, tmp_path, data_dir, name):
         (["--coordinator", "a:1", "--process-count", "2", "--process-id", "2"], "--process-id 2"),
         (["--coordinator", "a:1", "--process-count", "2", "--process-id", "-1"], "--process-id -1"),
         (["--coordinator", "127.0.0.1:1", "--process-count", "2", "--process-id", "1"], "answer"),
-        (["--distributed"], "jax.distributed did not start"),
+        (["--distributed", "always"], "jax.distributed did not start"),
+        (
+            ["--distributed", "never", "--coordinator", "a:1", "--process-count", "2"]
+            + ["--process-id", "0"],
+            "--distributed never forbids it",
+        ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

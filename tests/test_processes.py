@@ -1,16 +1,20 @@
 """Several processes: they learn what one learns, and none goes on without the others."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from stored_runs import assert_same_runs, metrics
 
 import launch
+import processes
 import train
+from errors import first_line
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "compilation_cache")
 # Images that fill the devices of two processes, and of one with two.
@@ -90,6 +94,101 @@ def test_a_stopped_launch_stops_all(flags, tmp_path, number):
         log.seek(0)
         shown = log.read()
     assert shown.count("go on with --resume") == 1 and "Traceback" not in shown
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What JAX is asked to join."""
+    calls = []
+    for name in (*processes.LAUNCHERS, "TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **_: calls.append(args))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("variables", "joins"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"PMI_SIZE": "16"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
+    ],
+    ids=str,
+)
+def test_processes_of_a_launcher_join(monkeypatch, joined, variables, joins):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    processes.join("never")
+    assert joined == []
+    processes.join("auto")
+    assert len(joined) == joins
+    processes.join("always")
+    assert len(joined) == joins + 1
+
+
+def test_steps_of_a_job_have_ports_of_their_own(monkeypatch, joined):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    ports = set()
+    for step in range(40):
+        monkeypatch.delenv("JAX_COORDINATOR_PORT", raising=False)
+        monkeypatch.setenv("SLURM_STEP_ID", str(step))
+        processes.join("always")
+        ports.add(int(os.environ["JAX_COORDINATOR_PORT"]))
+    assert len(ports) == 40 and min(ports) > 61439 and max(ports) < 65536
+
+
+@pytest.mark.parametrize(("gpus", "warns"), [(8, False), (9, True)])
+def test_idle_gpus_are_told(monkeypatch, gpus, warns):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(processes, "num_gpus", lambda: gpus)
+    shown = processes.device_summary()
+    assert shown.startswith("1 process; 8 x cpu")
+    assert (f"only 8 of the {gpus} GPUs of a node are used" in shown) == warns
+
+
+def test_the_cause_of_an_error_is_told():
+    prefixes = "INTERNAL: Error dispatching computation: " * 20
+    error = RuntimeError(prefixes + "Gloo all-reduce failed: connection closed by peer\n...")
+    assert first_line(error) == "Gloo all-reduce failed: connection closed by peer"
+    assert first_line(ValueError("a: b: c")) == "a: b: c" and first_line(OSError()) == "OSError"
+
+
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="Open MPI is not installed")
+class TestOpenMPI:
+    """Real launches: no flag says that there are two processes."""
+
+    def start(self, flags):
+        command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2"]
+        return subprocess.Popen(
+            [*command, sys.executable, train.__file__, *flags],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def test_two_processes_are_one_run(self, flags, tmp_path):
+        launched = self.start(flags("two", 2))
+        shown, _ = launched.communicate(timeout=300)
+        assert launched.returncode == 0, shown
+        assert "2 processes, started by Open MPI; 2 x cpu" in shown
+        assert shown.count("epoch 2/2") == 1 and "\x1b" not in shown and "\r" not in shown
+        assert len(metrics(tmp_path / "two")) == 2
+        assert len(list((tmp_path / "two/checkpoints").iterdir())) == 2
+
+    @pytest.mark.slow
+    def test_a_stop_is_heard_by_both(self, flags, tmp_path):
+        launched = self.start(flags("two", 1000))
+        wait_for_epoch(tmp_path / "two", 1, [launched])
+        launched.send_signal(signal.SIGTERM)
+        shown, _ = launched.communicate(timeout=120)
+        assert launched.returncode != 0
+        assert shown.count("go on with --resume") == 1, shown
+        assert "Traceback" not in shown
 
 
 PLAYS = {  # What three processes do, and what is said of it.

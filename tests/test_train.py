@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -27,7 +28,7 @@ import processes
 import run_folder
 import train
 import training
-from epochs import Epochs
+from epochs import Epochs, SaveTimes
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "compilation_cache")
 
@@ -182,7 +183,7 @@ def test_epochs(count, batches, joined):
     loader = ({"label": np.array([i])} for i in read)
     for epoch in range(count):
         step = epochs.start(epoch)
-        for batch in training.epoch_batches(loader, epochs, step):
+        for batch in training.epoch_batches(loader, epochs, epoch, step):
             before = steps[step][1]
             np.testing.assert_array_equal(
                 batch["label"], before + np.arange(epochs.batches_in_step(epoch))
@@ -291,6 +292,95 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert signal.getsignal(number) is handler
     train.train(config(resume=True, **changes))
     assert_same_runs(tmp_path / "run", tmp_path / "whole", data_dir)
+
+
+@pytest.mark.parametrize("step", [8, 16])
+def test_a_run_stopped_in_an_evaluation_goes_on_with_it(
+    config, tmp_path, data_dir, monkeypatch, step
+):
+    """And it is saved at once."""
+    train.train(config(run_dir=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        evaluate = training.evaluate
+
+        def interrupted(*args):
+            if len(rows_of(tmp_path / "run")) + 1 == step // 8:
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)  # Schedulers repeat themselves.
+            return evaluate(*args)
+
+        patch.setattr(training, "evaluate", interrupted)
+        with pytest.raises(processes.StoppedError, match=f"saved at step {step}$"):
+            train.train(config())
+    assert len(rows_of(tmp_path / "run")) == step // 8 - 1
+    rows = train.train(config(resume=True))
+    assert rows[step // 8 - 1]["images_per_second"] is None
+    assert_same_runs(tmp_path / "run", tmp_path / "whole", data_dir)
+
+
+def rows_of(folder):
+    return metrics(folder) if (folder / "metrics.jsonl").exists() else []
+
+
+def test_an_error_of_the_loader_during_a_stop_is_that_stop(config, monkeypatch):
+    original = data.train_batches
+
+    class Broken:
+        def __init__(self, *args, **kwargs):
+            self._batches = original(*args, **kwargs)
+            self._read = 0
+
+        def __next__(self):
+            self._read += 1
+            if self._read == 4:
+                signal.raise_signal(signal.SIGTERM)
+                raise RuntimeError("a worker was killed")
+            return next(self._batches)
+
+        def close(self):
+            self._batches.close()
+
+    monkeypatch.setattr(data, "train_batches", Broken)
+    with pytest.raises(processes.StoppedError, match="saved at step 3$") as caught:
+        train.train(config())
+    assert caught.value.signal == signal.SIGTERM
+
+
+def test_checkpoints_between_epochs(config, tmp_path, data_dir, monkeypatch):
+    """A run that is killed goes on from the last of them."""
+    train.train(config(run_dir=tmp_path / "whole"))
+    saved = []
+    with monkeypatch.context() as patch:
+        save = run_folder.Run.save
+
+        def save_or_die(run, step, state):
+            if step == 15:
+                raise KeyboardInterrupt
+            save(run, step, state)
+            saved.append(step)
+
+        patch.setattr(run_folder.Run, "save", save_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config(save_every="3", keep=3))
+    assert saved == [3, 6, 8, 9, 12]
+    kept = {int(x.name) for x in (tmp_path / "run/checkpoints").iterdir()}
+    assert kept == {8, 9, 12}
+    train.train(config(resume=True))
+    assert_same_runs(tmp_path / "run", tmp_path / "whole", data_dir)
+
+
+def test_minutes_between_checkpoints(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    times = SaveTimes("2m")
+    due = []
+    for step in range(1, 11):
+        now[0] += 50.0
+        if times.is_due(step):
+            due.append(step)
+            times.saved(step)
+    assert due == [3, 6, 9]
+    assert not any(SaveTimes(None).is_due(step) for step in range(100))
 
 
 def test_a_run_killed_before_its_checkpoint_repeats_the_lost_epoch(

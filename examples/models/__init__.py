@@ -1,10 +1,15 @@
 """Image classifiers in Flax NNX, built from a name."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models import imported
 from models.branches import NO_BRANCH_DROPPED, Branches as Branches, How as How
+from models.densenet import DenseNet
+from models.mobilenet import MobileNetV2
 from models.resnet import RESNETS, ResNet
 from models.vit import VITS, ViT
 
@@ -13,12 +18,16 @@ NAMES = (
     "resnet18",
     "resnet34",
     "resnet50",
+    "mobilenet_v2",
+    "densenet121",
     "vit_mini/2",
     "vit_ti/16",
     "vit_s/16",
     "vit_b/16",
     "vit_l/16",
 )
+# Networks whose blocks no method here drops.
+CONVOLUTIONAL = {"mobilenet_v2": MobileNetV2, "densenet121": partial(DenseNet, (6, 12, 24, 16))}
 
 
 def create(
@@ -31,12 +40,12 @@ def create(
     backdrop_rate: float = 0.0,
     branches: Branches = NO_BRANCH_DROPPED,
     rngs: nnx.Rngs,
-) -> ResNet | ViT:
+) -> nnx.Module:
     """Builds a model that maps images (batch, height, width, channels) to logits (batch, classes).
 
     Args:
-      name: one of `NAMES`. The number after the slash is the patch size of a ViT, and any that
-        divides the image will do.
+      name: one of `NAMES`, or "package.module:function" for a network of your own. The number
+        after the slash is the patch size of a ViT, and any that divides the image will do.
       num_classes: number of logits.
       image_shape: (height, width, channels) of one image.
       dtype: of the computation. Parameters, batch statistics and logits are float32 always.
@@ -49,8 +58,26 @@ def create(
       The model in training mode; `model.eval()` switches dropout and batch statistics over.
 
     Raises:
-      ValueError: if the name is unknown or the patch size does not divide the image.
+      ValueError: if the name is unknown, the patch size does not divide the image, or the model
+        has nothing that `branches` or `backdrop_rate` could drop.
     """
+    if imported.is_path(name) or name in CONVOLUTIONAL:
+        if branches.rates or backdrop_rate:
+            raise ValueError(
+                f"{name} has no residual branches or feature maps that can be dropped."
+            )
+        shapes = dict(num_classes=num_classes, image_shape=image_shape, dtype=dtype)
+        if imported.is_path(name):
+            return imported.create(name, dropout_rate=dropout_rate, **shapes, rngs=rngs)
+        stem = "imagenet" if min(image_shape[:2]) > 64 else "cifar"
+        return CONVOLUTIONAL[name](
+            num_classes=num_classes,
+            in_channels=image_shape[-1],
+            stem=stem,
+            dtype=dtype,
+            dropout_rate=dropout_rate,
+            rngs=rngs,
+        )
     family, _, patch = name.partition("/")
     settings = dict(dtype=dtype, dropout_rate=dropout_rate, rngs=rngs)
     settings |= dict(backdrop_rate=backdrop_rate, branches=branches)
@@ -72,7 +99,7 @@ def create(
         )
     raise ValueError(
         f"unknown model {name!r}; choose one of {', '.join(NAMES)} (any patch size may follow "
-        "the slash)."
+        "the slash), or package.module:function for a network of your own."
     )
 
 

@@ -1,0 +1,102 @@
+"""A folder of images with one subfolder for each class, as people have them.
+
+    photos/train/cat/1.jpg          or, without splits,          photos/cat/1.jpg
+    photos/train/dog/2.png                                       photos/dog/2.png
+    photos/test/cat/3.jpg
+
+Splits are called train and test (or val, validation). Without them, a tenth of each class is set
+aside to test on: the same images on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from errors import UserError, first_line
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+TEST_NAMES = ("test", "val", "validation")
+
+
+class Images(Sequence[dict[str, Any]]):
+    """Examples by index: "image" uint8 (height, width, 3), "label", read when asked for."""
+
+    def __init__(self, files: list[tuple[Path, int]]):
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: Any) -> Any:
+        file, label = self._files[index]
+        try:
+            with PIL.Image.open(file) as image:
+                # Grey, with a palette, with transparency, CMYK: all become red, green and blue.
+                return {"image": np.asarray(image.convert("RGB")), "label": label}
+        except Exception as error:  # Image libraries raise what they like.
+            raise UserError(
+                f"{file} cannot be read: {first_line(error)}; mend or remove it."
+            ) from error
+
+
+def load(folder: Path) -> tuple[Images, Images, int]:
+    """Training images, test images, and the number of classes.
+
+    Raises:
+      UserError: if there are no images, or the splits have other classes.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--data-folder {folder} is no folder.")
+    tests = [name for name in TEST_NAMES if (folder / name).is_dir()]
+    splits = [folder / "train", folder / tests[0]] if tests else []
+    if splits and not splits[0].is_dir():
+        raise UserError(f"--data-folder {folder} has {tests[0]}, but no train, among its folders.")
+    if not splits and (folder / "train").is_dir():
+        folder = folder / "train"
+    classes = [_classes(x) for x in splits or [folder]]
+    if classes[0] != classes[-1]:
+        differing = ", ".join(sorted(set(classes[0]) ^ set(classes[-1])))
+        raise UserError(f"--data-folder {folder}: train and {tests[0]} differ in {differing}.")
+    if len(classes[0]) < 2:
+        raise UserError(
+            f"--data-folder {folder} must have a subfolder with images for each class, at least "
+            "two: class/image.jpg, or train/class/image.jpg and test/class/image.jpg."
+        )
+    files = [_files(x, classes[0]) for x in splits or [folder]]
+    train, test = files if splits else _split(files[0])
+    return Images(train), Images(test), len(classes[0])
+
+
+def _classes(folder: Path) -> list[str]:
+    return sorted(x.name for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))
+
+
+def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    found = []
+    for label, name in enumerate(classes):
+        images = [x for x in (folder / name).rglob("*") if x.suffix.lower() in SUFFIXES]
+        if not images:
+            raise UserError(f"{folder / name} has no images ({', '.join(SUFFIXES)}).")
+        found += [(image, label) for image in sorted(images)]
+    return found
+
+
+def _split(files: list[tuple[Path, int]]) -> tuple[list, list]:
+    """A tenth of each class is for testing, chosen by the names of the files."""
+    train: list[tuple[Path, int]] = []
+    test: list[tuple[Path, int]] = []
+    for label in dict.fromkeys(label for _, label in files):
+        mine = [x for x in files if x[1] == label]
+        mine.sort(key=lambda x: hashlib.sha256(x[0].name.encode()).digest())
+        count = max(1, len(mine) // 10)
+        test += mine[:count]
+        train += mine[count:]
+    if not train:
+        raise UserError("each class needs at least two images, one of them to test on.")
+    return sorted(train), sorted(test)

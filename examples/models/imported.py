@@ -1,0 +1,50 @@
+"""Networks of users, found by their import path."""
+
+import importlib
+import inspect
+import sys
+from typing import Any
+
+from flax import nnx
+
+
+def is_path(name: str) -> bool:
+    return ":" in name
+
+
+def create(path: str, *, dropout_rate: float, **settings: Any) -> nnx.Module:
+    """Calls what `path` names, with those of the settings that it takes.
+
+    Args:
+      path: such as "package.module:function"; the working directory is searched too. The function,
+        or class, returns a Flax NNX model that maps images (batch, height, width, channels) to
+        logits. A Linen module can be wrapped in `nnx.bridge.ToNNX`.
+      dropout_rate: given only if it is not 0; then the function must take it.
+      **settings: `num_classes`, `image_shape`, `dtype` and `rngs`.
+
+    Raises:
+      ValueError: if there is no such function, or it does not return a model.
+    """
+    module, _, name = path.partition(":")
+    if "" not in sys.path:
+        sys.path.append("")  # The working directory.
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"no network at {path}: {error}.") from error
+    if not callable(function):
+        raise ValueError(f"{path} is {function!r}, which is no function or class.")
+    if dropout_rate:
+        settings["dropout_rate"] = dropout_rate
+    taken = inspect.signature(function).parameters
+    if not any(x.kind is x.VAR_KEYWORD for x in taken.values()):
+        if dropout_rate and "dropout_rate" not in taken:
+            raise ValueError(f"{path} takes no dropout_rate; leave dropout to the network.")
+        settings = {name: value for name, value in settings.items() if name in taken}
+    model = function(**settings)
+    if not isinstance(model, nnx.Module):
+        raise ValueError(
+            f"{path} returned {type(model).__name__}, not a Flax NNX model; wrap a Linen module in "
+            "nnx.bridge.ToNNX."
+        )
+    return model

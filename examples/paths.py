@@ -1,0 +1,37 @@
+"""Paths as people write them: with a ~, or in a bucket."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from etils import epath
+
+from errors import UserError
+
+
+def parse(text: str) -> Any:
+    """A path of this machine, or of a bucket, such as gs://name/folder or s3://name/folder."""
+    if is_bucket(text):
+        return epath.Path(text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"the path {text} cannot be used: {error}; write it out.") from error
+
+
+def is_bucket(path: Any) -> bool:
+    return str(path).startswith(("gs://", "s3://", "az://"))
+
+
+AnyPath = Annotated[
+    Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: parse(words[0]),
+        is_instance=lambda x: isinstance(x, (Path, epath.Path)),
+        str_from_instance=lambda x: [str(x)],
+    ),
+]
