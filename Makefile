@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all soak evidence gpu-check models-check lint docs notebook wheel clean
+.PHONY: demo test test-all soak evidence gpu-check models-check cluster-check lint docs notebook wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ gpu-check:  ## Needs a GPU and a Python with jax, flax and optax: first the same
 	$(PYTHON) benchmarks/depth.py
 	$(PYTHON) benchmarks/overhead.py
 	$(PYTHON) benchmarks/skipping.py
+
+cluster-check: $(VENV)/.installed  ## train.py under a real Slurm on this machine; as root, on Debian.
+	apt-get install -y -qq --no-install-recommends slurmd slurmctld slurm-client munge
+	$(BIN)/pytest --noconftest tests/check_clusters.py
 
 models-check: $(VENV)/.installed  ## The example networks of other libraries.
 	$(BIN)/pip install --quiet --editable '.[models]'

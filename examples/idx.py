@@ -80,10 +80,11 @@ def _array(file: Path, rank: int) -> np.ndarray:
         content = file.read_bytes() if file.exists() else gzip.decompress(packed.read_bytes())
     except (OSError, EOFError) as error:
         raise UserError(f"{packed} cannot be read: {first_line(error)}.") from error
-    header = np.frombuffer(content[: 4 * (rank + 1)], ">u4")
-    if len(header) <= rank or header[0] != 0x800 + rank:
+    size = 4 * (rank + 1)
+    header = np.frombuffer(content[:size].ljust(size, b"\0"), ">u4")
+    if header[0] != 0x800 + rank:
         raise UserError(f"{file} is no idx file of {rank} axes; get it again.")
-    values = np.frombuffer(content, np.uint8, offset=4 * (rank + 1))
+    values = np.frombuffer(content[size:], np.uint8)
     if values.size != np.prod(header[1:]):
         raise UserError(
             f"{file} has {values.size} values, not {np.prod(header[1:])}; get it again."

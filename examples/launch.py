@@ -2,8 +2,8 @@
 
     python examples/launch.py --processes 4 --model vit_mini/2 --run-dir runs/four
 
-All other flags go to train.py. It shows on one machine what happens on a pod. On TPU pods and under
-Slurm start train.py --distributed on each host instead; the GPUs of one machine need one process.
+All other flags go to train.py. A tool for tests: it shows on one machine what happens on a pod. On
+a cluster, Slurm, MPI or the launcher of a TPU pod starts train.py itself; see docs/cluster.md.
 """
 
 from __future__ import annotations

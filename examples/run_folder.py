@@ -75,7 +75,7 @@ class Run:
             self.rows = _read_rows(self._metrics_file)
             checkpoints = self.folder / "checkpoints"
             checkpoints.mkdir(parents=True, exist_ok=True)
-            self._checkpoints = ocp.CheckpointManager(
+            self._checkpoints = _Checkpoints(
                 checkpoints,
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep, cleanup_tmp_directories=True
@@ -205,6 +205,12 @@ class Run:
         except Exception:  # The folder may be gone.
             complete = 0
         return f"--resume goes on from step {complete}." if complete else "start again."
+
+
+class _Checkpoints(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: JAX's service goes by one count, and that is the one of `StopRequest`."""
+        return False
 
 
 @jax.jit

@@ -28,6 +28,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
 MpiDefault=none
 ReturnToService=2
 KillWait=60
@@ -71,15 +72,20 @@ def slurm(tmp_path_factory):
         patch.setenv("PYTHON", sys.executable)
         running = []
         for server in servers:
-            log = open(folder / f"{server[0]}.out", "w")
-            running.append(subprocess.Popen(server, env=environment, stdout=log, stderr=log))
+            with open(folder / f"{server[0]}.out", "w") as log:
+                running.append(subprocess.Popen(server, env=environment, stdout=log, stderr=log))
             time.sleep(1.0)
-        wait_until(lambda: "idle" in output("sinfo", "-h", "-o", "%T"))
-        yield
-        for process in reversed(running):
-            process.terminate()
-        for process in running:
-            process.wait(timeout=30)
+        try:
+            wait_until(lambda: "idle" in output("sinfo", "-h", "-o", "%T"), 60)
+            yield
+        finally:
+            stop(running)
+
+
+def stop(servers):
+    for server in reversed(servers):
+        server.terminate()
+        server.wait(timeout=30)
 
 
 def output(*command):

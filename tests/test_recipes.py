@@ -26,6 +26,10 @@ from epochs import Epochs
 PAPER = {
     "resnet50-cifar10": (89.12, 89.16),
     "resnet50-cifar100": (77.55, 76.51),
+    "mobilenet_v2-cifar10": (94.41, 94.04),
+    "mobilenet_v2-cifar100": (73.75, 68.08),
+    "densenet121-cifar10": (95.52, 95.12),
+    "densenet121-cifar100": (77.30, 77.01),
     "resnet50-finetune-svhn": (95.37, 95.31),
     "resnet50-finetune-cifar10": (97.45, 97.38),
     "resnet50-finetune-cifar100": (84.90, 84.20),
@@ -75,7 +79,7 @@ def test_a_recipe_sets_what_its_name_says(name):
     assert config.keep_partial_batch and config.standardise and config.decays == "all"
     assert config.rotation == 15
     assert config.dropout_rate == (0.1 if config.model.startswith("vit") else 0.0)
-    scratch = name in ("resnet50-cifar10", "resnet50-cifar100")
+    scratch = not config.model.startswith("vit") and "finetune" not in name
     assert (config.weights is None) == scratch
     shape = (200, 128, None, 5e-4) if scratch else (85, 1024, 224, 1e-4)
     if name.endswith("384"):
@@ -189,7 +193,7 @@ MISTAKES = {
     "epochs = [1, 2]": r"sets epochs = \[1, 2\]; see --help",
     'method = "cbd"': "sets method = 'cbd'; see --help",
     "skip_dropped = 1": "sets skip_dropped = 1; see --help",
-    "dataset = 2020-01-01": r"sets dataset = datetime.date\(2020, 1, 1\); see --help",
+    "dataset = 2020-01-01": "unknown data set '2020-01-01'; choose one of digits",
     "epochs =": "cannot be read: .*; mend its TOML",
     "epochs = 1\nepochs = 2": "cannot be read: .*; mend its TOML",
     "\xff": "cannot be read: .*; mend its TOML",
@@ -216,7 +220,9 @@ def test_a_wrong_recipe_gets_one_line(monkeypatch, tmp_path, data_dir, text):
 @pytest.mark.bad_input
 @pytest.mark.parametrize("name", ["", "resnet", "../recipes/resnet50-cifar10", "None", "*"])
 def test_an_unknown_recipe(monkeypatch, name):
-    with pytest.raises(SystemExit, match="^error: unknown --recipe .*; choose one of resnet50-c"):
+    with pytest.raises(
+        SystemExit, match="^error: unknown --recipe .*; choose one of densenet121-c"
+    ):
         run_main(monkeypatch, f"--recipe={name}")
 
 

@@ -61,7 +61,10 @@ class Transition(nnx.Module):
         self.conv = NormConv(in_features, in_features // 2, 1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nnx.avg_pool(self.conv(x), (2, 2), strides=(2, 2))
+        y = self.conv(x)
+        batch, height, width, features = y.shape
+        y = y[:, : height // 2 * 2, : width // 2 * 2]
+        return y.reshape(batch, height // 2, 2, width // 2, 2, features).mean(axis=(2, 4))
 
 
 class DenseNet(nnx.Module):

@@ -36,7 +36,8 @@ def create(path: str, *, dropout_rate: float, **settings: Any) -> nnx.Module:
         raise ValueError(f"{path} is {function!r}, which is no function or class.")
     if dropout_rate:
         settings["dropout_rate"] = dropout_rate
-    taken = inspect.signature(function).parameters
+    called = function.__init__ if inspect.isclass(function) else function
+    taken = inspect.signature(called).parameters
     if not any(x.kind is x.VAR_KEYWORD for x in taken.values()):
         if dropout_rate and "dropout_rate" not in taken:
             raise ValueError(f"{path} takes no dropout_rate; leave dropout to the network.")

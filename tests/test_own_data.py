@@ -1,0 +1,189 @@
+"""Networks and images of users: by import path, from folders, from original files."""
+
+import gzip
+
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+
+import data
+import idx
+import models
+import train
+from errors import UserError
+
+pytestmark = pytest.mark.usefixtures("standard_promotion", "compilation_cache")
+NETWORK = """
+from flax import nnx
+
+class Tiny(nnx.Module):
+    def __init__(self, num_classes, image_shape, rngs):
+        height, width, channels = image_shape
+        self.w = nnx.Param(rngs.params.normal((height * width * channels, 24)) * 0.1)
+        self.out = nnx.Linear(24, num_classes, rngs=rngs)
+
+    def __call__(self, images):
+        return self.out(nnx.relu(images.reshape(len(images), -1) @ self.w))
+
+def nothing(num_classes):
+    return num_classes
+"""
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """A module of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    (tmp_path / "my_network.py").write_text(NETWORK)
+
+
+def test_a_network_by_its_import_path(network, tmp_path, data_dir, capsys):
+    settings = dict(batch_size=160, epochs=2, data_dir=data_dir, exempt=("out",))
+    rows = train.train(
+        train.Config(model="my_network:Tiny", run_dir=tmp_path / "run", rate=0.5, **settings)
+    )
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] and rows[0]["dropped_fraction"] > 0.3
+    assert "w           64x24" in capsys.readouterr().out  # No name says so: it was inferred.
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("no_such_module:f", "no network at no_such_module:f: No module named"),
+        ("my_network:Big", "no network at my_network:Big: module 'my_network' has no attribute"),
+        ("my_network:nothing", "my_network:nothing returned int, not a Flax NNX model; wrap a Lin"),
+        ("my_network:NETWORK", "no network at"),
+    ],
+)
+def test_a_network_that_is_none(network, tmp_path, data_dir, model, message):
+    with pytest.raises(UserError, match=message):
+        train.train(train.Config(model=model, data_dir=data_dir, run_dir=tmp_path / "run"))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("stochastic_depth", "has no residual branches"), ("released", "leaves out the first layers")],
+)
+def test_a_method_that_a_network_has_nothing_for(network, tmp_path, data_dir, method, message):
+    settings = dict(model="my_network:Tiny", method=method, data_dir=data_dir)
+    with pytest.raises(UserError, match=message):
+        train.train(train.Config(**settings, run_dir=tmp_path / "run"))
+
+
+def save(file, mode="RGB"):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new(mode, (20, 16)).save(file)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes with files of all kinds."""
+    folder = tmp_path / "photos"
+    for i in range(12):
+        save(folder / "cat" / f"{i}.png", ("RGB", "L", "LA")[i % 3])
+        save(folder / "dog" / f"{i}.jpg", ("CMYK", "L")[i % 2])
+    (folder / "cat" / "notes.txt").write_text("not an image")
+    return folder
+
+
+def test_a_folder_of_images(photos):
+    dataset = data.load("digits", image_size=8, folder=photos)
+    assert (len(dataset.train), len(dataset.test), dataset.num_classes) == (22, 2, 2)
+    assert sorted(record["label"] for record in dataset.test) == [0, 1]
+    assert {record["image"].shape for record in dataset.train} == {(16, 20, 3)}
+    batch = next(data.train_batches(dataset, 10, seed=0))
+    assert batch["image"].shape == (10, 8, 8, 3) and set(batch["label"].tolist()) == {0, 1}
+
+
+def test_a_folder_with_splits(photos, tmp_path):
+    (tmp_path / "both/val").mkdir(parents=True)
+    photos.rename(tmp_path / "both/train")
+    for name in ("cat", "dog"):
+        for i in range(3):
+            save(tmp_path / "both/val" / name / f"{i}.png")
+    dataset = data.load("digits", folder=tmp_path / "both")
+    assert (len(dataset.train), len(dataset.test)) == (24, 6)
+
+
+@pytest.mark.bad_input
+def test_folders_that_are_wrong(photos, tmp_path):
+    (photos / "cat/3.png").write_bytes(b"GET / HTTP/1.1")
+    dataset = data.load("digits", image_size=8, folder=photos)
+    with pytest.raises(UserError, match=r"cat/3.png cannot be read: cannot identify image file"):
+        list(dataset.train)
+    with pytest.raises(UserError, match="--data-folder .*nowhere is no folder"):
+        data.load("digits", folder=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="must have a subfolder with images for each class"):
+        data.load("digits", folder=tmp_path / "empty")
+    (photos / "bird").mkdir()
+    with pytest.raises(UserError, match="bird has no images"):
+        data.load("digits", folder=photos)
+
+
+def write_idx(folder, images, labels, prefix):
+    for array, name in ((images, "images-idx3"), (labels, "labels-idx1")):
+        header = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes()
+        file = folder / f"{prefix}-{name}-ubyte.gz"
+        file.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+@pytest.fixture
+def originals(tmp_path):
+    folder, rng = tmp_path / "originals", np.random.default_rng(0)
+    folder.mkdir()
+    arrays = {}
+    for prefix, count in (("train", 30), ("t10k", 10)):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        arrays[prefix] = images, (np.arange(count) % 10).astype(np.uint8)
+        write_idx(folder, *arrays[prefix], prefix)
+    return folder, arrays
+
+
+def test_original_files(originals, tmp_path):
+    """They become what TensorFlow Datasets reads as its own."""
+    tfds.disable_progress_bar()
+    folder, arrays = originals
+    data.prepare("fashion_mnist", tmp_path / "tfds", folder)
+    dataset = data.load("fashion_mnist", tmp_path / "tfds")
+    assert (len(dataset.train), len(dataset.test), dataset.num_classes) == (30, 10, 10)
+    found = {record["image"].tobytes(): record["label"] for record in dataset.train}
+    assert found == {x.tobytes(): y for x, y in zip(*arrays["train"], strict=True)}
+    colors = data.load("fashion_mnist", tmp_path / "tfds", image_size=32, colors=True)
+    assert next(data.train_batches(colors, 4, seed=0))["image"].shape == (4, 32, 32, 3)
+
+
+@pytest.mark.bad_input
+def test_original_files_that_are_wrong(originals, tmp_path):
+    folder, arrays = originals
+    builder = tfds.builder("mnist", data_dir=tmp_path / "tfds", file_format="array_record")
+    write_idx(folder, arrays["train"][0], arrays["train"][1][:29], "train")
+    with pytest.raises(UserError, match="has 30 train images and 29 labels"):
+        idx.prepare(builder, folder)
+    (folder / "train-images-idx3-ubyte").write_bytes(b"<html>")
+    with pytest.raises(UserError, match="is no idx file of 3 axes; get it again"):
+        idx.prepare(builder, folder)
+    (folder / "t10k-images-idx3-ubyte.gz").unlink()
+    (folder / "train-images-idx3-ubyte").unlink()
+    write_idx(folder, *arrays["train"], "train")
+    with pytest.raises(UserError, match="t10k-images-idx3-ubyte.gz cannot be read: .*No such file"):
+        idx.prepare(builder, folder)
+    with pytest.raises(UserError, match="--files is for mnist and fashion_mnist, not for cifar10"):
+        data.prepare("cifar10", files=folder)
+
+
+def test_networks_without_branches_say_so():
+    with pytest.raises(ValueError, match="mobilenet_v2 has no residual branches"):
+        models.create(
+            "mobilenet_v2",
+            num_classes=10,
+            image_shape=(32, 32, 3),
+            dtype=jnp.float32,
+            branches=models.Branches((0.5,)),
+            rngs=None,
+        )
