@@ -11,7 +11,7 @@ import tyro
 import methods
 from epochs import SaveTimes
 from errors import UserError
-from paths import AnyPath
+from locations import AnyPath
 
 
 @dataclasses.dataclass(frozen=True)

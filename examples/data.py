@@ -29,7 +29,7 @@ from sklearn.model_selection import train_test_split
 import idx
 import image_folder
 from errors import UserError, first_line
-from paths import AnyPath
+from locations import AnyPath
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):

@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-import paths
+import locations
 import processes
 from epochs import Epochs
 from errors import UserError, first_line
@@ -55,7 +55,7 @@ class Run:
         # Orbax logs at length what it raises as well, and so do the loops that it runs in.
         absl.logging.set_verbosity(absl.logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        self.folder = folder if paths.is_bucket(folder) else folder.absolute()
+        self.folder = folder if locations.is_bucket(folder) else folder.absolute()
         settings_file = self.folder / "settings.json"
         self._metrics_file = self.folder / "metrics.jsonl"
         self.speaks = jax.process_index() == 0
@@ -143,7 +143,7 @@ class Run:
         with self._writing(f"the checkpoint of step {step}"):
             # Half a checkpoint would be of no use, and is harder to report.
             needed = sum(x.nbytes for x in jax.tree.leaves(state))
-            bucket = paths.is_bucket(self.folder)
+            bucket = locations.is_bucket(self.folder)
             free = math.inf if bucket else shutil.disk_usage(self.folder).free
             if free < needed:
                 raise OSError(
@@ -228,7 +228,7 @@ def _claim(folder: Path) -> IO[str] | None:
     Process 0 holds the lock, which the operating system releases if it dies, and writes a token
     into it that the others read. A bucket cannot be locked.
     """
-    if paths.is_bucket(folder):
+    if locations.is_bucket(folder):
         return None
     lock, failed, token = None, None, 0
     if jax.process_index() == 0:

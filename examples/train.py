@@ -146,7 +146,7 @@ def _train(config: Config, stop: processes.StopRequest, *, brief: bool) -> list[
         config.image_size,
         config.rotation,
         config.data_folder,
-        colors=config.weights is not None,
+        colors=config.weights is not None and "mnist" in config.dataset,
     )
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     size, seed = config.batch_size, np.uint32(config.seed)

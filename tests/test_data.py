@@ -331,9 +331,9 @@ class TestAugmentation:
 class TestMistakes:
     def test_an_unknown_set(self):
         with pytest.raises(
-            errors.UserError, match="unknown data set 'mnist'; choose one of digits"
+            errors.UserError, match="unknown data set 'emnist'; choose one of digits"
         ):
-            data.load("mnist")
+            data.load("emnist")
 
     def test_a_set_that_is_not_prepared(self, tmp_path):
         message = r"'cifar10' in .*: is not prepared; prepare it once with 'pip install tensorflow"
@@ -360,13 +360,13 @@ class TestMistakes:
 
     def test_preparing_an_unknown_set(self, tmp_path):
         result = subprocess.run(
-            [sys.executable, EXAMPLES / "data.py", "mnist", "--data-dir", tmp_path],
+            [sys.executable, EXAMPLES / "data.py", "emnist", "--data-dir", tmp_path],
             capture_output=True,
             text=True,
             timeout=120,
         )
         assert result.returncode == 1
-        assert result.stderr.startswith("error: unknown data set 'mnist'")
+        assert result.stderr.startswith("error: unknown data set 'emnist'")
 
 
 def test_reading_takes_no_tensorflow(digits):

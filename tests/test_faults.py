@@ -23,8 +23,8 @@ from stored_runs import assert_same_runs, metrics
 import data
 import display
 import errors
+import locations
 import models.vit
-import paths
 import processes
 import recipes
 import run_folder
@@ -251,12 +251,12 @@ def test_paths_as_people_write_them(monkeypatch, tmp_path):
     assert config.run_dir == tmp_path / "x" and config.weights == tmp_path / "w.npz"
     assert str(config.data_dir) == "gs://bucket/data"
     with pytest.raises(errors.UserError, match="the path ~nobody-of-that-name/x cannot be used"):
-        paths.parse("~nobody-of-that-name/x")
+        locations.parse("~nobody-of-that-name/x")
 
 
 def test_a_bucket_is_never_a_folder_here(finished, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    config = train.Config(**finished[1], run_dir=paths.parse("gs://bucket/run"))
+    config = train.Config(**finished[1], run_dir=locations.parse("gs://bucket/run"))
     exists = type(config.run_dir).exists
 
     def unreachable(path):
