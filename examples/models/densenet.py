@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.resnet import he_normal
+from models.layers import classifier, convolution
 
 GROWTH = 32  # Features that a layer adds.
 BOTTLENECK = 4 * GROWTH  # Features between its two convolutions.
@@ -27,17 +27,7 @@ class NormConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.norm = nnx.BatchNorm(in_features, momentum=0.9, dtype=dtype, rngs=rngs)
-        self.conv = nnx.Conv(
-            in_features,
-            features,
-            kernel_size=(size, size),
-            strides=stride,
-            padding=size // 2,
-            use_bias=False,
-            kernel_init=he_normal,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.conv = convolution(in_features, features, size, stride, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.conv(nnx.relu(self.norm(x)))
@@ -94,17 +84,7 @@ class DenseNet(nnx.Module):
     ):
         features = 2 * GROWTH
         size, stride = (7, 2) if stem == "imagenet" else (3, 1)
-        self.stem = nnx.Conv(
-            in_channels,
-            features,
-            kernel_size=(size, size),
-            strides=stride,
-            padding=size // 2,
-            use_bias=False,
-            kernel_init=he_normal,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.stem = convolution(in_channels, features, size, stride, dtype=dtype, rngs=rngs)
         self.pools_stem = stem == "imagenet"
         layer = partial(nnx.BatchNorm, momentum=0.9, dtype=dtype, rngs=rngs)
         self.stem_norm = layer(features) if self.pools_stem else None
@@ -119,13 +99,7 @@ class DenseNet(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.norm = layer(features)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
-        self.head = nnx.Linear(
-            features,
-            num_classes,
-            kernel_init=nnx.initializers.normal(0.01),
-            dtype=jnp.float32,  # Logits in full precision, whatever the trunk computes in.
-            rngs=rngs,
-        )
+        self.head = classifier(features, num_classes, rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images (batch, height, width, channels) to logits."""

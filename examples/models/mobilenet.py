@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.resnet import ConvNorm
+from models.layers import ConvNorm, classifier
 
 # Expansion, features, blocks, stride of the first one.
 STAGES = (
@@ -82,13 +82,7 @@ class MobileNetV2(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.last = ConvNorm(features, 1280, 1, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
-        self.head = nnx.Linear(
-            1280,
-            num_classes,
-            kernel_init=nnx.initializers.normal(0.01),
-            dtype=jnp.float32,  # Logits in full precision, whatever the trunk computes in.
-            rngs=rngs,
-        )
+        self.head = classifier(1280, num_classes, rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images (batch, height, width, channels) to logits."""

@@ -8,44 +8,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.branches import NO_BRANCH_DROPPED, Branch, Branches, given, make_backdrop
+from models.layers import ConvNorm, classifier
 
-he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
-ones, zeros = nnx.initializers.ones, nnx.initializers.zeros
-
-
-class ConvNorm(nnx.Module):
-    """A convolution without bias, then batch normalisation."""
-
-    def __init__(
-        self,
-        in_features: int,
-        features: int,
-        size: int,
-        stride: int = 1,
-        *,
-        groups: int = 1,
-        scale_init: nnx.Initializer = ones,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.conv = nnx.Conv(
-            in_features,
-            features,
-            kernel_size=(size, size),
-            strides=stride,
-            padding=size // 2,
-            feature_group_count=groups,
-            use_bias=False,
-            kernel_init=he_normal,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.norm = nnx.BatchNorm(
-            features, momentum=0.9, scale_init=scale_init, dtype=dtype, rngs=rngs
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.norm(self.conv(x))
+zeros = nnx.initializers.zeros
 
 
 class Residual(nnx.Module):
@@ -176,13 +141,7 @@ class ResNet(nnx.Module):
         self.draw_kept = branches.draw(1, rngs)
         self.backdrop = make_backdrop(backdrop_rate, (1, 2), rngs)
         self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
-        self.head = nnx.Linear(
-            features,
-            num_classes,
-            kernel_init=nnx.initializers.normal(0.01),
-            dtype=jnp.float32,  # Logits in full precision, whatever the trunk computes in.
-            rngs=rngs,
-        )
+        self.head = classifier(features, num_classes, rngs)
 
     def __call__(
         self,
