@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import pickle
 import re
@@ -252,7 +253,8 @@ def test_a_run_with_weights_goes_on_bit_for_bit(config, tmp_path, data_dir, monk
     train.train(config(run_dir=tmp_path / "whole"))
     assert f"arrays loaded from {tmp_path / 'w.npz'}" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(processes.StopRequest, "at", lambda request, step: step == 3)
+        steps = itertools.count()
+        patch.setattr(processes.StopRequest, "is_now", lambda request: next(steps) == 3)
         with pytest.raises(processes.StoppedError):
             train.train(config())
     moved = (tmp_path / "w.npz").rename(tmp_path / "renamed.npz")
