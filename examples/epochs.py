@@ -81,7 +81,7 @@ class SaveTimes:
         self._seconds = 60.0 * int(number) if is_minutes else 0.0
         self._saved = time.monotonic()
 
-    def saved(self, step: int) -> None:
+    def saved(self) -> None:
         self._saved = time.monotonic()
 
     def is_due(self, step: int) -> bool:

@@ -90,11 +90,11 @@ class Run:
                 )
             if self.speaks and not exists:
                 _write(settings_file, json.dumps(settings, indent=2) + "\n")
-        except (OSError, ValueError, ImportError) as error:  # The last without access to buckets.
+        except BaseException as error:
             self._release()
-            raise _unusable(folder, error) from error
-        except BaseException:
-            self._release()
+            # Without what is needed for buckets, there is an ImportError.
+            if isinstance(error, (OSError, ValueError, ImportError)):
+                raise _unusable(folder, error) from error
             raise
 
     def restore(self, state: Any, epochs: Epochs) -> tuple[int, Any]:

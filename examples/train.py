@@ -231,7 +231,7 @@ def _train(config: Config, stop: processes.StopRequest, *, brief: bool) -> list[
         def save(state: State) -> None:
             check(state)
             run.save(step, state)
-            save_times.saved(step)
+            save_times.saved()
 
         def save_and_stop(state: State) -> NoReturn:
             save(state)

@@ -378,7 +378,7 @@ def test_minutes_between_checkpoints(monkeypatch):
         now[0] += 50.0
         if times.is_due(step):
             due.append(step)
-            times.saved(step)
+            times.saved()
     assert due == [3, 6, 9]
     assert not any(SaveTimes(None).is_due(step) for step in range(100))
 
