@@ -64,8 +64,8 @@ gpu_device_info {
   clock_rate_ghz: 1.98
   device_memory_size: 84942979072
   cuda_compute_capability { major: 9 }
-  driver_version { major: 13 }
-  runtime_version { major: 12 minor: 9 }
+  driver_version: "13.0.0"
+  runtime_version: "12.9.0"
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }

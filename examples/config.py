@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 import methods
+import optimizers
 from epochs import SaveTimes
 from errors import UserError
 from locations import AnyPath
@@ -22,8 +23,8 @@ class Config:
     """Flags for a row of the paper's tables: a file in examples/recipes. Flags given here win."""
     model: str = "resnet_small"
     """resnet_small, resnet18, resnet34, resnet50, mobilenet_v2, densenet121; vit_mini, vit_ti,
-    vit_s, vit_b, vit_l with a patch size, as in vit_mini/2; or a network of your own, as
-    package.module:function."""
+    vit_s, vit_b, vit_l with a patch size, as in vit_mini/2; or a network of your own in Flax NNX or
+    Linen, as package.module:function."""
     dataset: str = "digits"
     """digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped or imagenet2012. digits comes
     with scikit-learn; the others are prepared once with examples/data.py."""
@@ -68,17 +69,25 @@ class Config:
     """Standardises images by the statistics of the training set, not to between -1 and 1."""
     dropout_rate: float = 0.0
     """Dropout of the model, with any method but dropout, which has --rate."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD with Nesterov momentum 0.9."""
+    label_smoothing: float = 0.0
+    """Part of the target that is spread over all classes."""
+    mixup: float = 0.0
+    """Averages pairs of images, with weights from Beta(a, a) of this a; 0 for none."""
+    cutmix: float = 0.0
+    """Pastes a box of one image into another, its area from Beta(a, a) of this a; 0 for none."""
+    optimizer: optimizers.Name = "adamw"
+    """AdamW, SGD with Nesterov momentum 0.9, Lion or LAMB."""
     learning_rate: float = 3e-3
     """The highest of the schedule."""
     schedule: Literal["cosine", "step"] = "cosine"
     """cosine: rises over a twentieth of the steps, then falls to zero.
     step: times 0.1 after 30, 60 and 85 % of the steps."""
     weight_decay: float = 1e-2
-    """Decoupled with adamw, added to the gradient with sgd."""
+    """Added to the gradient with sgd, decoupled otherwise."""
     decays: Literal["kernels", "all"] = "kernels"
-    """Which parameters decay."""
+    """Which parameters decay: all, or all but biases and the scales of norms."""
+    clip_norm: float | None = None
+    """The largest norm of a step's whole gradient; longer ones are scaled down to it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward pass. Parameters are float32 always."""
     seed: int = 0
@@ -112,8 +121,11 @@ class Config:
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "learning_rate", "hold", "drop_epoch_batch", "keep")
-        for name in (*positive, "weight_decay", "workers", "rotation"):
+        positive += ("clip_norm",)
+        for name in (*positive, "weight_decay", "workers", "rotation", "mixup", "cutmix"):
             value, flag = getattr(self, name), "--" + name.replace("_", "-")
+            if value is None:
+                continue
             if name in positive and not 0 < value < float("inf"):
                 raise UserError(f"{flag} {value} must be positive, and finite.")
             if not 0 <= value < float("inf"):
@@ -124,6 +136,10 @@ class Config:
             raise UserError(f"--image-size {self.image_size} must be 1 to {LARGEST_IMAGE}.")
         if self.rate is None:
             object.__setattr__(self, "rate", methods.METHODS[self.method].rate)
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise UserError(
+                f"--label-smoothing {self.label_smoothing} must be at least 0 and less than 1."
+            )
         for name in ("rate", "dropout_rate"):
             value, flag = getattr(self, name), "--" + name.replace("_", "-")
             if not 0.0 <= value <= 1.0:

@@ -12,6 +12,7 @@ import optax
 import cdb_jax
 import cdb_jax.policy
 import models
+import optimizers
 from errors import UserError
 
 if TYPE_CHECKING:
@@ -192,28 +193,10 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer, and what the method puts around it."""
     total_steps = epochs.count * epochs.batches  # If no epoch had larger batches.
-    if config.schedule == "step":
-        phases = [optax.constant_schedule(config.learning_rate * 0.1**i) for i in range(4)]
-        ends = [round(part * total_steps) for part in (0.3, 0.6, 0.85)]
-        schedule = optax.join_schedules(phases, ends)
-    else:
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, config.learning_rate, max(1, total_steps // 20), total_steps
-        )
+    schedule = optimizers.learning_rate(config, total_steps)
     if config.method == "layer_drop_back":
         schedule = with_drop_epochs(schedule, config, epochs)
-
-    def decays(path, _):
-        return config.decays == "all" or "kernel" in jax.tree_util.keystr(path)
-
-    def decaying(params):
-        return jax.tree_util.tree_map_with_path(decays, params)
-
-    if config.optimizer == "adamw":
-        optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=decaying)
-    else:
-        decay = optax.add_decayed_weights(config.weight_decay, mask=decaying)
-        optimizer = optax.chain(decay, optax.sgd(schedule, momentum=0.9, nesterov=True))
+    optimizer = optimizers.make(config, schedule)
     if policy is None:
         return optimizer
     if config.method in ("cdb_frozen", "layer_drop_back"):

@@ -31,6 +31,7 @@ import cdb_jax
 import data
 import display
 import methods
+import mixing
 import models
 import processes
 import recipes
@@ -76,16 +77,34 @@ def make_steps(
     eval_graph = nnx.graphdef(model)
     max_value, mean, std = pixels
 
-    def scores(model: nnx.Module, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Loss and correctness of every image."""
-        logits = model(batch["image"].astype(jnp.float32) * (1 / (max_value * std)) - mean / std)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return losses, (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
+    def standardised(images: jax.Array) -> jax.Array:
+        return images.astype(jnp.float32) * (1 / (max_value * std)) - mean / std
 
-    def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict]:
+    def scores(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Loss and correctness of every image; targets are labels, or shares of all classes."""
+        if targets.ndim == 1:
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        else:
+            losses = optax.softmax_cross_entropy(logits, targets)
+            targets = jnp.argmax(targets, axis=-1)
+        return losses, (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+
+    def train_step(state: State, batch: dict[str, jax.Array], step: Any) -> tuple[State, dict]:
+        images = standardised(batch["image"])
+        mixes = config.mixup > 0 or config.cutmix > 0
+        share = jnp.ones(())
+        if mixes:
+            key = training.key_of_step(config.seed, step)
+            images, share = mixing.mix(key, images, mixup=config.mixup, cutmix=config.cutmix)
+
         def loss_fn(params: nnx.State) -> tuple[jax.Array, Any]:
             model = nnx.merge(train_graph, params, state.rest, copy=True)
-            losses, correct = scores(model, batch)
+            logits, targets = model(images), batch["label"]
+            if mixes or config.label_smoothing:
+                targets = mixing.soft_targets(
+                    targets, share, logits.shape[-1], config.label_smoothing
+                )
+            losses, correct = scores(logits, targets)
             return losses.mean(), (correct.mean(), nnx.split(model, nnx.Param, ...)[2])
 
         value_and_grad, chosen = jax.value_and_grad(loss_fn, has_aux=True), {}
@@ -106,7 +125,8 @@ def make_steps(
 
     def eval_step(state: State, batch: dict[str, jax.Array]) -> jax.Array:
         """Sums of loss, correctness and weight."""
-        losses, correct = scores(nnx.merge(eval_graph, state.params, state.rest), batch)
+        model = nnx.merge(eval_graph, state.params, state.rest)
+        losses, correct = scores(model(standardised(batch["image"])), batch["label"])
         weight = batch["weight"]
         return jnp.stack([jnp.sum(losses * weight), jnp.sum(correct * weight), jnp.sum(weight)])
 
@@ -243,7 +263,7 @@ def _train(config: Config, stop: processes.StopRequest, *, brief: bool) -> list[
             with display.EpochProgress(out, title, epochs.steps(epoch)) as progress:
                 for batch in training.epoch_batches(batches, epochs, epoch, step, stop):
                     batch = training.distribute(batch, mesh)
-                    state, metrics = train_step(state, batch)
+                    state, metrics = train_step(state, batch, np.uint32(step))
                     step += 1
                     num_images += batch["label"].size
                     progress.update(step - epochs.start(epoch), num_images, metrics)

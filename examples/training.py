@@ -78,6 +78,11 @@ def streams(seed: jax.Array) -> dict[str, jax.Array]:
     return dict(zip(names, jax.random.split(key, len(names)), strict=True))
 
 
+def key_of_step(seed: int, step: jax.Array) -> jax.Array:
+    """A separate key for what a step draws of the images themselves."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), step)
+
+
 def check_epochs(epochs: Epochs) -> None:
     """Raises a UserError for an epoch without steps."""
     if epochs.joined > epochs.batches:

@@ -2,11 +2,14 @@
 
 import gzip
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
+from flax import linen, nnx
 
 import data
 import idx
@@ -49,13 +52,58 @@ def test_a_network_by_its_import_path(network, tmp_path, data_dir, capsys):
     assert "w           64x24" in capsys.readouterr().out  # No name says so: it was inferred.
 
 
+class Linen(linen.Module):
+    num_classes: int
+
+    @linen.compact
+    def __call__(self, images, train=True):
+        x = linen.Conv(8, (3, 3))(images)
+        x = linen.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+        x = linen.Dropout(0.5, deterministic=not train)(linen.relu(x).mean((1, 2)))
+        return linen.Dense(self.num_classes, name="head")(x)
+
+
+def test_a_linen_network_computes_and_keeps_what_it_does_alone():
+    settings = dict(num_classes=3, image_shape=(8, 8, 1), rngs=nnx.Rngs(0, dropout=1))
+    model = models.create("test_own_data:Linen", **settings)
+    images = jax.random.normal(jax.random.key(2), (16, 8, 8, 1))
+    variables = nnx.to_pure_dict(nnx.state(model.network, (nnx.Param, nnx.BatchStat)))
+    first = nnx.state(model.network, nnx.BatchStat)
+    params = {"Conv_0": variables["Conv_0"], "head": variables["head"]}
+    norm = variables["BatchNorm_0"]
+    params["BatchNorm_0"] = {name: norm[name] for name in ("scale", "bias")}
+    stats = {"BatchNorm_0": {name: norm[name] for name in ("mean", "var")}}
+
+    def alone(stats, train, **rngs):
+        variables = {"params": params, "batch_stats": stats}
+        return Linen(3).apply(variables, images, train, mutable=["batch_stats"], **rngs)
+
+    found = [model(images) for _ in range(2)]
+    assert not np.array_equal(*found)  # Other units are zeroed.
+    for _ in range(2):
+        stats = alone(stats, True, rngs={"dropout": jax.random.key(0)})[1]["batch_stats"]
+    kept = nnx.to_pure_dict(nnx.state(model.network, nnx.BatchStat))
+    chex.assert_trees_all_close(kept, stats, rtol=1e-5)
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, nnx.state(model.network, nnx.BatchStat))
+    model.eval()
+    for _ in range(2):
+        np.testing.assert_allclose(model(images), alone(stats, False)[0], rtol=1e-5)
+
+
+def test_a_linen_network_trains(tmp_path, data_dir):
+    settings = dict(exempt=("network/head",), data_dir=data_dir, run_dir=tmp_path / "run")
+    settings |= dict(batch_size=160, epochs=2, learning_rate=1e-2)
+    rows = train.train(train.Config(model="test_own_data:Linen", **settings))
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] and rows[0]["dropped_fraction"] > 0.2
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         ("no_such_module:f", "no network at no_such_module:f: No module named"),
         ("my_network:Big", "no network at my_network:Big: module 'my_network' has no attribute"),
-        ("my_network:nothing", "my_network:nothing returned int, not a Flax NNX model; wrap a Lin"),
+        ("my_network:nothing", "my_network:nothing returned int, not a Flax model"),
         ("my_network:NETWORK", "no network at"),
     ],
 )

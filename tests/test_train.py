@@ -251,6 +251,7 @@ def test_rate_zero_trains_bit_for_bit_as_none_does(config, tmp_path, data_dir, m
     [
         {"model": "resnet_nano"},
         {"model": "resnet_nano", "dtype": "bfloat16", "optimizer": "sgd"},
+        {"optimizer": "lamb", "learning_rate": 1e-2, "clip_norm": 1.0, "mixup": 0.2, "cutmix": 1.0},
         pytest.param(
             {"dtype": "bfloat16", "channel_choice": "window", "layer_rate": 0.5},
             marks=pytest.mark.slow,
@@ -268,7 +269,7 @@ def test_other_settings_train_too(config, changes):
 @pytest.mark.parametrize(
     "step, number, changes",
     [
-        (3, signal.SIGINT, {"method": "cdb"}),
+        (3, signal.SIGINT, {"method": "cdb", "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1}),
         pytest.param(11, signal.SIGTERM, {"method": "dropout"}, marks=pytest.mark.slow),
         pytest.param(
             7,

@@ -118,6 +118,7 @@ def config_of(contender: Contender, **settings: Any) -> SimpleNamespace:
         decays="kernels",
         dropout_rate=0.0,
         drop_epoch_learning_rate="double",
+        clip_norm=None,
     )
     return SimpleNamespace(method=contender.method, **defaults | contender.settings | settings)
 
