@@ -62,6 +62,7 @@ VARIANTS = (
     FULL,
     Variant("masked", policy=WINDOW),
     Variant("window", policy=WINDOW, use="skip"),
+    Variant("chunk", policy=cdb_jax.Policy(0.5, key=0, channel_choice="chunk"), use="skip"),
     Variant("exact", policy=cdb_jax.Policy(0.5, key=0, channel_choice="exact"), use="skip"),
     Variant("input channels", policy=policy(0.5, channel_axes=cdb_jax.input_channels), use="skip"),
     Variant("whole layers", policy=policy(1.0, layer_rate=0.5), use="skip"),

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from cdb_jax.policy import Policy
 
 
+CONTIGUOUS = ("window", "chunk")  # Choices that keep a run of channels, and draw its place only.
+
+
 @compiled
 def draw_once(layout: channels.Layout, policy: Policy, step: jax.Array) -> Selection:
     """`draw`, which runs as one compiled program outside `jit`."""
@@ -55,7 +58,7 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
     """Raises a ValueError if `window_groups` or `layer_weights` do not fit the layers of a tree."""
     groups = policy.window_groups or 1
     for layer in layout.layers:
-        if layer.channels % groups and policy.channel_choice == "window":
+        if layer.channels % groups and policy.channel_choice in CONTIGUOUS:
             raise ValueError(
                 f"window_groups={groups} does not divide the {layer.channels} channels of "
                 f"{layer.path!r}; use a divisor, or exempt the leaf."
@@ -119,6 +122,24 @@ def num_kept(rate: float | jax.Array, size: int) -> int | jax.Array:
     return jnp.where(rate >= 1.0, 0, jnp.maximum(1, kept))
 
 
+def num_chunks(rate: Any) -> int | None:
+    """The number m of chunks of which "chunk" keeps one: 1 / (1 - rate), or None if that is no int.
+
+    With rate 1, none is kept, and there may be any number.
+    """
+    if not isinstance(rate, float):
+        return None
+    if rate == 1.0:
+        return 1
+    chunks = round(1.0 / (1.0 - rate))
+    return chunks if abs(rate - (1.0 - 1.0 / chunks)) < 1e-6 else None
+
+
+def _is_chunk(policy: Policy, rate: Any, size: int) -> bool:
+    """Whether a layer keeps a chunk of each `size` channels; otherwise "chunk" keeps a window."""
+    return policy.channel_choice == "chunk" and size % (num_chunks(rate) or 1) == 0
+
+
 def expected_shares(policy: Policy, layout: channels.Layout) -> dict[str, float | None]:
     """The share of each layer that learns in an average step, by path; None if it is not fixed."""
     layers = sorted(layout.layers, key=lambda layer: (layer.channels, layer.path))
@@ -148,7 +169,8 @@ def masked_mode(policy: Policy, rate: float | jax.Array, width: int) -> tuple[Mo
     if kept == size:
         return Mode.FULL, None
     assert isinstance(kept, int)
-    return Mode.PARTIAL, Part(blocks, size, kept, policy.channel_choice == "window")
+    wraps = not _is_chunk(policy, rate, size)
+    return Mode.PARTIAL, Part(blocks, size, kept, policy.channel_choice in CONTIGUOUS, wraps)
 
 
 def possible_modes(policy: Policy, when_masked: Mode) -> tuple[Mode, ...]:
@@ -325,7 +347,7 @@ def _random_words(
 
     For each width, returns the words of its layers and those of their channels; see `_Rows`.
     """
-    needs_channels = policy.channel_choice != "window"
+    needs_channels = policy.channel_choice not in CONTIGUOUS
     shapes = [
         (rows, 1 + (width + 1) // 2 if needs_channels else 1)
         for width, rows in zip(widths, num_rows, strict=True)
@@ -442,7 +464,10 @@ def _choose_channels(
     size = width // (policy.window_groups or 1)
     kept = num_kept(rate, size)
     # The remainder favours some offsets by less than size / 2**32.
-    start = (offset_words % np.uint32(size)).astype(jnp.int32)
+    if isinstance(kept, int) and kept and _is_chunk(policy, rate, size):
+        start = (offset_words % np.uint32(size // kept)).astype(jnp.int32) * kept
+    else:
+        start = (offset_words % np.uint32(size)).astype(jnp.int32)
     position = np.arange(width, dtype=np.int32)[None, :] % size
     return _Kept((position - start[:, None]) % size < kept, kept / size, start)
 

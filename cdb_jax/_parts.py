@@ -44,8 +44,10 @@ def take(x: jax.Array, channel: Axes, stack: Axes, part: Part, place: jax.Array)
         return jax.vmap(take_from_layer, in_axes=(stack[0], 0), out_axes=stack[0])(x, place)
     shape = part.shape(x.shape, channel)
     x, axis, order = _merge(x, channel, part.blocks, part.size)
-    if part.contiguous:
+    if part.contiguous and part.wraps:
         x = _take_window(x, axis, part.kept, place)
+    elif part.contiguous:
+        x = _slice(x, place, part.kept, axis)
     else:
         x = jnp.take(x, place, axis=axis, unique_indices=True, indices_are_sorted=True, mode="clip")
     return _split(x, shape, order)
@@ -67,8 +69,10 @@ def put(
 
         return jax.vmap(put_into_layer, in_axes=(stack[0], 0), out_axes=stack[0])(x, place)
     x, axis, order = _merge(x, channel, part.blocks, part.kept)
-    if part.contiguous:
+    if part.contiguous and part.wraps:
         x = _put_window(x, axis, part.size, place)
+    elif part.contiguous:
+        x = _put_chunk(x, axis, part.size, place)
     else:
         # A gather: unlike a scatter, it fuses into the optimizer.
         every = jnp.arange(part.size, dtype=jnp.int32)
@@ -104,8 +108,10 @@ def move(
     if part.blocks > 1:
         blocks = (*shape[:axis], part.blocks, part.kept, *shape[axis + 1 :])
         x, fill, axis = x.reshape(blocks), fill.reshape(blocks), axis + 1
-    if part.contiguous:
+    if part.contiguous and part.wraps:
         x = _move_window(x, fill, axis, part.size, before, after)
+    elif part.contiguous:  # Two chunks are the same one, or have no channel in common.
+        x = jnp.where(before == after, x, fill)
     else:
         x = _pick_channels(x, fill, axis, before, after)
     return x.reshape(shape)
@@ -148,6 +154,14 @@ def _put_window(x: jax.Array, axis: int, size: int, start: jax.Array) -> jax.Arr
     position = jnp.arange(size, dtype=jnp.int32)
     run = jnp.where(_along(axis, x.ndim, position >= start), run, zero)
     return jnp.where(_along(axis, x.ndim, position < start - last), first, run)
+
+
+def _put_chunk(x: jax.Array, axis: int, size: int, start: jax.Array) -> jax.Array:
+    """`_put_window` for a run that does not wrap around: one pad and one slice."""
+    last = size - x.shape[axis]
+    pad = [(0, 0, 0)] * x.ndim
+    pad[axis] = (last, last, 0)
+    return _slice(lax.pad(x, jnp.zeros((), x.dtype), pad), last - start, size, axis)
 
 
 def _move_window(

@@ -29,13 +29,13 @@ Key = int | tuple[int, int] | jax.typing.ArrayLike
 LayerChoice = Literal["bernoulli", "exact"]
 LayerWeights = Literal["uniform", "size"] | Mapping[str, float] | tuple[tuple[str, float], ...]
 OtherLayers = Literal["full", "frozen"]
-ChannelChoice = Literal["bernoulli", "exact", "window"]
+ChannelChoice = Literal["bernoulli", "exact", "window", "chunk"]
 Rescale = Literal["none", "expected", "realized"]
 
 _CHOICES = {
     "layer_choice": ("bernoulli", "exact"),
     "other_layers": ("full", "frozen"),
-    "channel_choice": ("bernoulli", "exact", "window"),
+    "channel_choice": ("bernoulli", "exact", "window", "chunk"),
     "rescale": ("none", "expected", "realized"),
 }
 
@@ -77,11 +77,13 @@ class Policy:
         with the same index are. The first pattern that matches a layer counts.
       channel_choice: how the channels of a masked layer are chosen. "bernoulli" decides for each
         channel independently; "exact" keeps a fixed number k of channels, and all subsets are
-        equally likely; "window" keeps a contiguous block of k that wraps around. Here
+        equally likely; "window" keeps a contiguous block of k that wraps around; "chunk"
+        splits the channels into m equal chunks and keeps one, for a rate of :math:`1 - 1/m` such as
+        0.5 or 0.75, and a window in layers whose channels m does not divide. Here
         :math:`k = \max(1, \mathrm{round}((1 - \mathrm{rate})\, C))` of C channels, and 0 for
         `rate=1`. If the rate is an array or a schedule, k may differ by one.
-      window_groups: number g of equal groups of channels for "window"; every group keeps the same
-        window of k/g channels.
+      window_groups: number g of equal groups of channels for "window" and "chunk"; every group
+        keeps the same window or chunk of k/g channels.
       rescale: what `channel_drop_back` divides the kept channels by. "none"; "expected", the
         probability that a channel of a masked layer learns: k/C, or :math:`1 - r + r^C` for
         "bernoulli" with rate r (the last term comes from layers that would lose every channel), and
@@ -177,17 +179,22 @@ class Policy:
                 "channels; use channel_axes=output_channels or share_with_bias=False."
             )
         needs = (
-            ("layer_weights", "uniform", "layer_choice", "exact"),
-            ("other_layers", "full", "layer_choice", "exact"),
-            ("num_layers", None, "layer_choice", "exact"),
-            ("window_groups", None, "channel_choice", "window"),
+            ("layer_weights", "uniform", "layer_choice", ("exact",)),
+            ("other_layers", "full", "layer_choice", ("exact",)),
+            ("num_layers", None, "layer_choice", ("exact",)),
+            ("window_groups", None, "channel_choice", ("window", "chunk")),
         )
         for name, default, choice, needed in needs:
-            if getattr(self, name) != default and getattr(self, choice) != needed:
+            if getattr(self, name) != default and getattr(self, choice) not in needed:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} needs {choice}={needed!r}, got "
-                    f"{choice}={getattr(self, choice)!r}."
+                    f"{name}={getattr(self, name)!r} needs {choice}="
+                    f"{' or '.join(map(repr, needed))}, got {choice}={getattr(self, choice)!r}."
                 )
+        if self.channel_choice == "chunk" and _draw.num_chunks(self.rate) is None:
+            raise ValueError(
+                f"rate={self.rate!r:.80}: channel_choice='chunk' keeps one of m chunks; use a "
+                "Python number 1 - 1/m, such as 0.5, 0.75 or 0.875, or channel_choice='window'."
+            )
         if self.layers_picked > 1 and self.layer_weights != "uniform":
             raise ValueError(
                 f"layer_weights={self.layer_weights!r} picks a single layer, got num_layers="

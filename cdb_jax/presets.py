@@ -456,8 +456,8 @@ def algorithm_1(
       layer_weights: how the layer is picked: "uniform", "size", or a dict from path to weight.
       other_layers: "full": the other layers learn in full. "frozen", the literal reading: only the
         kept channels of the picked layer and what is `exempt` learn.
-      channel_choice: as in `Policy`; the paper does not specify it. `value_and_grad` needs "exact"
-        or "window".
+      channel_choice: as in `Policy`; the paper does not specify it. `value_and_grad` cannot
+        skip "bernoulli".
       exempt: path patterns of leaves that always learn in full and are never picked.
 
     Returns:

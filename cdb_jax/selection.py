@@ -30,14 +30,16 @@ class Part(NamedTuple):
 
     The channels form `blocks` equal blocks of `size` channels. Each block keeps `kept` channels, at
     the same positions. The *place* of a part says which ones. If `contiguous`, the place is an
-    int32 scalar: the first kept channel of a block; the others follow and wrap around. Otherwise it
-    holds the positions of the kept channels in ascending order: int32, shape `(kept,)`.
+    int32 scalar: the first kept channel of a block; the others follow. They wrap around if `wraps`;
+    otherwise the place is a multiple of `kept`, which divides `size`. If not `contiguous`, the
+    place holds the positions of the kept channels in ascending order: int32, shape `(kept,)`.
     """
 
     blocks: int
     size: int
     kept: int
     contiguous: bool
+    wraps: bool = True
 
     @property
     def total(self) -> int:

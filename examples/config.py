@@ -40,9 +40,9 @@ class Config:
     """Probability of dropping; None: that of the method, named above."""
     layer_rate: float = 1.0
     """Probability that a layer is masked in a step (cdb, cdb_after, cdb_frozen)."""
-    channel_choice: Literal["bernoulli", "exact", "window"] | None = None
-    """Draws each channel independently, a fixed number, or a block that wraps around (cdb*,
-    algorithm_1); None: window for cdb_compact, else bernoulli."""
+    channel_choice: Literal["bernoulli", "exact", "window", "chunk"] | None = None
+    """Draws each channel independently, a fixed number, a block that wraps around, or one of equal
+    chunks (cdb*, algorithm_1); None: window for cdb_compact, else bernoulli."""
     hold: int = 100
     """Steps for which the same channels learn (cdb_compact)."""
     on_switch: Literal["carry", "reset"] = "carry"

@@ -105,7 +105,7 @@ def check(config: Config) -> None:
     by_channel = config.method in ("cdb", "cdb_frozen", "cdb_compact", "algorithm_1")
     varies = channel_choice(config) == "bernoulli" and 0.0 < config.rate < 1.0
     if config.method == "cdb_compact" and varies:
-        raise UserError("--method cdb_compact needs --channel-choice window or exact.")
+        raise UserError("--method cdb_compact needs --channel-choice window, chunk or exact.")
     if not config.skip_dropped:
         return
     if not method.skips:
@@ -114,7 +114,7 @@ def check(config: Config) -> None:
             f"--skip-dropped: --method {config.method} cannot save work; these can: {able}."
         )
     if by_channel and varies:
-        raise UserError("--skip-dropped needs --channel-choice window or exact.")
+        raise UserError("--skip-dropped needs --channel-choice window, chunk or exact.")
 
 
 def channel_choice(config: Config) -> cdb_jax.policy.ChannelChoice:

@@ -104,7 +104,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("choice", ["window", "exact"])
+@pytest.mark.parametrize("choice", ["window", "chunk", "exact"])
 @pytest.mark.parametrize("axes", [cdb_jax.output_channels, cdb_jax.input_channels])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_is_the_optimizer_on_the_kept_part(name, axes, choice):
@@ -121,7 +121,7 @@ def test_is_the_optimizer_on_the_kept_part(name, axes, choice):
         chex.assert_trees_all_close(found, params, rtol=2e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("choice", ["window", "exact"])
+@pytest.mark.parametrize("choice", ["window", "chunk", "exact"])
 def test_carries_the_moments_of_channels_that_are_kept_again(choice):
     policy = window(channel_choice=choice)
     history = run(compact(optax.adamw(0.1), policy, on_switch="carry"), steps=12)

@@ -27,6 +27,7 @@ POLICIES = {
     "bernoulli": cdb_jax.Policy(0.5, key=0),
     "exact": cdb_jax.Policy(0.5, key=0, channel_choice="exact", rescale="expected"),
     "window": cdb_jax.Policy(0.5, key=0, channel_choice="window", layer_rate=0.5),
+    "chunk": cdb_jax.Policy(0.5, key=0, channel_choice="chunk"),
     "input": cdb_jax.Policy(
         0.5, key=0, channel_choice="window", channel_axes=cdb_jax.input_channels
     ),

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 ADAM = optax.adamw(0.01, eps=1e-3)  # A larger eps, as tiny gradients are rounding alone.
 POLICIES = {
     choice: cdb_jax.Policy(0.5, key=0, channel_choice=choice, layer_rate=0.7)
-    for choice in ("bernoulli", "exact", "window")
+    for choice in ("bernoulli", "exact", "window", "chunk")
 }
 drop = cdb_jax.channel_drop_back
 OPTIMIZERS = {

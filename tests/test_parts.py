@@ -26,6 +26,7 @@ class Kept(NamedTuple):
     size: int  # Of each block.
     kept: int  # In each block.
     contiguous: bool
+    wraps: bool = True
 
 
 # The tests call the library through these functions only.
@@ -51,9 +52,9 @@ def move(x, fill, channel_axes, stack_axes, part, before, after):
 
 
 def possible_places(part):
-    """Every place where a part can lie: the starts of windows, or sets of positions."""
+    """Every place where a part can lie: the starts of windows or chunks, or sets of positions."""
     if part.contiguous:
-        return np.arange(part.size, dtype=np.int32)
+        return np.arange(0, part.size, 1 if part.wraps else part.kept, dtype=np.int32)
     return np.array(list(itertools.combinations(range(part.size), part.kept)), np.int32)
 
 
@@ -95,7 +96,8 @@ def scattered(x, shape, entries):
 def kept_parts(draw, max_blocks=3, max_size=5):
     size = draw(st.integers(1, max_size))
     kept = draw(st.integers(1, size))
-    return Kept(draw(st.integers(1, max_blocks)), size, kept, draw(st.booleans()))
+    kinds = [(False, True), (True, True)] + [(True, False)] * (size % kept == 0)
+    return Kept(draw(st.integers(1, max_blocks)), size, kept, *draw(st.sampled_from(kinds)))
 
 
 @st.composite

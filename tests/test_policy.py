@@ -39,6 +39,11 @@ AT_CONSTRUCTION = {
     ),
     "layer_choice": (dict(layer_choice="bernouli"), "layer_choice must be one of.*'bernouli'"),
     "channel_choice": (dict(channel_choice="block"), "channel_choice must be one of.*'block'"),
+    "chunks of no number": (dict(rate=0.3, channel_choice="chunk"), "rate=0.3.*1 - 1/m"),
+    "chunks of a schedule": (
+        dict(rate=optax.constant_schedule(0.5), channel_choice="chunk"),
+        "rate=.*channel_choice='chunk'.*Python number",
+    ),
     "rescale": (dict(rescale=True), "rescale must be one of.*True"),
     "other_layers": (
         dict(layer_choice="exact", other_layers="still"),

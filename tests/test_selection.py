@@ -37,9 +37,19 @@ def test_bernoulli_rate(rate):
     assert kept.any(axis=1).all()
 
 
-@pytest.mark.parametrize("choice, groups", [("exact", None), ("window", None), ("window", 3)])
-@pytest.mark.parametrize("rate", [0.25, 0.5, 0.8])
-def test_fixed_number_of_channels(choice, groups, rate):
+@pytest.mark.parametrize(
+    "choice, groups, rate, places",
+    [
+        *[("exact", None, rate, None) for rate in (0.25, 0.5, 0.8)],
+        *[("window", None, rate, 12) for rate in (0.25, 0.5, 0.8)],
+        *[("window", 3, rate, 4) for rate in (0.25, 0.5, 0.8)],
+        ("chunk", None, 0.5, 2),
+        ("chunk", None, 0.75, 4),
+        ("chunk", 3, 0.75, 4),
+        ("chunk", None, 0.8, 12),  # 12 channels cannot be split into five: a window.
+    ],
+)
+def test_fixed_number_of_channels(choice, groups, rate, places):
     width = 12
     policy = Policy(rate, key=2, channel_choice=choice, window_groups=groups)
     kept = draws(policy, dense(2, width))["kernel"] > 0
@@ -47,11 +57,12 @@ def test_fixed_number_of_channels(choice, groups, rate):
     number = (groups or 1) * max(1, round((1 - rate) * size))
     assert (kept.sum(axis=1) == number).all()
     assert_rate(kept, number / width)
-    if choice == "window":
+    if choice in ("window", "chunk"):
         grouped = kept.reshape(DRAWS, groups or 1, size)
         assert (grouped == grouped[:, :1]).all()  # The same window in each group.
         starts = grouped[:, 0] & ~np.roll(grouped[:, 0], 1, axis=1)
         assert (starts.sum(axis=1) == 1).all()  # One cyclic run.
+        assert len(np.unique(starts.argmax(axis=1))) == places
 
 
 def test_exact_subsets_are_equally_likely():

@@ -160,6 +160,7 @@ def explicit_losses():
 EXPLICIT = {
     "window": {},
     "window in groups": {"window_groups": 4},
+    "chunk in groups": {"window_groups": 4, "channel_choice": "chunk"},
     "exact": {"channel_choice": "exact"},
     "some layers": {"layer_rate": 0.5},
     "one": {"layer_choice": "exact", "other_layers": "frozen"},

@@ -18,6 +18,7 @@ POLICIES = {
     "window": window(),
     "window 0.9": window(0.9),
     "window in groups": window(window_groups=2),
+    "chunk": cdb_jax.Policy(0.75, key=0, channel_choice="chunk"),
     "exact": cdb_jax.Policy(0.3, key=0, channel_choice="exact"),
     "input": window(0.25, channel_axes=cdb_jax.input_channels),
     "input exact": cdb_jax.Policy(

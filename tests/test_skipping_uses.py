@@ -102,7 +102,7 @@ def test_experts():
 
     for channel in (1, 2):
         axes = {"kernel": cdb_jax.Axes(channel, stack=0)}
-        for choice in ("window", "exact"):
+        for choice in ("window", "chunk", "exact"):
             policy = cdb_jax.Policy(0.5, key=0, channel_choice=choice, channel_axes=axes)
             check(loss, params, policy, x, skips={"kernel"})
     policy = window(channel_axes=axes, layer_rate=0.5)
@@ -456,10 +456,13 @@ def dots(draw):
 
 
 @hypothesis.settings(max_examples=5)  # Each takes seconds to compile.
-@hypothesis.given(dots(), st.sampled_from([0.25, 0.5, 0.9]), st.booleans())
-def test_random_products(dot, rate, exact):
+@hypothesis.given(
+    dots(),
+    st.sampled_from([(0.25, "window"), (0.9, "window"), (0.5, "chunk"), (0.5, "exact")]),
+)
+def test_random_products(dot, chosen):
     x_shape, w_shape, ((xc, xb), (wc, wb)), channel, weight_first = dot
-    choice = "exact" if exact else "window"
+    rate, choice = chosen
     policy = cdb_jax.Policy(rate, key=0, channel_choice=choice, channel_axes={"kernel": channel})
 
     def loss(params, x):

@@ -535,7 +535,7 @@ MISTAKES = [
     (["--model", "vit_nano/3"], "patch_size=3 does not divide images of 8x8"),
     (["--rate", "1.5"], "--rate 1.5 must be a probability between 0 and 1"),
     (["--rate", "nan"], "--rate nan must be a probability"),
-    (["--skip-dropped"], "--skip-dropped needs --channel-choice window or exact"),
+    (["--skip-dropped"], "--skip-dropped needs --channel-choice window, chunk or exact"),
     (["--method", "cdb_after", "--skip-dropped"], "--method cdb_after cannot save work; these"),
     (["--layer-rate", "-0.1"], "layer_rate must be a drop probability"),
     (["--method", "dropout", "--rate", "2"], "--rate 2.0 must be a probability"),

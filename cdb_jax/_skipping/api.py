@@ -66,8 +66,8 @@ def value_and_grad(
     Raises:
       TypeError, ValueError: for a `fun` that cannot be differentiated; when called, for a selection
         that was made for another tree, or whose number of kept channels is not static. Skipping
-        needs a rate that is a Python number and `channel_choice` "exact" or "window", unless the
-        rate is 0 or 1.
+        needs a rate that is a Python number and a `channel_choice` other than "bernoulli", unless
+        the rate is 0 or 1.
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp
