@@ -18,7 +18,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -146,19 +146,36 @@ def inferred_axes(model: nnx.Module, dataset: data.DataSet) -> Any:
     return cdb_jax.infer_channel_axes(loss, params, rest, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
-    """Trains, and returns the metrics of every epoch. When brief, shows nothing but progress.
+class Job(NamedTuple):
+    """What a run trains, before its folder is opened.
+
+    Attributes:
+      dataset: the images.
+      mesh: the devices.
+      epochs: how its steps add up.
+      train_step: see `make_steps`.
+      eval_step: likewise.
+      settings: what the results depend on, as JSON values.
+      report: what the method can drop, if it has a policy.
+      loaded: a line on the pretrained weights; empty without.
+    """
+
+    dataset: data.DataSet
+    mesh: jax.sharding.Mesh
+    epochs: Epochs
+    train_step: Callable[..., tuple[State, dict]]
+    eval_step: Callable[..., jax.Array]
+    settings: dict[str, Any]
+    report: Any
+    loaded: str
+
+
+def prepare(config: Config) -> tuple[Job, Callable[[], State]]:
+    """What a run trains, and what makes its first state, on the devices.
 
     Raises:
-      UserError: if the configuration, the data set or the run folder does not allow it.
-      StoppedError: if asked to stop, when everything is saved.
+      UserError: if anything is wrong with the configuration, the data set or the weights.
     """
-    with processes.StopRequest() as stop:
-        return _train(config, stop, brief=brief)
-
-
-def _train(config: Config, stop: processes.StopRequest, *, brief: bool) -> list[run_folder.Row]:
-    out = display.console()
     weights.check(config.weights, config.model)
     dataset = data.load(
         config.dataset,
@@ -168,11 +185,8 @@ def _train(config: Config, stop: processes.StopRequest, *, brief: bool) -> list[
         config.data_folder,
         colors=config.weights is not None and "mnist" in config.dataset,
     )
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    size, seed = config.batch_size, np.uint32(config.seed)
-    mesh = training.make_mesh(config.mesh, size)
-    multiple = jax.device_count() if config.keep_partial_batch else size
-    num_batches = data.batches_per_epoch(dataset, size, multiple)
+    mesh, seed = training.make_mesh(config.mesh, config.batch_size), np.uint32(config.seed)
+    num_batches = data.batches_per_epoch(dataset, config.batch_size, _multiple(config))
     epochs = Epochs(config.epochs, num_batches, config.drop_epoch_batch)
     training.check_epochs(epochs)
 
@@ -187,13 +201,12 @@ def _train(config: Config, stop: processes.StopRequest, *, brief: bool) -> list[
             rngs=nnx.Rngs(jax.random.key(seed), **training.streams(seed)),
         )
 
-    def initial_state(seed: jax.Array, pretrained: Any) -> State:
+    def initial_state(seed: jax.Array, arrays: Any) -> State:
         model = build(seed)
-        nnx.update(model, pretrained)
+        nnx.update(model, arrays)
         _, params, rest = nnx.split(model, nnx.Param, ...)
-        return State(params, rest, tx.init(params), dict(zeros))
+        return State(params, rest, tx.init(params), no_sums())
 
-    zeros = dict.fromkeys(run_folder.STEP_METRICS, np.float32(0.0))
     try:
         model = nnx.eval_shape(build, seed)
         axes = inferred_axes(model, dataset) if models.imported.is_path(config.model) else None
@@ -214,86 +227,148 @@ def _train(config: Config, stop: processes.StopRequest, *, brief: bool) -> list[
     # The folder may move.
     settings["data_folder"] = config.data_folder and config.data_folder.name
     settings = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
+
+    def initial() -> State:
+        return training.on_mesh(mesh, initial_state, seed, pretrained.arrays)
+
+    job = Job(dataset, mesh, epochs, train_step, eval_step, settings, report, pretrained.summary)
+    return job, initial
+
+
+def _multiple(config: Config) -> int:
+    """What the number of images of an epoch is a multiple of."""
+    return jax.device_count() if config.keep_partial_batch else config.batch_size
+
+
+def no_sums() -> dict[str, np.ndarray]:
+    return dict.fromkeys(run_folder.STEP_METRICS, np.float32(0.0))
+
+
+class Saver:
+    """Saves the state of a run, at the times that its flags name and when it is asked to stop."""
+
+    def __init__(self, config: Config, run: run_folder.Run, stop: processes.StopRequest):
+        self._run, self.stop = run, stop
+        self._times = SaveTimes(config.save_every)
+        self._checks = not config.go_on_if_not_finite
+
+    def check(self, step: int, state: State) -> None:
+        """Raises a UserError if a state should not be saved, as nothing can go on from it."""
+        if self._checks and not training.is_finite(state):
+            raise UserError(
+                f"the loss or a parameter is not finite at step {step}; lower --learning-rate, "
+                f"or use --go-on-if-not-finite. Otherwise {self._run.way_on()}"
+            )
+
+    def save(self, step: int, state: State) -> None:
+        self.check(step, state)
+        self._run.save(step, state)
+        self._times.saved()
+
+    def save_and_stop(self, step: int, state: State) -> NoReturn:
+        self.save(step, state)
+        raise processes.StoppedError(step, self.stop.signal)
+
+    def after_step(self, step: int, state: State, *, is_last: bool) -> None:
+        """What is due between two steps; after the last one of an epoch, it is saved anyway."""
+        if step % CHECK_EVERY == 0:
+            self.check(step, state)
+        if not is_last and self._times.is_due(step):
+            self.save(step, state)
+
+
+def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
+    """Trains, and returns the metrics of every epoch. When brief, shows nothing but progress.
+
+    Raises:
+      UserError: if the configuration, the data set or the run folder does not allow it.
+      StoppedError: if asked to stop, when everything is saved.
+    """
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(processes.StopRequest())
+        job, initial = prepare(config)
         run = stack.enter_context(
             run_folder.Run(
-                config.run_dir, settings, DEFAULTS, resume=config.resume, keep=config.keep
+                config.run_dir, job.settings, DEFAULTS, resume=config.resume, keep=config.keep
             )
         )
+        out = display.console()
         if not brief:
             out.print(processes.device_summary(), soft_wrap=True)
-        if report and not brief:
-            out.print(str(report), soft_wrap=True)
-        state = training.on_mesh(mesh, initial_state, seed, pretrained.arrays)
-        step, state = run.restore(state, epochs)
-        if pretrained.summary and step == 0 and not brief:
-            out.print(pretrained.summary, soft_wrap=True)
-        del pretrained  # Large, and in the state if it is needed.
+        if job.report and not brief:
+            out.print(str(job.report), soft_wrap=True)
+        step, state = run.restore(initial(), job.epochs)
+        del initial  # It holds the pretrained weights, which are in the state.
+        if job.loaded and step == 0 and not brief:
+            out.print(job.loaded, soft_wrap=True)
         batches = data.train_batches(
-            dataset,
-            size,
+            job.dataset,
+            config.batch_size,
             seed=config.seed,
-            multiple=multiple,
-            start=epochs.batches_before(step),
+            multiple=_multiple(config),
+            start=job.epochs.batches_before(step),
             workers=config.workers,
-            **share,
+            **training.share(),
         )
         stack.enter_context(contextlib.closing(batches))
-        save_times = SaveTimes(config.save_every)
-
-        def check(state: State) -> None:
-            if not config.go_on_if_not_finite and not training.is_finite(state):
-                raise UserError(
-                    f"the loss or a parameter is not finite at step {step}; lower --learning-rate, "
-                    f"or use --go-on-if-not-finite. Otherwise {run.way_on()}"
-                )
-
-        def save(state: State) -> None:
-            check(state)
-            run.save(step, state)
-            save_times.saved()
-
-        def save_and_stop(state: State) -> NoReturn:
-            save(state)
-            raise processes.StoppedError(step, stop.signal)
-
+        saver = Saver(config, run, stop)
         for epoch in range(len(run.rows), config.epochs):
-            start, num_images = time.perf_counter(), 0
-            title = f"{config.model}, {config.method}: epoch {epoch + 1}/{config.epochs}"
-            with display.EpochProgress(out, title, epochs.steps(epoch)) as progress:
-                for batch in training.epoch_batches(batches, epochs, epoch, step, stop):
-                    batch = training.distribute(batch, mesh)
-                    state, metrics = train_step(state, batch, np.uint32(step))
-                    step += 1
-                    num_images += batch["label"].size
-                    progress.update(step - epochs.start(epoch), num_images, metrics)
-                    if step % CHECK_EVERY == 0:
-                        check(state)
-                    if step < epochs.start(epoch + 1) and save_times.is_due(step):
-                        save(state)
-            if step < epochs.start(epoch + 1):
-                save_and_stop(state)
-            sums = jax.device_get(state.sums)
-            seconds = time.perf_counter() - start
-            tested = training.evaluate(eval_step, state, dataset, size, mesh, share, stop)
-            if tested is None:
-                save_and_stop(state)
-            row: run_folder.Row = {
-                "epoch": epoch + 1,
-                "step": step,
-                **{name: float(total) / epochs.steps(epoch) for name, total in sums.items()},
-                **tested,
-                # Unknown if the run was stopped in the evaluation and has only gone on with that.
-                "images_per_second": num_images / seconds if num_images else math.nan,
-            }
-            if config.method == "cdb_compact":
-                row["held_period"] = (step - 1) // config.hold  # Of the last step, from 0.
+            step, state, row = train_epoch(config, job, saver, batches, epoch, step, state)
             run.log(row)
             if not brief:
                 out.print(display.summary(row, config.epochs), soft_wrap=True)
-            state = state._replace(sums=training.on_mesh(mesh, lambda: dict(zeros)))
-            save(state)
+            state = state._replace(sums=training.on_mesh(job.mesh, no_sums))
+            saver.save(step, state)
     return run.rows
+
+
+def train_epoch(
+    config: Config,
+    job: Job,
+    saver: Saver,
+    batches: Iterator[dict[str, np.ndarray]],
+    epoch: int,
+    step: int,
+    state: State,
+) -> tuple[int, State, run_folder.Row]:
+    """Trains to the end of an epoch, and evaluates; returns the metrics as well."""
+    start, num_images, end = time.perf_counter(), 0, job.epochs.start(epoch + 1)
+    title = f"{config.model}, {config.method}: epoch {epoch + 1}/{config.epochs}"
+    steps = job.epochs.steps(epoch)
+    with display.EpochProgress(display.console(), title, steps) as progress:
+        for batch in training.epoch_batches(batches, job.epochs, epoch, step, saver.stop):
+            batch = training.distribute(batch, job.mesh)
+            state, metrics = job.train_step(state, batch, np.uint32(step))
+            step += 1
+            num_images += batch["label"].size
+            progress.update(step - job.epochs.start(epoch), num_images, metrics)
+            saver.after_step(step, state, is_last=step == end)
+    if step < end:
+        saver.save_and_stop(step, state)
+    sums = jax.device_get(state.sums)
+    seconds = time.perf_counter() - start
+    tested = training.evaluate(
+        job.eval_step,
+        state,
+        job.dataset,
+        config.batch_size,
+        job.mesh,
+        training.share(),
+        saver.stop,
+    )
+    if tested is None:
+        saver.save_and_stop(step, state)
+    row: run_folder.Row = {
+        "epoch": epoch + 1,
+        "step": step,
+        **{name: float(total) / steps for name, total in sums.items()},
+        **tested,
+        # Unknown if the run was stopped in the evaluation and has only gone on with that.
+        "images_per_second": num_images / seconds if num_images else math.nan,
+    }
+    if config.method == "cdb_compact":
+        row["held_period"] = (step - 1) // config.hold  # Of the last step, from 0.
+    return step, state, row
 
 
 def main() -> None:
