@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all soak evidence gpu-check models-check cluster-check lint docs notebook wheel clean
+.PHONY: demo test test-all soak evidence gpu-check accelerator-check models-check cluster-check lint docs notebook wheel clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,8 +35,14 @@ gpu-check:  ## Needs a GPU and a Python with jax, flax and optax: first the same
 	$(PYTHON) benchmarks/freezing.py
 	$(PYTHON) benchmarks/size.py
 	$(PYTHON) benchmarks/depth.py
+	$(PYTHON) benchmarks/methods.py --steps vit_b/16:224:64 vit_l/16:224:64 resnet50:224:64 --dtype bfloat16
 	$(PYTHON) benchmarks/overhead.py
 	$(PYTHON) benchmarks/skipping.py
+
+accelerator-check:  ## Counts what a step costs on an H100 and a TPU v5e, compiled without them: hours.
+	$(PYTHON) -m venv build/accelerators
+	build/accelerators/bin/pip install --quiet jax==0.10.2 jax-cuda12-plugin==0.10.2 libtpu flax optax
+	build/accelerators/bin/python benchmarks/accelerators.py
 
 cluster-check: $(VENV)/.installed  ## train.py under a real Slurm on this machine; as root, on Debian.
 	apt-get install -y -qq --no-install-recommends slurmd slurmctld slurm-client munge

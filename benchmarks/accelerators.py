@@ -12,12 +12,14 @@ a TPU's program counts as one kernel.
     accelerators/bin/python benchmarks/accelerators.py      # see targets.py for what it needs
     accelerators/bin/python benchmarks/accelerators.py --targets h100:1 --models ViT-S/16
 
-Some models are shortened, as compile time grows with depth: see `MODELS`. Prints a table and writes
-`results/accelerators.json`; programs that are there already are not compiled again.
+Some models are shortened, as compile time grows with depth: see `MODELS`. Prints a table, and
+writes `results/accelerators.json` and the tables of `docs/accelerators.md`. Programs that are there
+already are not compiled again.
 """
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,6 +72,7 @@ VARIANTS = (
     Variant("drop_backward", "backward", rate=0.5),
     Variant("stochastic depth, part of the batch", "subset", rate=0.5),
 )
+RESULTS, PAGE = ROOT / "benchmarks/results/accelerators.json", ROOT / "docs/accelerators.md"
 TARGETS = ("h100:1", "h100:8", "v5e:2x4", "v5e:16x16")
 # Shares of the chip's peak and bandwidth that a good kernel reaches.
 COMPUTE, MEMORY = 0.5, 0.8
@@ -193,6 +196,39 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def matrix(rows: list[dict[str, Any]], target: str, key: str) -> str:
+    """One figure of all steps and models on a target; ratios to the full step, which comes first.
+
+    Models for which the full step is missing are left out.
+    """
+    rows = [row for row in rows if row["target"] == target]
+    full = {row["model"]: row for row in rows if row["variant"] == FULL.name}
+    found = {(row["variant"], row["model"]): row for row in rows}
+    lines = ["| step | " + " | ".join(full) + " |", "| --- " * (1 + len(full)) + "|"]
+    present = {row["variant"] for row in rows}
+    for variant in [x.name for x in VARIANTS if x.name in present]:
+        cells = [variant]
+        for model, base in full.items():
+            row = found.get((variant, model))
+            if row is None:
+                cells.append("not compiled")
+            else:
+                is_base = row is base
+                cells.append(absolute(key, row[key]) if is_base else f"{row[key] / base[key]:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def fill(page: str, rows: list[dict[str, Any]]) -> str:
+    """The page with new tables between `<!-- TARGET FIGURE -->` and `<!-- -->`."""
+
+    def table(match: re.Match[str]) -> str:
+        target, key = match[1].split()
+        return f"<!-- {match[1]} -->\n{matrix(rows, target, key)}\n<!-- -->"
+
+    return re.sub(r"<!-- (\S+ \S+) -->\n.*?<!-- -->", table, page, flags=re.DOTALL)
+
+
 def absolute(key: str, value: float) -> str:
     if key == "seconds":
         return f"{value * 1e3:.2f} ms"
@@ -209,9 +245,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     names = [x.name for x in VARIANTS]
     parser.add_argument("--variants", nargs="*", choices=names, default=names)
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "benchmarks/results/accelerators.json"
-    )
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
     done = {(x["model"], x["target"], x["variant"]) for x in rows}
@@ -226,6 +260,8 @@ def main() -> None:
                 report = {"versions": versions(), "rows": rows}
                 args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(table(rows))
+    if args.output == RESULTS:
+        PAGE.write_text(fill(PAGE.read_text(), rows))
 
 
 if __name__ == "__main__":
