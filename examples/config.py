@@ -33,8 +33,9 @@ class Config:
     image_size: int | None = None
     """Side of the images, resized to it; None: that of the data set."""
     weights: AnyPath | None = None
-    """Pretrained weights to begin with, as examples/recipes/README.md describes: a .npz file for a
-    ViT, .safetensors for a ResNet. With another number of classes the head is new."""
+    """Pretrained weights to begin with: a .npz file of vision_transformer or big_vision or a
+    .safetensors file of timm for a ViT, a .safetensors file with torchvision's names for other
+    models; see examples/recipes/README.md. With another number of classes the head is new."""
     method: Annotated[methods.Name, tyro.conf.arg(help=methods.HELP)] = "cdb"
     rate: float | None = None
     """Probability of dropping; None: that of the method, named above."""
