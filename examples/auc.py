@@ -123,7 +123,7 @@ def main() -> None:
     ]
     columns = ("", "training AUC (%)", "test AUC (%)", f"against {lines[0][0]}")
     title = f"Is it an 8? {config.seeds} seeds, 95 % intervals, paired by seed"
-    display.console().print(display.results_table(title, columns, lines))
+    display.console().print(display.ResultsTable(title, columns, lines))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ class Config:
     vit_s, vit_b, vit_l with a patch size, as in vit_mini/2; or a network of your own in Flax NNX or
     Linen, as package.module:function."""
     dataset: str = "digits"
-    """digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped or imagenet2012. digits comes
-    with scikit-learn; the others are prepared once with examples/data.py."""
+    """digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped or imagenet2012, or another
+    name in PREPROCESSING of examples/data.py, which prepares a set once. digits comes with
+    scikit-learn."""
     data_folder: AnyPath | None = None
     """A folder of images to train on instead, with a subfolder for each class."""
     image_size: int | None = None

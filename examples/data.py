@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -91,6 +92,7 @@ PREPROCESSING = {
 
 
 FOLDER = Preprocessing((224, 224, 3), flip=True)  # For a folder of images.
+READABLE = {"array_record", "parquet"}  # The formats of TensorFlow Datasets with random access.
 
 
 class DataSet(NamedTuple):
@@ -130,35 +132,29 @@ def load(
         return DataSet(str(folder), train, test, num_classes, preprocessing)
     if name not in PREPROCESSING:
         raise UserError(f"unknown data set {name!r}; choose one of {', '.join(PREPROCESSING)}.")
-    logging.set_verbosity(logging.ERROR)
-    builder = None
+    preprocessing = PREPROCESSING[name]
+    builder = _builder(name, data_dir)
     try:
-        builder = _builder(name, data_dir)
         if name == "digits" and not builder.is_prepared():
             _prepare_quietly(builder)
             builder = _builder(name, data_dir)
-        test_split = PREPROCESSING[name].test_split
-        train, test = (builder.as_data_source(split) for split in ("train", test_split))
-        _ = train[0], test[0]  # The files are opened only now.
-    except Exception as error:
-        # TensorFlow Datasets raises whatever its parts raise, over several lines.
-        option = f" --data-dir {data_dir}" if data_dir else ""
-        mend = (
-            f"prepare it once with 'pip install tensorflow-cpu' and 'python examples/data.py {name}"
+        if builder.is_prepared():
+            _check_contents(builder, preprocessing)
+        train, test = (
+            builder.as_data_source(split) for split in ("train", preprocessing.test_split)
         )
-        mend += f"{option}'."
-        place, reason = data_dir or "the default folder", "its description cannot be read"
-        if builder is not None:
-            place, reason = builder.data_path, first_line(error)
+        _ = train[0], test[0]  # The files are opened only now.
+    except UserError:
+        raise
+    except Exception as error:  # TensorFlow Datasets raises whatever its parts raise.
+        reason, mend = first_line(error), _again(name)
         if name == "digits":
-            mend = "remove that folder, or choose another --data-dir that can be written to."
-        elif builder is not None and not builder.is_prepared():
-            reason = "is not prepared"
-        else:
-            mend = f"remove its folder, and {mend}"
-        raise UserError(f"data set {name!r} in {place}: {reason}; {mend}") from error
+            mend = "choose another --data-dir that can be written to."
+        elif not builder.is_prepared():
+            reason, mend = "is not prepared", f"prepare it once with {_preparation(name, data_dir)}"
+        raise UserError(f"data set {name!r} in {builder.data_path}: {reason}; {mend}") from error
     num_classes = builder.info.features["label"].num_classes
-    preprocessing = _changed(PREPROCESSING[name], image_size, rotation, colors)
+    preprocessing = _changed(preprocessing, image_size, rotation, colors)
     return DataSet(name, train, test, num_classes, preprocessing)
 
 
@@ -173,8 +169,58 @@ def _changed(
 
 
 def _builder(name: str, data_dir: Path | None) -> tfds.core.DatasetBuilder:
-    # Of the formats of TensorFlow Datasets this one allows random access.
-    return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    """Reads a prepared set, or prepares it in a format with random access.
+
+    Raises:
+      UserError: if its description cannot be read, or it is prepared in other formats only.
+    """
+    logging.set_verbosity(logging.ERROR)
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+        if not builder.is_prepared():
+            return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        if not _formats(builder) & READABLE:
+            # This one also knows the formats that `tfds convert_format` has added.
+            builder = tfds.builder_from_directory(builder.data_path)
+    except Exception as error:  # TensorFlow Datasets raises whatever its parts raise.
+        place = data_dir or "the default folder"
+        raise UserError(
+            f"data set {name!r} in {place}: its description cannot be read ({first_line(error)}); "
+            f"{_again(name)}"
+        ) from error
+    formats = _formats(builder)
+    if not formats & READABLE:
+        folder = shlex.quote(f"--dataset_version_dir={builder.data_path}")
+        raise UserError(
+            f"data set {name!r} in {builder.data_path}: its format, {', '.join(formats)}, has no "
+            "random access; add another with 'pip install tensorflow-cpu apache-beam mlcroissant' "
+            f"and 'tfds convert_format {folder} --out_file_format=array_record', or {_again(name)}"
+        )
+    return builder
+
+
+def _formats(builder: tfds.core.DatasetBuilder) -> set[str]:
+    return {x.value for x in builder.info.available_file_formats()}
+
+
+def _preparation(name: str, folder: object) -> str:
+    option = f" --data-dir {shlex.quote(str(folder))}" if folder else ""
+    return f"'pip install tensorflow-cpu' and 'python examples/data.py {name}{option}'."
+
+
+def _again(name: str) -> str:
+    return f"prepare it in another folder with {_preparation(name, 'FOLDER')}"
+
+
+def _check_contents(builder: tfds.core.DatasetBuilder, preprocessing: Preprocessing) -> None:
+    """Raises a UserError for a set without what its entry in `PREPROCESSING` promises."""
+    missing = [x for x in ("image", "label") if x not in builder.info.features]
+    missing += [x for x in ("train", preprocessing.test_split) if x not in builder.info.splits]
+    if missing:
+        raise UserError(
+            f"data set {builder.name!r} has no {' and no '.join(missing)}; change its entry in "
+            "PREPROCESSING of examples/data.py."
+        )
 
 
 def _prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
@@ -274,7 +320,7 @@ def _read(data: DataSet, split: str, indices: np.ndarray) -> list[dict[str, Any]
     for i in indices.tolist():
         try:
             records.append(source[i])
-        except UserError:
+        except (UserError, MemoryError):
             raise
         except Exception as error:  # Image libraries and file formats raise what they like.
             raise UserError(
@@ -299,6 +345,9 @@ def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     iterable = batches.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=2 * threads))
     if workers:
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; this script has its own.
+        # Otherwise multiprocessing warns, below the error, of what it cleans up after a failed run.
+        ignored = os.environ.get("PYTHONWARNINGS", "").split(",") + ["ignore:resource_tracker"]
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, ignored))
         iterable = iterable.mp_prefetch(
             grain.multiprocessing.MultiprocessingOptions(workers), worker_init_fn=_ignore_signals
         )
@@ -437,7 +486,8 @@ def prepare(
     """Download a data set and prepare it for the examples.
 
     Args:
-      name: digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped or imagenet2012.
+      name: digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped, imagenet2012, or another
+        name in PREPROCESSING.
       data_dir: where TensorFlow Datasets keeps its sets.
       files: a folder with the original files of mnist or fashion_mnist, instead of a download.
         Debian's package dataset-fashion-mnist is found without this.
@@ -448,7 +498,8 @@ def prepare(
         raise UserError(f"--files is for mnist and fashion_mnist, not for {name}; leave it out.")
     try:
         builder = _builder(name, data_dir)
-        if folder := idx.folder_of(name, files):
+        folder = idx.folder_of(name, files)
+        if folder and not builder.is_prepared():
             idx.prepare(builder, folder)
         else:
             builder.download_and_prepare()

@@ -140,7 +140,7 @@ def main() -> None:
     plot_comparison(histories, demo.run_dir / "comparison.png")
     columns = ("", "test accuracy (%)", "against none", "training loss")
     title = f"Last of {demo.epochs} epochs, {demo.seeds} seeds, 95 % intervals, paired by seed"
-    display.console().print(display.results_table(title, columns, compare(histories)))
+    display.console().print(display.ResultsTable(title, columns, compare(histories)))
     display.console().print(
         f"pictures: {demo.run_dir}/comparison.png, "
         + ", ".join(f"{demo.run_dir}/{model}.png" for model in histories),

@@ -269,7 +269,7 @@ def main() -> None:
     plot_rates(results, config.run_dir / "rates.png")
     title = f"{config.epochs} epochs, {config.seeds} seeds, 95 % intervals, paired by seed"
     columns = ("rates", "blocks kept", "test accuracy (%)", "against none")
-    out.print(display.results_table(title, columns, table(summarise(results))))
+    out.print(display.ResultsTable(title, columns, table(summarise(results))))
     out.print(f"results and rates.png are in {config.run_dir}", soft_wrap=True)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import matplotlib
 import numpy as np
-from rich import progress, table
-from rich.console import Console
+from rich import progress, table, text
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.measure import Measurement
 from scipy import stats
 
 from run_folder import STEP_METRICS, Row
@@ -33,6 +33,15 @@ def console() -> Console:
     return Console(quiet=quiet, highlight=False, markup=False, emoji=False, force_terminal=terminal)
 
 
+class _Bar(progress.Progress):
+    """A bar below its description, which wraps where the terminal is narrow."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        for task in self.tasks:
+            yield text.Text(f"{task.description}  {task.fields['now']}")
+        yield self.make_tasks_table(self.tasks)
+
+
 class EpochProgress:
     """A bar for the steps of one epoch, which disappears when the epoch is over.
 
@@ -41,12 +50,10 @@ class EpochProgress:
 
     def __init__(self, out: Console, title: str, steps: int):
         self._out, self._title, self._steps = out, title, steps
-        self._bar = progress.Progress(
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(),
+        self._bar = _Bar(
+            progress.BarColumn(bar_width=max(4, min(40, out.width - 30))),
             progress.MofNCompleteColumn(),
             progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[now]}", markup=False),
             console=out,
             transient=True,
             disable=not out.is_terminal or out.quiet,
@@ -113,7 +120,7 @@ def show_results(folder: Path, title: str, rows: Sequence[Row]) -> None:
         for label, row in (("last", last), ("best", best))
     ]
     columns = ("", "epoch", *(name.replace("_", " ") for name in names))
-    console().print(results_table(title, columns, lines))
+    console().print(ResultsTable(title, columns, lines))
     plot_curves({title: [rows]}, folder / "curves.png", title)
     console().print(f"metrics, curves and checkpoints are in {folder}", soft_wrap=True)
 
@@ -132,14 +139,42 @@ def percent(values: np.ndarray, sign: str = "") -> str:
     return f"{mean:{sign}.2f}" + (f" ± {half:.2f}" if len(values) > 1 else "")
 
 
-def results_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Any:
-    """A table to print: the first column holds names, the others numbers."""
-    result = table.Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        result.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
-    for line in lines:
-        result.add_row(*line)
-    return result
+class ResultsTable:
+    """A table to print: the first column holds names, the others numbers.
+
+    On a terminal that is too narrow, each line becomes a list, so that no number is cut.
+    """
+
+    def __init__(self, title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]):
+        self._title, self._columns, self._lines = title, columns, lines
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        for separator in (" ", "\n"):
+            result = self._as_table(separator)
+            width = Measurement.get(console, options.update_width(1000), result).maximum
+            if width <= options.max_width:
+                yield result
+                return
+        yield text.Text("\n".join((self._title, *self._as_lists())))
+
+    def _as_table(self, separator: str) -> table.Table:
+        """A table whose headings have this separator between their words."""
+        result = table.Table(title=self._title, title_justify="left")
+        for i, column in enumerate(self._columns):
+            heading = column.replace(" ", separator)
+            result.add_column(heading, justify="right" if i else "left", no_wrap=True)
+        for line in self._lines:
+            result.add_row(*line)
+        return result
+
+    def _as_lists(self) -> Iterator[str]:
+        width = max(map(len, self._columns))
+        for name, *entries in self._lines:
+            yield name
+            for column, entry in zip(self._columns[1:], entries, strict=True):
+                yield f"  {column:{width}}  {entry}".rstrip()
 
 
 def plot_curves(histories: Mapping[str, Sequence[Sequence[Row]]], file: Path, title: str) -> None:
@@ -168,7 +203,8 @@ def plot_curves(histories: Mapping[str, Sequence[Sequence[Row]]], file: Path, ti
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
     axes[0].set_yscale("log")
-    axes[1].legend()
-    figure.suptitle(title)
+    if len(histories) > 1:  # Otherwise the title says it.
+        axes[1].legend()
+    figure.suptitle(title, wrap=True)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

@@ -1,10 +1,35 @@
-"""Mistakes that a user can mend."""
+"""Mistakes that a user can mend, and errors of other libraries that mean one."""
 
 import re
 import textwrap
+from typing import Any
 
 # What XLA puts before the cause of an error, once for every layer that it passes.
 PREFIX = re.compile(r"^.*(Error dispatching computation|Error preparing computation): ")
+# Patterns of other libraries' errors, type first, and what each means. Flags stand in braces.
+MEANINGS = (
+    (
+        r"Worker process was terminated unexpectedly with exit code -(\d+)",
+        "a data worker was killed by signal {0} (9 is what the system sends when memory runs out); "
+        "use fewer {workers}, and go on with --resume.",
+    ),
+    (
+        r"Worker process was terminated unexpectedly with exit code (\d+)",
+        "a data worker ended with exit code {0}, and may have said why above; without {workers} "
+        "threads read the images.",
+    ),
+    (
+        r"RESOURCE_EXHAUSTED: .*allocat|[Oo]ut of memory|OUT_OF_MEMORY",
+        "the devices do not have enough memory ({cause}); use a smaller {batch_size} or "
+        "{image_size}.",
+    ),
+    (
+        r"^\w*MemoryError|bad_alloc|Cannot allocate memory",
+        "this machine does not have enough memory ({cause}); use a smaller {batch_size} or "
+        "{image_size}, or fewer {workers}.",
+    ),
+)
+FLAGS = ("batch_size", "image_size", "workers")
 
 
 class UserError(Exception):
@@ -16,3 +41,29 @@ def first_line(error: Exception) -> str:
     line = str(error).strip().partition("\n")[0]
     line = PREFIX.sub("", line) or type(error).__name__
     return textwrap.shorten(line.rstrip(".:"), 300, placeholder=" ...")
+
+
+def page_hint(content: bytes) -> str:
+    """What to add to an error about a file that may be a web page, as failed downloads are."""
+    return ", as it holds a web page" if content.lstrip()[:1] == b"<" else ""
+
+
+def meaning(error: Exception, config: Any = None) -> Exception:
+    """The `UserError` that an error of another library means, or the error itself.
+
+    Args:
+      error: what was raised.
+      config: holds the flags, whose values the message names; None to leave them out.
+    """
+    if isinstance(error, UserError):
+        return error
+    flags = {name: _flag(name, config) for name in FLAGS}
+    for pattern, text in MEANINGS:
+        if found := re.search(pattern, f"{type(error).__name__}: {error}"):
+            return UserError(text.format(*found.groups(), cause=first_line(error), **flags))
+    return error
+
+
+def _flag(name: str, config: Any) -> str:
+    value = getattr(config, name, None)
+    return f"--{name.replace('_', '-')}" + ("" if value is None else f" (now {value})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
-from errors import UserError, first_line
+from errors import UserError, first_line, page_hint
 
 # Where packages put them.
 FOLDERS = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
@@ -35,7 +36,7 @@ def prepare(official: tfds.core.DatasetBuilder, folder: Path) -> None:
     Raises:
       UserError: if a file is missing or is not what its name says.
     """
-    splits = {split: _read(folder, prefix) for split, prefix in FILES.items()}
+    splits = {split: read(folder, prefix) for split, prefix in FILES.items()}
     info = official.info
 
     class FromFiles(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -65,7 +66,8 @@ def prepare(official: tfds.core.DatasetBuilder, folder: Path) -> None:
     info.features.save_config(builder.data_path)
 
 
-def _read(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+def read(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images, uint8 (count, height, width), and labels, uint8 (count,); `prefix` as in `FILES`."""
     images = _array(folder / f"{prefix}-images-idx3-ubyte", 3)
     labels = _array(folder / f"{prefix}-labels-idx1-ubyte", 1)
     if len(images) != len(labels) or not len(images):
@@ -75,15 +77,22 @@ def _read(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _array(file: Path, rank: int) -> np.ndarray:
     """An array of bytes: a magic number with its rank, its sizes, then the values."""
-    packed = file.with_name(file.name + ".gz")
+    packed, content = not file.exists(), b""
+    if packed:
+        file = file.with_name(file.name + ".gz")
     try:
-        content = file.read_bytes() if file.exists() else gzip.decompress(packed.read_bytes())
-    except (OSError, EOFError) as error:
-        raise UserError(f"{packed} cannot be read: {first_line(error)}.") from error
+        content = file.read_bytes()
+        content = gzip.decompress(content) if packed else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{file} cannot be read{page_hint(content)}: {first_line(error)}; get it again."
+        ) from error
     size = 4 * (rank + 1)
     header = np.frombuffer(content[:size].ljust(size, b"\0"), ">u4")
     if header[0] != 0x800 + rank:
-        raise UserError(f"{file} is no idx file of {rank} axes; get it again.")
+        raise UserError(
+            f"{file} is not an idx file of {rank} axes{page_hint(content)}; get it again."
+        )
     values = np.frombuffer(content[size:], np.uint8)
     if values.size != np.prod(header[1:]):
         raise UserError(

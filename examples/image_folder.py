@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
-from errors import UserError, first_line
+from errors import UserError, first_line, page_hint
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 TEST_NAMES = ("test", "val", "validation")
@@ -37,12 +38,44 @@ class Images(Sequence[dict[str, Any]]):
         file, label = self._files[index]
         try:
             with PIL.Image.open(file) as image:
-                # Grey, with a palette, with transparency, CMYK: all become red, green and blue.
-                return {"image": np.asarray(image.convert("RGB")), "label": label}
+                return {"image": np.asarray(to_rgb(image)), "label": label}
+        except MemoryError:
+            raise
         except Exception as error:  # Image libraries raise what they like.
             raise UserError(
-                f"{file} cannot be read: {first_line(error)}; mend or remove it."
+                f"{file} cannot be read{_page_hint(file)}: {first_line(error)}; replace it, or "
+                "move it to another folder."
             ) from error
+
+
+def _page_hint(file: Path) -> str:
+    try:
+        with open(file, "rb") as content:
+            return page_hint(content.read(100))
+    except OSError:
+        return ""
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Red, green and blue of 8 bits, from any kind of image, turned as its camera was held.
+
+    What is transparent becomes white, as most viewers show it. Grey values of 16 bits lose the
+    lower half of their bits.
+
+    Raises:
+      ValueError: for values that have no natural range.
+    """
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError("its values need more than 16 bits")
+        image = PIL.Image.fromarray((values >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def load(folder: Path) -> tuple[Images, Images, int]:

@@ -17,12 +17,10 @@ def learning_rate(config: Config, total_steps: int) -> optax.Schedule:
     """The learning rate by step: `--schedule`."""
     if config.schedule == "step":
         phases = [optax.constant_schedule(config.learning_rate * 0.1**i) for i in range(4)]
-        ends = [round(part * total_steps) for part in (0.3, 0.6, 0.85)]
+        ends = [max(1, round(part * total_steps)) for part in (0.3, 0.6, 0.85)]
         return optax.join_schedules(phases, ends)
-    warmup = max(1, total_steps // 20)
-    return optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup, max(total_steps, warmup + 1)
-    )
+    warmup = min(max(1, total_steps // 20), total_steps - 1)  # A single step has the full rate.
+    return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, total_steps)
 
 
 def make(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:

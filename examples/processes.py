@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
+import re
 import signal
 import socket
 import sys
@@ -11,13 +13,13 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from errors import UserError, first_line
+from errors import UserError, first_line, meaning
 
 START = 300  # Seconds that processes wait for process 0 to start.
 PATIENCE = 60  # Seconds until a process that gives no sign of life is taken for dead.
@@ -28,6 +30,8 @@ LAUNCHERS = {
     "OMPI_COMM_WORLD_SIZE": "Open MPI",
     "PMI_SIZE": "MPI",
 }
+# A name, an IPv4 address, or an IPv6 address in brackets; and a port.
+ADDRESS = re.compile(r"(\[[\w:.%]+\]|[\w.-]+):([0-9]{1,5})")
 
 
 def launcher() -> str | None:
@@ -65,12 +69,14 @@ def join(
         )
     if not missing and when == "never":
         raise UserError("--coordinator joins other processes, and --distributed never forbids it.")
-    if missing and (when == "never" or (when == "auto" and not launcher())):
-        return
+    if when == "always" or (when == "auto" and (launcher() or not missing)):
+        _join(coordinator, process_count, process_id)
+    _check_devices()
+
+
+def _join(coordinator: str | None, process_count: int | None, process_id: int | None) -> None:
     if coordinator is not None:
-        host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise UserError(f"--coordinator {coordinator} must be HOST:PORT, as in 10.0.0.1:1234.")
+        host, port = _address(coordinator)
         if process_count < 1:
             raise UserError(f"--process-count {process_count} must be positive.")
         if not 0 <= process_id < process_count:
@@ -78,9 +84,13 @@ def join(
                 f"--process-id {process_id} must be at least 0 and less than --process-count "
                 f"{process_count}."
             )
-        if process_id > 0:
-            _wait_for(host.strip("[]"), int(port))
+        # If this process cannot reach process 0, JAX waits for minutes and then aborts.
+        with _listener(coordinator, port) if process_id == 0 else contextlib.nullcontext():
+            _wait_for(coordinator, host, port)
     _choose_port()
+    # With http_proxy or https_proxy set, gRPC would look for process 0 behind the proxy, and hang.
+    os.environ.setdefault("grpc_proxy", "")
+    jax.config.update("jax_check_proxy_envs", False)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -97,6 +107,30 @@ def join(
         ) from error
 
 
+def _address(coordinator: str) -> tuple[str, int]:
+    """Host and port of process 0."""
+    found = ADDRESS.fullmatch(coordinator)
+    if not found or not 0 < int(found[2]) < 65536:
+        raise UserError(
+            f"--coordinator {coordinator} must be HOST:PORT, as in 10.0.0.1:1234 or [fe80::1]:1234."
+        )
+    return found[1].strip("[]"), int(found[2])
+
+
+def _check_devices() -> None:
+    """Raises a UserError if JAX has no devices of the platform that it is asked for."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = jax.config.jax_platforms
+        # Without a plugin for a platform, JAX has an assertion without a text.
+        reason = first_line(error) if str(error) else "this JAX knows no such devices"
+        raise UserError(
+            f"JAX_PLATFORMS={asked or ''} cannot be used: {reason}; leave JAX_PLATFORMS out to use "
+            "what this machine has, or install JAX for these devices."
+        ) from error
+
+
 def _choose_port() -> None:
     """Another port for each step of a Slurm job: JAX takes one for all that run side by side."""
     job, step = (os.environ.get(f"SLURM_{x}_ID", "") for x in ("JOB", "STEP"))
@@ -105,18 +139,31 @@ def _choose_port() -> None:
         os.environ.setdefault("JAX_COORDINATOR_PORT", str(port))
 
 
-def _wait_for(host: str, port: int) -> None:
-    """Until process 0 listens. JAX itself would abort this process if it never does."""
+def _listener(coordinator: str, port: int) -> socket.socket:
+    """Listens at the port of process 0 until JAX does."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        return socket.create_server(("", port), family=family, dualstack_ipv6=both)
+    except OSError as error:
+        raise UserError(
+            f"--coordinator {coordinator}: process 0 cannot use that port ({first_line(error)}); "
+            "choose another, the same for all processes."
+        ) from error
+
+
+def _wait_for(coordinator: str, host: str, port: int) -> None:
+    """Until process 0 listens."""
     deadline = time.monotonic() + START
     while True:
         try:
             socket.create_connection((host, port), timeout=5.0).close()
             return
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # A name may be none that can be looked up.
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"--coordinator {host}:{port} does not answer ({first_line(error)}); is "
-                    "process 0 running, and may this host reach it?"
+                    f"--coordinator {coordinator} does not answer ({first_line(error)}); is it the "
+                    "host of process 0, is that running, and may this host reach it?"
                 ) from error
         time.sleep(0.2)
 
@@ -150,31 +197,33 @@ def num_gpus() -> int:
     return len(glob.glob("/dev/nvidia[0-9]*"))
 
 
-def leave(error: Exception) -> NoReturn:
-    """Ends the program with a line about an error.
+def leave(error: Exception, config: Any = None) -> NoReturn:
+    """Ends the program with a line about an error, and with the values of flags in `config`.
 
     One process of several ends at once: a farewell would wait for others that may be gone, or that
     wait for this one.
     """
+    error = meaning(error, config)
     mistake = isinstance(error, UserError)
     if not jax.distributed.is_initialized():
         if mistake:
             raise SystemExit(f"error: {error}") from None
         raise error
-    lost = is_lost(error)
+    lost, index = False, 0
+    with contextlib.suppress(RuntimeError, AssertionError):  # Without devices JAX knows neither.
+        lost, index = is_lost(error), jax.process_index()
     if mistake:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         if not lost:
             traceback.print_exception(error)
         print(
-            f"error: process {jax.process_index()} of {jax.process_count()} cannot go on: "
-            f"{first_line(error)}. If another one has stopped, start all of them again with "
-            "--resume.",
+            f"error: process {index} of {jax.process_count()} cannot go on: {first_line(error)}. "
+            "If another one has stopped, start all of them again with --resume.",
             file=sys.stderr,
             flush=True,
         )
-    if jax.process_index() == 0:
+    if index == 0:
         time.sleep(2.0)  # The others end with it, and may have something to say.
     os._exit(LOST if lost else 1)
 

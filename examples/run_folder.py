@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 import locations
 import processes
 from epochs import Epochs
-from errors import UserError, first_line
+from errors import UserError, first_line, meaning
 
 Row = dict[str, Any]
 STEP_METRICS = ("train_loss", "train_accuracy", "dropped_fraction")
@@ -110,9 +110,12 @@ class Run:
                 state = self._read(last, state)
             except Exception as error:  # Orbax raises whatever its storage layers raise.
                 _leave_out_echoes()
+                if meaning(error) is not error:  # It may be sound, and memory be short.
+                    raise
                 raise UserError(
                     f"the checkpoint of step {last} in {self.folder} cannot be read: "
-                    f"{first_line(error)}. Remove checkpoints/{last} to resume from the one before."
+                    f"{first_line(error)}. Move checkpoints/{last} to another folder to resume "
+                    "from the one before."
                 ) from error
         step = last or 0
         self.rows = [row for row in self.rows if row["step"] <= step]

@@ -316,7 +316,8 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
             step, state, row = train_epoch(config, job, saver, batches, epoch, step, state)
             run.log(row)
             if not brief:
-                out.print(display.summary(row, config.epochs), soft_wrap=True)
+                # In a terminal it wraps between words; in a log it stays one line.
+                out.print(display.summary(row, config.epochs), soft_wrap=not out.is_terminal)
             state = state._replace(sums=training.on_mesh(job.mesh, no_sums))
             saver.save(step, state)
     return run.rows
@@ -372,6 +373,7 @@ def train_epoch(
 
 
 def main() -> None:
+    config = None
     try:
         config = recipes.parse(Config, sys.argv[1:])
         given = (config.coordinator, config.process_count, config.process_id)
@@ -382,7 +384,7 @@ def main() -> None:
         display.console().print(f"{stopped}; go on with --resume.")
         raise SystemExit(128 + stopped.signal) from None
     except Exception as error:
-        processes.leave(error)
+        processes.leave(error, config)
 
 
 if __name__ == "__main__":

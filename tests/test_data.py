@@ -350,7 +350,7 @@ class TestMistakes:
     def test_a_damaged_set(self, tmp_path):
         data.load("digits", tmp_path)
         next(tmp_path.rglob("digits-train*")).write_bytes(b"")
-        with pytest.raises(errors.UserError, match="'digits' in .* remove that folder") as caught:
+        with pytest.raises(errors.UserError, match="'digits' in .* another --data-dir") as caught:
             data.load("digits", tmp_path)
         assert "\n" not in str(caught.value)
 

@@ -134,7 +134,7 @@ def flip_often(content):
     return bytes(255 - x if i % 97 == 0 else x for i, x in enumerate(content))
 
 
-OF_CHECKPOINT = "the checkpoint of step 16 .* cannot be read: .* Remove checkpoints/16 to resume"
+OF_CHECKPOINT = "the checkpoint of step 16 .* cannot be read: .* Move checkpoints/16 to another"
 OF_FOLDER = "--run-dir .* cannot be used: "
 RUN_FAULTS = {
     "settings are no JSON": (write("settings.json", b"{"), OF_FOLDER),
@@ -186,7 +186,7 @@ def test_without_the_damaged_checkpoint_the_run_goes_on(finished, run, pattern):
     expected = metrics(run)
     rewrite(pattern, lambda x: b"")(run)
     config = train.Config(**finished[1], run_dir=run, resume=True)
-    with pytest.raises(errors.UserError, match="Remove checkpoints/16"):
+    with pytest.raises(errors.UserError, match="Move checkpoints/16"):
         train.train(config)
     shutil.rmtree(run / "checkpoints/16")
     train.train(config, brief=True)
@@ -429,12 +429,27 @@ def of_set(pattern, change):
     return damage
 
 
+def in_format(name, alternatives=()):
+    """As TensorFlow Datasets would have prepared the set in another format of files."""
+
+    def change(folder):
+        (file,) = folder.rglob("dataset_info.json")
+        formats = {"fileFormat": name, "alternativeFileFormats": alternatives}
+        file.write_text(json.dumps(json.loads(file.read_text()) | formats))
+        for x in folder.rglob("*array_record*"):
+            if "array_record" not in alternatives:
+                x.rename(x.with_name(x.name.replace("array_record", name)))
+
+    return change
+
+
 def rename(name):
     return lambda folder: (folder / "cifar10/3.0.2").rename(folder / "cifar10" / name)
 
 
 UNPREPARED = "'cifar10' in .*: is not prepared; prepare it once with"
-OF_SET = "'cifar10' in .*; remove its folder, and prepare it once with"
+OF_SET = "'cifar10' in .*; prepare it in another folder with 'pip install tensorflow-cpu' and"
+OF_FORMAT = "its format, {}, has no random access; .* 'tfds convert_format --dataset_version_dir="
 DATA_FAULTS = {
     "missing": (lambda folder: shutil.rmtree(folder / "cifar10"), UNPREPARED),
     "half-prepared": (rename("incomplete.ABCDEF_3.0.2"), UNPREPARED),
@@ -450,7 +465,9 @@ DATA_FAULTS = {
     "files are empty": (of_set("*array_record*", lambda x: b""), OF_SET),
     "files are cut": (of_set("*array_record*", lambda x: x[: len(x) // 2]), OF_SET),
     "files are something else": (of_set("*array_record*", lambda x: b"PK" * 5000), OF_SET),
-    "flipped bits": (of_set("*array_record*", flip_often), "cannot be read|prepare it once"),
+    "flipped bits": (of_set("*array_record*", flip_often), "cannot be read|prepare it in another"),
+    "TFRecord files": (in_format("tfrecord"), OF_FORMAT.format("tfrecord")),
+    "Riegeli files": (in_format("riegeli"), OF_FORMAT.format("riegeli")),
 }
 
 
@@ -462,7 +479,48 @@ def test_a_data_folder(images, tmp_path, name):
     damage(folder)
     with pytest.raises(errors.UserError, match=message) as caught:
         read_everything("cifar10", folder)
-    assert "\n" not in str(caught.value)
+    assert not re.search(r"\n|\bremove\b|\bdelete\b", str(caught.value))
+
+
+def test_a_data_folder_that_cannot_be_prepared_again(images, tmp_path):
+    folder = shutil.copytree(images, tmp_path / "data")
+    in_format("tfrecord")(folder)
+    with pytest.raises(errors.UserError, match="its format, tfrecord, has no random access"):
+        data.prepare("cifar10", folder)
+    of_set("dataset_info.json", lambda x: b"{")(folder)
+    with pytest.raises(errors.UserError, match="its description cannot be read"):
+        data.prepare("cifar10", folder)
+
+
+def test_formats_with_random_access_are_read(images, tmp_path):
+    tfds.disable_progress_bar()
+    builder = Images(data_dir=tmp_path, file_format="parquet")
+    builder.download_and_prepare()
+    tfds.builder("cifar10").info.features.save_config(builder.data_path)
+    assert read_everything("cifar10", tmp_path) == 2
+    converted = shutil.copytree(images, tmp_path / "converted")
+    in_format("tfrecord", ["array_record"])(converted)  # As `tfds convert_format` leaves it.
+    assert read_everything("cifar10", converted) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"test_split": "validation"}, "no validation"), ({"test_split": "train"}, "no label")],
+    ids=["split", "feature"],
+)
+def test_a_set_without_what_its_entry_says(images, tmp_path, monkeypatch, changes, message):
+    folder = shutil.copytree(images, tmp_path / "data")
+    if message == "no label":
+        of_set("features.json", lambda x: x.replace(b'"label"', b'"coarse"'))(folder)
+        monkeypatch.setattr(tfds, "builder", lambda *_, **__: from_folder(folder))
+    entry = data.PREPROCESSING["cifar10"]._replace(**changes)
+    monkeypatch.setitem(data.PREPROCESSING, "cifar10", entry)
+    with pytest.raises(errors.UserError, match=f"'cifar10' has {message}; change its entry in"):
+        data.load("cifar10", folder)
+
+
+def from_folder(folder):
+    return tfds.builder_from_directory(folder / "cifar10/3.0.2")
 
 
 IMAGE_FAULTS = {
@@ -548,13 +606,35 @@ def test_a_flag(monkeypatch, capsys, tmp_path, data_dir, name):
     assert explained >= 2 or name in ("run_dir", "data_dir")
 
 
+ADDRESSES = [
+    "abc",
+    "a:b",
+    "",
+    ":1",
+    "a:",
+    "a:0",
+    "a:65536",
+    "a:-1",
+    "a:\u0663",
+    "a b:1",
+    "::1:1234",
+]
+ADDRESSES += ["[::1]", "[::1:1", "http://a:1", "a:1/", "a:" + "9" * 40]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--coordinator", "127.0.0.1:1"], "--process-count and --process-id"),
         (["--process-id", "0"], "--coordinator"),
-        (["--coordinator", "abc", "--process-count", "2", "--process-id", "0"], "HOST:PORT"),
-        (["--coordinator", "a:b", "--process-count", "2", "--process-id", "0"], "HOST:PORT"),
+        *(
+            (["--coordinator", x, "--process-count", "2", "--process-id", "0"], "HOST:PORT")
+            for x in ADDRESSES
+        ),
+        (
+            ["--coordinator", "no-host.invalid:1234", "--process-count", "2", "--process-id", "0"],
+            "--coordinator no-host.invalid:1234 does not answer",
+        ),
         (
             ["--coordinator", "a:1", "--process-count", "0", "--process-id", "0"],
             "--process-count 0",

@@ -13,6 +13,7 @@ from flax import linen, nnx
 
 import data
 import idx
+import image_folder
 import models
 import train
 from errors import UserError
@@ -148,6 +149,66 @@ def test_a_folder_of_images(photos):
     assert batch["image"].shape == (10, 8, 8, 3) and set(batch["label"].tolist()) == {0, 1}
 
 
+def pixel(file):
+    """The first pixel of an image file, as it is trained on."""
+    return image_folder.Images([(file, 0)])[0]["image"][0, 0].tolist()
+
+
+WHITE = [255, 255, 255]
+BITS_16 = np.full((4, 4), 0x7F80, np.uint16)
+KINDS = {  # Mode, value, suffix, options of `save`: what is trained on.
+    "CMYK, JPEG": (("CMYK", (245, 235, 225, 0), "jpg", {}), [10, 20, 30]),
+    "CMYK, TIFF": (("CMYK", (245, 235, 225, 0), "tif", {}), [10, 20, 30]),
+    "palette": (("P", 0, "png", {}), [200, 100, 50]),
+    "palette, transparent": (("P", 0, "png", {"transparency": 0}), WHITE),
+    "palette, GIF": (("P", 0, "gif", {"transparency": 0}), WHITE),
+    "opaque": (("RGBA", (10, 20, 30, 255), "png", {}), [10, 20, 30]),
+    "transparent": (("RGBA", (10, 20, 30, 0), "png", {}), WHITE),
+    "half transparent": (("RGBA", (0, 100, 200, 51), "webp", {"lossless": True}), [204, 224, 244]),
+    "grey, transparent": (("LA", (10, 0), "png", {}), WHITE),
+    "grey, one transparent": (("L", 30, "png", {"transparency": 30}), WHITE),
+    "one bit": (("1", 1, "png", {}), WHITE),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_of_images(tmp_path, name):
+    (mode, value, suffix, options), expected = KINDS[name]
+    picture = PIL.Image.new(mode, (4, 4), value)
+    if mode == "P":
+        picture.putpalette([200, 100, 50, 1, 2, 3])
+    picture.save(tmp_path / f"x.{suffix}", **options)
+    assert pixel(tmp_path / f"x.{suffix}") == expected
+
+
+def test_photos_are_turned_as_the_camera_was_held(tmp_path):
+    file, exif = tmp_path / "photos/a/1.png", PIL.Image.Exif()
+    file.parent.mkdir(parents=True)
+    exif[0x0112] = 6  # The top of the scene is on the right.
+    PIL.Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3)).save(file, exif=exif)
+    image = image_folder.Images([(file, 0)])[0]["image"]
+    np.testing.assert_array_equal(image[..., 0], [[3, 0], [4, 1], [5, 2]])
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "ppm"])
+def test_grey_images_of_16_bits(tmp_path, suffix):
+    """Pillow itself would make white of all but the darkest."""
+    file = tmp_path / f"x.{suffix}"
+    if suffix == "ppm":
+        file.write_bytes(b"P5 4 4 65535 " + BITS_16.astype(">u2").tobytes())
+    else:
+        PIL.Image.fromarray(BITS_16).save(file)
+    assert pixel(file) == [127, 127, 127]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_images_of_32_bits(tmp_path, dtype):
+    PIL.Image.fromarray(np.full((4, 4), 70000, dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match="x.tif cannot be read: its values need more than 16 bits"):
+        pixel(tmp_path / "x.tif")
+
+
 def test_a_folder_with_splits(photos, tmp_path):
     (tmp_path / "both/val").mkdir(parents=True)
     photos.rename(tmp_path / "both/train")
@@ -160,10 +221,17 @@ def test_a_folder_with_splits(photos, tmp_path):
 
 @pytest.mark.bad_input
 def test_folders_that_are_wrong(photos, tmp_path):
-    (photos / "cat/3.png").write_bytes(b"GET / HTTP/1.1")
     dataset = data.load("digits", image_size=8, folder=photos)
-    with pytest.raises(UserError, match=r"cat/3.png cannot be read: cannot identify image file"):
-        list(dataset.train)
+    whole = (photos / "cat/3.png").read_bytes()
+    contents = {
+        b"GET / HTTP/1.1": ": cannot identify image file",
+        b"\n<!DOCTYPE html>": ", as it holds a web page: cannot identify image file",
+        whole[: len(whole) // 2]: ": ",
+    }
+    for content, reason in contents.items():
+        (photos / "cat/3.png").write_bytes(content)
+        with pytest.raises(UserError, match=f"cat/3.png cannot be read{reason}.*; replace it, or"):
+            list(dataset.train)
     with pytest.raises(UserError, match="--data-folder .*nowhere is no folder"):
         data.load("digits", folder=tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -214,10 +282,24 @@ def test_original_files_that_are_wrong(originals, tmp_path):
     with pytest.raises(UserError, match="has 30 train images and 29 labels"):
         idx.prepare(builder, folder)
     (folder / "train-images-idx3-ubyte").write_bytes(b"<html>")
-    with pytest.raises(UserError, match="is no idx file of 3 axes; get it again"):
+    with pytest.raises(
+        UserError, match="is not an idx file of 3 axes, as it holds a web page; get"
+    ):
         idx.prepare(builder, folder)
-    (folder / "t10k-images-idx3-ubyte.gz").unlink()
     (folder / "train-images-idx3-ubyte").unlink()
+    packed = folder / "train-images-idx3-ubyte.gz"
+    whole = packed.read_bytes()
+    contents = {  # What a download may end with.
+        whole[: len(whole) // 2]: "ubyte.gz cannot be read: Compressed file ended before",
+        b"<html>": "ubyte.gz cannot be read, as it holds a web page: Not a gzipped file",
+        whole[:10] + b"\x07" + whole[11:]: "ubyte.gz cannot be read: Error -3 while",
+        b"": "is not an idx file of 3 axes; get it again",
+    }
+    for content, message in contents.items():
+        packed.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            idx.prepare(builder, folder)
+    (folder / "t10k-images-idx3-ubyte.gz").unlink()
     write_idx(folder, *arrays["train"], "train")
     with pytest.raises(UserError, match="t10k-images-idx3-ubyte.gz cannot be read: .*No such file"):
         idx.prepare(builder, folder)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -139,6 +140,78 @@ def test_steps_of_a_job_have_ports_of_their_own(monkeypatch, joined):
         processes.join("always")
         ports.add(int(os.environ["JAX_COORDINATOR_PORT"]))
     assert len(ports) == 40 and min(ports) > 61439 and max(ports) < 65536
+
+
+def run_python(code, **variables):
+    return subprocess.run(
+        [sys.executable, "-c", f"import jax, sys, processes\n{code}"],
+        env=os.environ
+        | {"PYTHONPATH": os.path.dirname(processes.__file__), "JAX_PLATFORMS": "cpu"}
+        | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+JOINING = """
+try:
+    processes.join("auto", sys.argv[1], 1, 0)
+except Exception as error:
+    processes.leave(error)
+print(jax.process_count(), "joined", flush=True)
+"""
+
+
+def free_port(family=socket.AF_INET, host="127.0.0.1"):
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def join_alone(coordinator, **variables):
+    """What a process says that joins no other, at this address."""
+    result = run_python(JOINING.replace("sys.argv[1]", repr(coordinator)), **variables)
+    assert "Traceback" not in result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_addresses_of_process_0(host):
+    try:
+        port = free_port(socket.AF_INET6, "::1") if host == "[::1]" else free_port()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    assert join_alone(f"{host}:{port}") == "1 joined\n"
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "https_proxy"])
+def test_no_proxy_is_asked_for_process_0(name):
+    """gRPC would hang for minutes."""
+    shown = join_alone(f"127.0.0.1:{free_port()}", **{name: "http://127.0.0.1:9"})
+    assert shown == "1 joined\n"
+
+
+@pytest.mark.bad_input
+def test_a_port_in_use():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        shown = join_alone(address)
+    assert f"error: --coordinator {address}: process 0 cannot use that port" in shown
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "abacus"])
+@pytest.mark.parametrize("coordinator", [None, "127.0.0.1"], ids=["alone", "of several"])
+def test_a_platform_that_is_not_there(platform, coordinator):
+    code = JOINING.replace("sys.argv[1], 1, 0", "")
+    if coordinator:
+        code = JOINING.replace("sys.argv[1]", repr(f"{coordinator}:{free_port()}"))
+    result = run_python(code, JAX_PLATFORMS=platform)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    (shown,) = result.stderr.splitlines()
+    assert shown.startswith(f"error: JAX_PLATFORMS={platform} cannot be used: ")
+    assert "leave JAX_PLATFORMS out" in shown
 
 
 @pytest.mark.parametrize(("gpus", "warns"), [(8, False), (9, True)])

@@ -16,6 +16,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+import idx
 import models.resnet
 import models.vit
 from epochs import Epochs
@@ -42,6 +43,7 @@ class Split(NamedTuple):
     train: Images
     validation: Images
     test: Images
+    watched: Images | None = None  # A part of the test images, for the course of a run; or all.
 
 
 class Task(NamedTuple):
@@ -57,6 +59,7 @@ class Task(NamedTuple):
     steps: int
     batch_size: int
     start: str = ""
+    evaluations: int = 20  # In the course of a run.
 
     @property
     def epoch_steps(self) -> int:
@@ -95,13 +98,16 @@ def digits(train: int, validation: int, wrong: float = 0.0) -> Callable[[int], S
     def split(seed: int) -> Split:
         pool, test = _digits()
         learned, validated = _divide(pool, train, validation, seed)
-        rng = np.random.default_rng(seed)
-        labels = np.where(
-            rng.random(train) < wrong, rng.integers(0, 10, train), learned.label
-        ).astype(np.int32)
-        return Split(learned._replace(label=labels), validated, test)
+        learned = learned._replace(label=_redrawn(learned.label, wrong, seed))
+        return Split(learned, validated, test)
 
     return split
+
+
+def _redrawn(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Labels of which a share is drawn at random, from all ten."""
+    rng, count = np.random.default_rng(seed), len(labels)
+    return np.where(rng.random(count) < share, rng.integers(0, 10, count), labels).astype(np.int32)
 
 
 def half_of_digits(first: int, train: int, validation: int) -> Callable[[int], Split]:
@@ -144,9 +150,32 @@ def textures(train: int, validation: int) -> Callable[[int], Split]:
     return split
 
 
+@functools.cache
+def _fashion() -> tuple[Images, Images]:
+    """The 60,000 training images and the 10,000 test images of Fashion-MNIST."""
+    folder = idx.folder_of("fashion_mnist", None)
+    if folder is None:
+        raise SystemExit("error: Fashion-MNIST is missing; apt install dataset-fashion-mnist.")
+    train, test = (idx.read(folder, prefix) for prefix in idx.FILES.values())
+    return tuple(Images(x[..., None], y.astype(np.int32)) for x, y in (train, test))
+
+
+def fashion(train: int, wrong: float = 0.0) -> Callable[[int], Split]:
+    def split(seed: int) -> Split:
+        pool, test = _fashion()
+        learned, validated = _divide(pool, train, 2000, seed)
+        learned = learned._replace(label=_redrawn(learned.label, wrong, seed))
+        return Split(learned, validated, test, test.take(np.arange(2000)))
+
+    return split
+
+
 # Wide enough that there is work to save.
 models.resnet.RESNETS["resnet_wide"] = (models.resnet.BasicBlock, (1, 1), 64)
 models.vit.VITS["vit_wide"] = (192, 3, 3)
+# Small enough for many runs with images of 28x28, deep enough for branches to drop.
+models.resnet.RESNETS["resnet_8"] = (models.resnet.BasicBlock, (1, 1, 1), 8)
+models.vit.VITS["vit_48"] = (48, 4, 4)
 
 TASKS = {
     "digits_few": Task(digits(200, 400), 10, 16, "resnet_small", 300, 50),
@@ -154,6 +183,12 @@ TASKS = {
     "finetune": Task(half_of_digits(5, 50, 200), 5, 16, "vit_mini/4", 200, 50, start="pretrain"),
     "digits_all": Task(digits(800, 200), 10, 16, "resnet_small", 400, 50),
     "textures": Task(textures(200, 400), 4, 255, "resnet_small", 200, 20),
+    "fashion_few": Task(fashion(2000), 10, 255, "resnet_8", 310, 64, evaluations=10),
+    "fashion_few_noisy": Task(fashion(2000, WRONG), 10, 255, "resnet_8", 310, 64, evaluations=10),
+    "fashion_all": Task(fashion(58_000), 10, 255, "resnet_8", 1812, 64, evaluations=12),
+    "fashion_all_noisy": Task(
+        fashion(58_000, WRONG), 10, 255, "resnet_8", 1812, 64, evaluations=12
+    ),
     # Not compared: where `finetune` starts.
     "pretrain": Task(half_of_digits(0, 400, 90), 5, 16, "vit_mini/4", 400, 50),
 }

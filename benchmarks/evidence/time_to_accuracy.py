@@ -45,7 +45,7 @@ from report import (
 )
 from run import read
 from tasks import TASKS
-from trial import EVALUATIONS, batches, compiled
+from trial import batches, compiled
 
 MARGIN = 0.003  # Of accuracy: 0.3 points.
 STEPS = 50  # In a round of timing.
@@ -220,7 +220,7 @@ def main() -> None:
         cells = [cell for cell in GRIDS["speed"] if (cell.task, cell.model) == pair]
         rows += compare(cells, runs, arguments.rounds)
     correct(rows)
-    settings = {"margin": MARGIN, "evaluations": EVALUATIONS}
+    settings: dict[str, float] = {"margin": MARGIN}
     settings |= {"rounds": arguments.rounds, "steps": STEPS}
     publish(arguments.output, table(rows), finite(rows), **settings)
 

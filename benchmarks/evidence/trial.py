@@ -26,7 +26,6 @@ from tasks import TASKS, Images, Split
 import cdb_jax
 import models
 
-EVALUATIONS = 20  # In the course of a run.
 BINS = 15  # Of the expected calibration error (Guo et al. 2017, arXiv 1706.04599).
 
 
@@ -76,7 +75,8 @@ def run(program: Program, settings: Settings, *, test: bool) -> dict[str, Any]:
     predict = compiled(program).predict
 
     def watch(state):
-        return curve.append(measure(predict, state, split.test)["accuracy"])
+        watched = split.watched or split.test
+        return curve.append(measure(predict, state, watched)["accuracy"])
 
     state = fit(program, settings, split, watch if test else None)
     metrics = {"train_accuracy": measure(predict, state, split.train)["accuracy"]}
@@ -105,7 +105,7 @@ def fit(
     best, kept = (-1.0, 0.0), state
     for number, index in enumerate(batches(task, settings.seed), 1):
         state = step(numbers, state, *split.train.take(index))
-        if number % (task.steps // EVALUATIONS):
+        if number % (task.steps // task.evaluations):
             continue
         if watch:
             watch(state)
@@ -188,7 +188,9 @@ def compiled(program: Program) -> Compiled:
         if config.skip_dropped:
             step = cdb_jax.selection_count(state.opt_state)
             chosen = {"selection": policy.select(state.params, step)}
-            grad = functools.partial(cdb_jax.grad(loss_fn, has_aux=True), **chosen)
+            compact = config.method == "cdb_compact"
+            grad = cdb_jax.grad(loss_fn, has_aux=True, kept_only=compact)
+            grad = functools.partial(grad, **chosen)
         gradients, rest = grad(state.params)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params, **chosen)
         return State(optax.apply_updates(state.params, updates), rest, opt_state)

@@ -1,0 +1,93 @@
+"""What is shown of runs fits the terminal, however narrow."""
+
+import re
+
+import matplotlib.figure
+import pytest
+from rich.console import Console
+
+import display
+
+ROW = {
+    "epoch": 300,
+    "train_loss": 2.24791,
+    "test_loss": 2.06781,
+    "train_accuracy": 0.1750,
+    "test_accuracy": 1.0,
+}
+STEP = {"train_loss": 2.2479, "train_accuracy": 0.175, "dropped_fraction": 0.3}
+COLUMNS = ("", "test accuracy (%)", "against none", "training loss")
+LINES = [
+    ("resnet_small, none", "97.22 ± 0.41", "", "0.1234"),
+    ("resnet_small, stochastic_depth", "97.77 ± 0.32", "+0.55 ± 0.53", "0.4321"),
+]
+NUMBERS = [entry for _, *entries in LINES for entry in entries]
+
+
+def shown(renderable, width):
+    console = Console(width=width, markup=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= width
+    return lines
+
+
+@pytest.mark.parametrize("width", [36, 40, 60, 75, 80, 88, 89, 120])
+def test_no_number_is_cut_or_broken(width):
+    lines = shown(display.ResultsTable("Two seeds", COLUMNS, LINES), width)
+    text = "\n".join(lines)
+    assert "…" not in text and all(number in text for number in NUMBERS)
+    assert all(word in text for column in COLUMNS for word in column.split())
+
+
+def test_a_table_is_one_where_there_is_room():
+    table = display.ResultsTable("Two seeds", COLUMNS, LINES)
+    assert any(re.search("test accuracy .* training loss", x) for x in shown(table, 120))
+    assert any(re.search("97.77.*0.53.*0.4321", x) for x in shown(table, 80))
+    assert shown(table, 40)[-3:] == [
+        "  test accuracy (%)  97.77 ± 0.32",
+        "  against none       +0.55 ± 0.53",
+        "  training loss      0.4321",
+    ]
+
+
+def test_the_table_of_a_run_at_40_columns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    display.show_results(tmp_path, "vit_mini/4, cdb", [ROW | {"train_loss": None}, ROW])
+    text = capsys.readouterr().out
+    assert "…" not in text
+    for name, value in (("epoch", "300"), ("train loss", "nan"), ("test accuracy", "100.00%")):
+        assert re.search(f"^  {name} +{value}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("width", [32, 40, 80, 120])
+def test_progress_is_not_cut(width):
+    out = Console(width=width, force_terminal=True)
+    with display.EpochProgress(out, "resnet_small, cdb: epoch 12/300", 12345) as progress:
+        progress._shown -= 1.0
+        progress.update(6789, 123456, STEP)
+        words = " ".join(shown(progress._bar.get_renderable(), width)).split()
+    text = " ".join(words)
+    assert "…" not in text and "resnet_small, cdb: epoch 12/300 loss 2.248" in text
+    assert "images/s dropped 30 %" in text and "6789/12345" in text
+
+
+def drawn(monkeypatch, histories, title):
+    figures = []
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *_, **__: figures.append(self)
+    )
+    display.plot_curves(histories, "curves.png", title)
+    return figures[0]
+
+
+def test_long_names_do_not_cover_the_curves(monkeypatch):
+    rows = [ROW | {"epoch": i} for i in (1, 2)]
+    title = "my_package.networks.transformers.variants:VisionTransformerWithRegisters, " * 2
+    figure = drawn(monkeypatch, {title: [rows]}, title)
+    assert not any(axes.get_legend() for axes in figure.axes)
+    figure.draw_without_rendering()
+    assert figure._suptitle.get_window_extent().width <= figure.bbox.width
+    several = drawn(monkeypatch, {"none": [rows], "cdb": [rows]}, "digits")
+    assert several.axes[1].get_legend()
