@@ -18,6 +18,7 @@ already are not compiled again.
 """
 
 import argparse
+import collections
 import json
 import re
 import time
@@ -199,9 +200,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 def matrix(rows: list[dict[str, Any]], target: str, key: str) -> str:
     """One figure of all steps and models on a target; ratios to the full step, which comes first.
 
-    Models for which the full step is missing are left out.
+    Models for which there is only one step, or no full one, are left out.
     """
     rows = [row for row in rows if row["target"] == target]
+    counts = collections.Counter(row["model"] for row in rows)
+    rows = [row for row in rows if counts[row["model"]] > 1]
     full = {row["model"]: row for row in rows if row["variant"] == FULL.name}
     found = {(row["variant"], row["model"]): row for row in rows}
     lines = ["| step | " + " | ".join(full) + " |", "| --- " * (1 + len(full)) + "|"]

@@ -1,5 +1,7 @@
 """What is counted in compiled programs, against counts by hand."""
 
+import json
+
 import accelerators
 import hlo
 import jax
@@ -136,3 +138,21 @@ def test_the_bound_of_a_step():
     np.testing.assert_allclose(
         list(result["spent"].values()) + [result["seconds"]], [20.0, 4.0, 0.5, 24.5]
     )
+
+
+def test_the_tables_of_the_page_are_those_of_the_results():
+    page = accelerators.PAGE.read_text()
+    rows = json.loads(accelerators.RESULTS.read_text())["rows"]
+    assert accelerators.fill(page, rows) == page
+    assert page.count("<!-- -->") == 5
+    assert accelerators.fill(page, []).count("|") < page.count("|") - 200
+
+
+def test_a_table_leaves_out_models_with_one_step():
+    def row(model, variant, seconds):
+        return {"target": "h100:1", "model": model, "variant": variant, "seconds": seconds}
+
+    rows = [row("a", "full", 2e-3), row("a", "window", 1.5e-3), row("b", "full", 1.0)]
+    table = accelerators.matrix(rows, "h100:1", "seconds").splitlines()
+    assert table[0] == "| step | a |"
+    assert table[2:] == ["| full | 2.00 ms |", "| window | 0.75 |"]
