@@ -170,8 +170,8 @@ class Job(NamedTuple):
     loaded: str
 
 
-def prepare(config: Config) -> tuple[Job, Callable[[], State]]:
-    """What a run trains, and what makes its first state, on the devices.
+def prepare(config: Config) -> tuple[Job, Callable[..., State]]:
+    """What a run trains, and what makes its first state on the devices, also for other seeds.
 
     Raises:
       UserError: if anything is wrong with the configuration, the data set or the weights.
@@ -228,8 +228,8 @@ def prepare(config: Config) -> tuple[Job, Callable[[], State]]:
     settings["data_folder"] = config.data_folder and config.data_folder.name
     settings = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
 
-    def initial() -> State:
-        return training.on_mesh(mesh, initial_state, seed, pretrained.arrays)
+    def initial(seed: int = config.seed) -> State:
+        return training.on_mesh(mesh, initial_state, np.uint32(seed), pretrained.arrays)
 
     job = Job(dataset, mesh, epochs, train_step, eval_step, settings, report, pretrained.summary)
     return job, initial

@@ -18,7 +18,6 @@ from hypothesis import given, strategies as st
 from stored_runs import assert_same_runs, final_state, metrics
 
 import data
-import demo
 import display
 import errors
 import methods
@@ -647,25 +646,7 @@ def test_ctrl_c_in_a_terminal_saves_and_leaves_quietly(tmp_path, data_dir):
     assert f"saved at step {step};" in shown
 
 
-@pytest.mark.slow
-def test_the_demo_compares_the_methods(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "demo"
-    command = ["demo.py", "--seeds", "2", "--epochs", "2", "--run-dir", str(folder)]
-    monkeypatch.setattr(demo, "LEARNING_RATES", {"resnet_nano": 3e-3, "vit_nano/4": 4e-3})
-    monkeypatch.setattr(sys, "argv", command)
-    demo.main()
-    shown = capsys.readouterr().out
-    results = json.loads((folder / "results.json").read_text())
-    assert results.keys() == {"resnet_nano", "vit_nano"}
-    for by_method in results.values():
-        assert list(by_method) == list(demo.METHODS)
-        assert all(len(runs) == 2 and len(runs[0]) == 2 for runs in by_method.values())
-    assert "against none" in shown
-    for picture in ("comparison.png", "resnet_nano.png", "vit_nano.png"):
-        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
-
-
-def test_intervals_of_the_demo():
+def test_intervals_over_seeds():
     # t(0.975, 2) = 4.3027, standard error = 1 / sqrt(3).
     mean, half = display.mean_interval(np.array([1.0, 2.0, 3.0]))
     assert mean == 2.0 and half == pytest.approx(4.3027 / np.sqrt(3), rel=1e-4)
