@@ -317,3 +317,13 @@ def test_networks_without_branches_say_so():
             branches=models.Branches((0.5,)),
             rngs=None,
         )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not idx.folder_of("fashion_mnist", None), reason="needs Debian's package")
+def test_a_run_on_real_images(tmp_path):
+    data.prepare("fashion_mnist", tmp_path / "tfds")
+    settings = dict(dataset="fashion_mnist", data_dir=tmp_path / "tfds", run_dir=tmp_path / "run")
+    settings |= dict(model="vit_mini/7", epochs=1, method="cdb", rate=0.5, skip_dropped=True)
+    (row,) = train.train(train.Config(**settings, channel_choice="chunk"))
+    assert row["step"] == 937 and row["test_accuracy"] > 0.7
