@@ -180,6 +180,8 @@ def main() -> None:
     )
     parser.add_argument("--tasks", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--models", nargs="+", default=list(MODELS))
+    every = list(dict.fromkeys(itertools.chain(*ARMS.values())))
+    parser.add_argument("--arms", nargs="+", choices=every, default=every, metavar="ARM")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--rounds", type=int, default=20, help="of timing")
@@ -194,7 +196,8 @@ def main() -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         start(file)
         for task, model in itertools.product(arguments.tasks, arguments.models):
-            programs = [program(task, model, arm) for arm in ARMS[task]]
+            arms = [arm for arm in ARMS[task] if arm in arguments.arms]
+            programs = [program(task, model, arm) for arm in arms]
             while True:
                 runs = read(file)
                 jobs = [x for of in programs for x in tuning_jobs(of, runs)[0]]
