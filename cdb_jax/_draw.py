@@ -115,29 +115,25 @@ def block_of(policy: Policy, layer: channels.Leaf) -> str:
 
 
 def num_kept(rate: float | jax.Array, size: int) -> int | jax.Array:
-    """How many of `size` channels "exact" and "window" keep: at least one, but none at rate 1."""
+    """How many of `size` channels are kept, if that is fixed: at least one, but none at rate 1."""
     if isinstance(rate, float):
         return 0 if rate == 1.0 else max(1, round((1.0 - rate) * size))
     kept = jnp.round((1.0 - rate) * size).astype(jnp.int32)
     return jnp.where(rate >= 1.0, 0, jnp.maximum(1, kept))
 
 
-def num_chunks(rate: Any) -> int | None:
-    """The number m of chunks of which "chunk" keeps one: 1 / (1 - rate), or None if that is no int.
-
-    With rate 1, none is kept, and there may be any number.
-    """
-    if not isinstance(rate, float):
-        return None
-    if rate == 1.0:
-        return 1
+def num_chunks(rate: float) -> int | None:
+    """The number m of chunks of which "chunk" keeps one: 1 / (1 - rate), if that is an integer."""
     chunks = round(1.0 / (1.0 - rate))
-    return chunks if abs(rate - (1.0 - 1.0 / chunks)) < 1e-6 else None
+    return chunks if abs(1.0 - (1.0 - rate) * chunks) < 1e-6 else None
 
 
-def _is_chunk(policy: Policy, rate: Any, size: int) -> bool:
-    """Whether a layer keeps a chunk of each `size` channels; otherwise "chunk" keeps a window."""
-    return policy.channel_choice == "chunk" and size % (num_chunks(rate) or 1) == 0
+def _chunk_size(policy: Policy, rate: float | jax.Array, size: int) -> int | None:
+    """The size of the chunk of `size` channels that is kept; None if no chunk but a window is."""
+    if policy.channel_choice != "chunk" or not isinstance(rate, float) or rate == 1.0:
+        return None
+    chunks = num_chunks(rate)
+    return None if chunks is None or size % chunks else size // chunks
 
 
 def expected_shares(policy: Policy, layout: channels.Layout) -> dict[str, float | None]:
@@ -161,7 +157,8 @@ def masked_mode(policy: Policy, rate: float | jax.Array, width: int) -> tuple[Mo
         return Mode.PARTIAL, None
     blocks = policy.window_groups or 1
     size = width // blocks
-    kept = num_kept(rate, size)
+    chunk = _chunk_size(policy, rate, size)
+    kept = chunk or num_kept(rate, size)
     if kept == 0:
         return Mode.FROZEN, None
     if policy.channel_choice == "bernoulli":
@@ -169,8 +166,7 @@ def masked_mode(policy: Policy, rate: float | jax.Array, width: int) -> tuple[Mo
     if kept == size:
         return Mode.FULL, None
     assert isinstance(kept, int)
-    wraps = not _is_chunk(policy, rate, size)
-    return Mode.PARTIAL, Part(blocks, size, kept, policy.channel_choice in CONTIGUOUS, wraps)
+    return Mode.PARTIAL, Part(blocks, size, kept, policy.channel_choice in CONTIGUOUS, not chunk)
 
 
 def possible_modes(policy: Policy, when_masked: Mode) -> tuple[Mode, ...]:
@@ -229,8 +225,9 @@ class _Rows(NamedTuple):
       may_be_masked: which rows may be masked in this step: all, or one.
       chance: for each row, the probability that it may be masked.
       mask_words: random words that decide whether a layer is masked, shape `(rows,)`.
-      offset_words: random words for the place of a window, shape `(rows,)`.
-      channel_words: random words of their channels, shape `(rows, channels)`; empty for windows.
+      offset_words: random words for the place of a window or chunk, shape `(rows,)`.
+      channel_words: random words of their channels, shape `(rows, channels)`; empty for windows
+        and chunks.
     """
 
     layers: tuple[channels.Leaf, ...]
@@ -462,12 +459,10 @@ def _choose_channels(
         return _Kept(keep, kept / width, place)
 
     size = width // (policy.window_groups or 1)
-    kept = num_kept(rate, size)
+    chunk = _chunk_size(policy, rate, size)
+    kept, stride = chunk or num_kept(rate, size), chunk or 1
     # The remainder favours some offsets by less than size / 2**32.
-    if isinstance(kept, int) and kept and _is_chunk(policy, rate, size):
-        start = (offset_words % np.uint32(size // kept)).astype(jnp.int32) * kept
-    else:
-        start = (offset_words % np.uint32(size)).astype(jnp.int32)
+    start = (offset_words % np.uint32(size // stride)).astype(jnp.int32) * stride
     position = np.arange(width, dtype=np.int32)[None, :] % size
     return _Kept((position - start[:, None]) % size < kept, kept / size, start)
 

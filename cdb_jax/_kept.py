@@ -183,7 +183,7 @@ def check_same_size(policy: Policy) -> None:
     if policy.channel_choice == "bernoulli" and 0.0 < rate < 1.0:
         raise ValueError(
             'policy: channel_choice="bernoulli" keeps a different number of channels in every '
-            'selection; use "window" or "exact".'
+            'selection; use "window", "chunk" or "exact".'
         )
     if policy.layer_choice == "exact" and not policy.freezes_others:
         raise ValueError(

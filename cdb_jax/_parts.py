@@ -110,7 +110,7 @@ def move(
         x, fill, axis = x.reshape(blocks), fill.reshape(blocks), axis + 1
     if part.contiguous and part.wraps:
         x = _move_window(x, fill, axis, part.size, before, after)
-    elif part.contiguous:  # Two chunks are the same one, or have no channel in common.
+    elif part.contiguous:  # Two chunks are equal or disjoint.
         x = jnp.where(before == after, x, fill)
     else:
         x = _pick_channels(x, fill, axis, before, after)

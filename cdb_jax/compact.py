@@ -67,10 +67,9 @@ def compact(
       inner: the optimizer, which may be a chain. Put `optax.MultiSteps` around `compact`, not
         inside it, and then use gradients of full size.
       policy: a `Policy` that keeps the same number of channels in every step: a rate that is a
-        Python number, `layer_rate=1`, and a `channel_choice` other than "bernoulli"; "chunk" moves
-        the least data at a switch. No `rescale`. With `layer_choice="exact"` and
-        `other_layers="frozen"`, a leaf that stacks layers has state for as many of them as can
-        learn at once; a leaf that is a single layer has full state.
+        Python number, `layer_rate=1`, and a `channel_choice` other than "bernoulli". No `rescale`.
+        With `layer_choice="exact"` and `other_layers="frozen"`, a leaf that stacks layers has state
+        for as many of them as can learn at once; a leaf that is a single layer has full state.
       on_switch: what happens when other channels are selected. "carry" keeps the moments of
         channels that are kept again; those of others start as in `inner.init`. Adam's bias
         correction does not start again, so the first steps of these are up to six times as long.

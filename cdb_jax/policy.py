@@ -190,7 +190,10 @@ class Policy:
                     f"{name}={getattr(self, name)!r} needs {choice}="
                     f"{' or '.join(map(repr, needed))}, got {choice}={getattr(self, choice)!r}."
                 )
-        if self.channel_choice == "chunk" and _draw.num_chunks(self.rate) is None:
+        rate_fits = isinstance(self.rate, float) and (
+            self.rate == 1.0 or _draw.num_chunks(self.rate) is not None
+        )
+        if self.channel_choice == "chunk" and not rate_fits:
             raise ValueError(
                 f"rate={self.rate!r:.80}: channel_choice='chunk' keeps one of m chunks; use a "
                 "Python number 1 - 1/m, such as 0.5, 0.75 or 0.875, or channel_choice='window'."

@@ -87,9 +87,10 @@ class Config:
     weight_decay: float = 1e-2
     """Added to the gradient with sgd, decoupled otherwise."""
     decays: Literal["kernels", "all"] = "kernels"
-    """Which parameters decay: all, or all but biases and the scales of norms."""
+    """Which parameters decay: all, or kernels and other matrices, but not biases, the scales of
+    norms, position embeddings and class tokens."""
     clip_norm: float | None = None
-    """The largest norm of a step's whole gradient; longer ones are scaled down to it."""
+    """Largest global norm of the gradient, after the mask; a longer one is scaled down to it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward pass. Parameters are float32 always."""
     seed: int = 0

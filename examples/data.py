@@ -346,8 +346,9 @@ def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     if workers:
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; this script has its own.
         # Otherwise multiprocessing warns, below the error, of what it cleans up after a failed run.
-        ignored = os.environ.get("PYTHONWARNINGS", "").split(",") + ["ignore:resource_tracker"]
-        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, ignored))
+        filters = [x for x in os.environ.get("PYTHONWARNINGS", "").split(",") if x]
+        filters = dict.fromkeys([*filters, "ignore:resource_tracker"])
+        os.environ["PYTHONWARNINGS"] = ",".join(filters)
         iterable = iterable.mp_prefetch(
             grain.multiprocessing.MultiprocessingOptions(workers), worker_init_fn=_ignore_signals
         )

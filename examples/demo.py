@@ -3,9 +3,10 @@
     python examples/demo.py            # six minutes on two cores; stopped, it continues when rerun
 
 Each method trains small networks on scikit-learn's digits, with clean labels and with 30 % of them
-redrawn at random. Runs of one seed have the same first weights, order and labels. Time, memory and
-compilation are those of a larger ResNet and ViT, as small ones spend little time on what is
-dropped; the methods take turns, so that all of them meet the same machine.
+redrawn at random. Runs of one seed have the same first weights, order and labels; a mask drops the
+same channels for all seeds. Time, memory and compilation are those of a larger ResNet and ViT, as
+small ones spend little time on what is dropped; the methods take turns, so that all of them meet
+the same machine.
 
 Prints tables, and draws them in runs/demo/comparison.png.
 """
@@ -27,11 +28,13 @@ from matplotlib import pyplot
 import data
 import display
 import models
+import run_folder
 import train
 import training
 from config import Config
 from errors import UserError
 
+PANELS = 5  # Compile time is in the table only.
 EVALUATED = 512  # Test images at once.
 NOISE = 0.3  # The share of the training labels that is redrawn.
 LABELS = {"clean labels": 0.0, "30 % redrawn": NOISE}
@@ -131,7 +134,7 @@ def accuracy(demo: Demo, family: str, method: str) -> dict[str, list[float]]:
             for step, batch in enumerate(batches(job, config, seed, wrong)):
                 state, _ = job.train_step(state, batch, np.uint32(step))
             tested = training.evaluate(
-                job.eval_step, state, job.dataset, EVALUATED, job.mesh, training.share()
+                job.eval_step, state, job.dataset, EVALUATED, job.mesh, training.process_share()
             )
             found[labels].append(tested["test_accuracy"])
     return found
@@ -171,6 +174,7 @@ def _bytes(tree: Any) -> int:
 
 def costs(demo: Demo, family: str) -> dict[str, dict[str, Any]]:
     """What a step costs, by method; seconds of all rounds."""
+    compiled(demo, family, BASELINE)  # The first compilation takes longer, whatever it is of.
     steps = {method: compiled(demo, family, method) for method in METHODS}
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     for round_ in range(demo.rounds + 1):  # The first warms up.
@@ -207,7 +211,7 @@ def run_all(demo: Demo) -> dict[str, Any]:
         found = costs(demo, family) if what == "costs" else accuracy(demo, family, what)
         results.setdefault(family, {})[what] = found
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(results, indent=1) + "\n")
+        run_folder.write(file, json.dumps(results, indent=1) + "\n")
         done += weights[family, what]
     return results
 
@@ -217,6 +221,7 @@ class Figure(NamedTuple):
 
     title: str
     values: dict[str, tuple[float, float]]
+    is_accuracy: bool = False
 
 
 def figures(found: dict[str, Any]) -> list[Figure]:
@@ -225,7 +230,7 @@ def figures(found: dict[str, Any]) -> list[Figure]:
     shown = []
     for labels in LABELS:
         values = {x: display.mean_interval(100 * np.array(found[x][labels])) for x in METHODS}
-        shown.append(Figure(f"test accuracy (%), {labels}", values))
+        shown.append(Figure(labels, values, is_accuracy=True))
     ratios = {
         x: display.mean_interval(np.divide(found["costs"][x]["seconds"], base["seconds"]))
         for x in METHODS
@@ -252,7 +257,7 @@ def show(family: str, found: dict[str, Any], demo: Demo) -> None:
         (f"{trained}: test accuracy in %, {demo.seeds} seeds", all_figures[:2], 1),
         (f"{measured}: relative to AdamW alone", all_figures[2:], 2),
     ):
-        columns = ["", *(x.title.removeprefix("test accuracy (%), ") for x in part)]
+        columns = ["", *(x.title for x in part)]
         lines = [[x, *(text(*figure.values[x], digits) for figure in part)] for x in METHODS]
         display.console().print(display.ResultsTable(title, columns, lines))
 
@@ -260,21 +265,22 @@ def show(family: str, found: dict[str, Any], demo: Demo) -> None:
 def draw(results: dict[str, Any], file: Path) -> None:
     """A row of panels for each family: accuracy, time and memory by method."""
     figure, axes = pyplot.subplots(
-        len(PAIRS), 5, figsize=(14, 2.8 * len(PAIRS)), layout="constrained", sharey=True
+        len(PAIRS), PANELS, figsize=(14, 2.8 * len(PAIRS)), layout="constrained", sharey=True
     )
     places = np.arange(len(METHODS))
     for row, family in zip(axes, PAIRS, strict=True):
-        for panel, shown in zip(row, figures(results[family]), strict=False):
+        for panel, shown in zip(row, figures(results[family])[:PANELS], strict=True):
             values, halves = np.array([shown.values[x] for x in METHODS]).T
             colors = ["0.5" if x == BASELINE else "C0" for x in METHODS]
             bars = np.where(np.isfinite(halves), halves, 0.0)
-            if "accuracy" in shown.title:
+            if shown.is_accuracy:
                 panel.errorbar(values, places, xerr=bars, fmt="none", ecolor="0.5", capsize=3)
                 panel.scatter(values, places, c=colors, zorder=3)
             else:
                 panel.barh(places, values, xerr=bars, color=colors)
                 panel.axvline(1.0, color="black", linewidth=0.8)
-            panel.set_xlabel(shown.title)
+            label = f"test accuracy (%), {shown.title}" if shown.is_accuracy else shown.title
+            panel.set_xlabel(label)
             panel.grid(axis="x", alpha=0.3)
         row[0].set_yticks(places, list(METHODS))
         row[0].set_ylabel(family)

@@ -43,9 +43,20 @@ def first_line(error: Exception) -> str:
     return textwrap.shorten(line.rstrip(".:"), 300, placeholder=" ...")
 
 
+def markup(content: bytes) -> str | None:
+    """What a failed download leaves, by the first bytes of a file; None for anything else."""
+    start = content.lstrip()[:15].lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "a web page"
+    # Binary files may begin with the same byte.
+    is_text = start.startswith(b"<") and b"\0" not in start
+    return "markup, perhaps an error message of a server" if is_text else None
+
+
 def page_hint(content: bytes) -> str:
-    """What to add to an error about a file that may be a web page, as failed downloads are."""
-    return ", as it holds a web page" if content.lstrip()[:1] == b"<" else ""
+    """What to add to an error about a file that may be a failed download."""
+    found = markup(content)
+    return f", as it holds {found}" if found else ""
 
 
 def meaning(error: Exception, config: Any = None) -> Exception:
@@ -56,6 +67,8 @@ def meaning(error: Exception, config: Any = None) -> Exception:
       config: holds the flags, whose values the message names; None to leave them out.
     """
     if isinstance(error, UserError):
+        return error
+    if not isinstance(error, (RuntimeError, MemoryError, OSError)):
         return error
     flags = {name: _flag(name, config) for name in FLAGS}
     for pattern, text in MEANINGS:

@@ -65,11 +65,13 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     Raises:
       ValueError: for values that have no natural range.
     """
+    file_format = image.format  # A turned image does not have it any more.
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
+        # Pillow reads 16 bits of a PPM file, too, as if they were 32.
+        if not image.mode.startswith("I;16") and (image.mode, file_format) != ("I", "PPM"):
+            raise ValueError("its values have 32 bits, and no natural range")
         values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError("its values need more than 16 bits")
         image = PIL.Image.fromarray((values >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

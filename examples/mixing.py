@@ -9,7 +9,7 @@ import jax.numpy as jnp
 def mix(
     key: jax.Array, images: jax.Array, *, mixup: float, cutmix: float
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Mixes each image of a batch with the one at the mirrored place of the batch.
+    r"""Mixes each image of a batch with the one before it.
 
     mixup (arXiv 1710.09412) takes $\lambda x_1 + (1 - \lambda) x_2$ with one
     $\lambda \sim \mathrm{Beta}(a, a)$ for the batch. CutMix (arXiv 1905.04899) pastes a box of
@@ -17,23 +17,28 @@ def mix(
     the batches.
 
     Args:
-      key: decides everything.
+      key: a PRNG key.
       images: float (batch, height, width, channels).
       mixup: a of mixup; 0 for none.
       cutmix: a of CutMix; 0 for none.
 
     Returns:
-      The mixed images, and the share of each that is its own: float32, a scalar.
+      The mixed images, and the weight $\lambda$ of the first of the two: float32, a scalar.
     """
-    choice_key, share_key, box_key = jax.random.split(key, 3)
+    choice_key, weight_key, box_key = jax.random.split(key, 3)
     cuts = jax.random.bernoulli(choice_key, (cutmix > 0) * (0.5 if mixup > 0 else 1.0))
     a = jnp.where(cuts, cutmix, mixup)
-    share = jax.random.beta(share_key, a, a)
-    inside = _box(box_key, images.shape[1:3], 1 - share)
-    own = jnp.where(cuts, 1 - inside, share)  # The weight of an image in each of its pixels.
-    share = jnp.where(cuts, own.mean(), share)  # A part of the box may lie outside the image.
-    own = own[None, ..., None]
-    return own * images + (1 - own) * images[::-1], share
+    weight = jax.random.beta(weight_key, a, a)
+    pixel_weights = jnp.where(cuts, 1 - _box(box_key, images.shape[1:3], 1 - weight), weight)
+    # A part of the box may lie outside the image.
+    weight = jnp.where(cuts, pixel_weights.mean(), weight)
+    pixel_weights = pixel_weights[None, ..., None]
+    return pixel_weights * images + (1 - pixel_weights) * _partners(images), weight
+
+
+def _partners(x: jax.Array) -> jax.Array:
+    """What each entry of a batch is mixed with."""
+    return jnp.roll(x, 1, axis=0)
 
 
 def _box(key: jax.Array, shape: tuple[int, int], area: jax.Array) -> jax.Array:
@@ -43,24 +48,28 @@ def _box(key: jax.Array, shape: tuple[int, int], area: jax.Array) -> jax.Array:
     the image; what lies outside the image is cut off.
     """
     half = jnp.sqrt(area) / 2
-    inside = []
+    is_inside = []
     for size, centre in zip(shape, jax.random.uniform(key, (2,)), strict=True):
         low, high = jnp.round((centre - half) * size), jnp.round((centre + half) * size)
         pixel = jnp.arange(size, dtype=jnp.float32)
-        inside.append((pixel >= low) & (pixel < high))
-    return (inside[0][:, None] & inside[1][None, :]).astype(jnp.float32)
+        is_inside.append((pixel >= low) & (pixel < high))
+    return (is_inside[0][:, None] & is_inside[1][None, :]).astype(jnp.float32)
 
 
 def soft_targets(
-    labels: jax.Array, share: jax.Array, num_classes: int, smoothing: float
+    labels: jax.Array, weight: jax.Array, num_classes: int, smoothing: float
 ) -> jax.Array:
-    """Shares of all classes in each image of a batch, of which `mix` left `share` its own.
+    """Soft targets for a batch from `mix`, with label smoothing (arXiv 1512.00567).
 
-    A part `smoothing` of the target is spread over all classes (arXiv 1512.00567).
+    Args:
+      labels: int (batch,), of the images before they were mixed.
+      weight: what `mix` returned; 1 for images that were not mixed.
+      num_classes: number of classes.
+      smoothing: the part of the target that is spread over all classes.
 
     Returns:
       float32 (batch, num_classes).
     """
     target = jax.nn.one_hot(labels, num_classes)
-    target = share * target + (1 - share) * target[::-1]
+    target = weight * target + (1 - weight) * _partners(target)
     return (1 - smoothing) * target + smoothing / num_classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from config import Config
 
 Name = Literal["adamw", "sgd", "lion", "lamb"]
+# Names of arrays that do not decay, whatever their rank: biases of attention have two axes.
+NOT_DECAYED = {"bias", "scale", "pos_embed", "cls_token"}
 
 
 def learning_rate(config: Config, total_steps: int) -> optax.Schedule:
@@ -23,13 +26,18 @@ def learning_rate(config: Config, total_steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, total_steps)
 
 
+def _names(path: Any) -> set[str]:
+    """The last names on the path of an array; Flax may add that of a variable's value."""
+    return set(re.findall(r"\w+", jax.tree_util.keystr(path))[-2:])
+
+
 def make(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimizer with weight decay, behind the clipping of gradients."""
+    """The optimizer with weight decay, preceded by clipping if `--clip-norm` is set."""
 
-    def decays(path, _):
-        return config.decays == "all" or "kernel" in jax.tree_util.keystr(path)
+    def decaying(params: Any) -> Any:
+        def decays(path: Any, x: jax.Array) -> bool:
+            return config.decays == "all" or (x.ndim > 1 and not NOT_DECAYED & _names(path))
 
-    def decaying(params):
         return jax.tree_util.tree_map_with_path(decays, params)
 
     decoupled: dict[str, Any] = {"weight_decay": config.weight_decay, "mask": decaying}

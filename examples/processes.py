@@ -159,8 +159,9 @@ def _wait_for(coordinator: str, host: str, port: int) -> None:
         try:
             socket.create_connection((host, port), timeout=5.0).close()
             return
-        except (OSError, UnicodeError) as error:  # A name may be none that can be looked up.
-            if time.monotonic() > deadline:
+        except (OSError, UnicodeError) as error:
+            # Trying again does not help a name that cannot be looked up.
+            if isinstance(error, UnicodeError) or time.monotonic() > deadline:
                 raise UserError(
                     f"--coordinator {coordinator} does not answer ({first_line(error)}); is it the "
                     "host of process 0, is that running, and may this host reach it?"
@@ -209,16 +210,16 @@ def leave(error: Exception, config: Any = None) -> NoReturn:
         if mistake:
             raise SystemExit(f"error: {error}") from None
         raise error
-    lost, index = False, 0
-    with contextlib.suppress(RuntimeError, AssertionError):  # Without devices JAX knows neither.
-        lost, index = is_lost(error), jax.process_index()
+    lost, index, count = False, 0, 1
+    with contextlib.suppress(RuntimeError, AssertionError):  # Without devices JAX knows none of it.
+        lost, index, count = is_lost(error), jax.process_index(), jax.process_count()
     if mistake:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         if not lost:
             traceback.print_exception(error)
         print(
-            f"error: process {index} of {jax.process_count()} cannot go on: {first_line(error)}. "
+            f"error: process {index} of {count} cannot go on: {first_line(error)}. "
             "If another one has stopped, start all of them again with --resume.",
             file=sys.stderr,
             flush=True,

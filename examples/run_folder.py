@@ -89,7 +89,7 @@ class Run:
                     "missing; choose another --run-dir."
                 )
             if self.speaks and not exists:
-                _write(settings_file, json.dumps(settings, indent=2) + "\n")
+                write(settings_file, json.dumps(settings, indent=2) + "\n")
         except BaseException as error:
             self._release()
             # Without what is needed for buckets, there is an ImportError.
@@ -164,7 +164,7 @@ class Run:
         self.rows.append(finite)
         if self.speaks:
             with self._writing(self._metrics_file.name):
-                _write(self._metrics_file, "".join(json.dumps(row) + "\n" for row in self.rows))
+                write(self._metrics_file, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def __enter__(self) -> Run:
         return self
@@ -336,7 +336,7 @@ def _read_rows(file: Path) -> list[Row]:
     raise ValueError(f"{file.name} is damaged: not all metrics are numbers")
 
 
-def _write(file: Path, text: str) -> None:
+def write(file: Path, text: str) -> None:
     """Replaces a file at once, so that no reader and no crash ever sees half of it."""
     part = file.with_suffix(file.suffix + ".part")
     part.write_text(text)

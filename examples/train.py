@@ -92,17 +92,17 @@ def make_steps(
     def train_step(state: State, batch: dict[str, jax.Array], step: Any) -> tuple[State, dict]:
         images = standardised(batch["image"])
         mixes = config.mixup > 0 or config.cutmix > 0
-        share = jnp.ones(())
+        weight = jnp.ones(())
         if mixes:
             key = training.key_of_step(config.seed, step)
-            images, share = mixing.mix(key, images, mixup=config.mixup, cutmix=config.cutmix)
+            images, weight = mixing.mix(key, images, mixup=config.mixup, cutmix=config.cutmix)
 
         def loss_fn(params: nnx.State) -> tuple[jax.Array, Any]:
             model = nnx.merge(train_graph, params, state.rest, copy=True)
             logits, targets = model(images), batch["label"]
             if mixes or config.label_smoothing:
                 targets = mixing.soft_targets(
-                    targets, share, logits.shape[-1], config.label_smoothing
+                    targets, weight, logits.shape[-1], config.label_smoothing
                 )
             losses, correct = scores(logits, targets)
             return losses.mean(), (correct.mean(), nnx.split(model, nnx.Param, ...)[2])
@@ -308,7 +308,7 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
             multiple=_multiple(config),
             start=job.epochs.batches_before(step),
             workers=config.workers,
-            **training.share(),
+            **training.process_share(),
         )
         stack.enter_context(contextlib.closing(batches))
         saver = Saver(config, run, stop)
@@ -354,7 +354,7 @@ def train_epoch(
         job.dataset,
         config.batch_size,
         job.mesh,
-        training.share(),
+        training.process_share(),
         saver.stop,
     )
     if tested is None:

@@ -83,7 +83,7 @@ def key_of_step(seed: int, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), step)
 
 
-def share() -> dict[str, int]:
+def process_share() -> dict[str, int]:
     """Which part of each batch this process reads."""
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 

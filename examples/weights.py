@@ -26,7 +26,7 @@ from flax import nnx
 from scipy import ndimage
 
 import models
-from errors import UserError, first_line
+from errors import UserError, first_line, markup
 
 # Mean and standard deviation of pixels: GENERIC scales images to between -1 and 1, IMAGENET holds
 # those of ImageNet's red, green and blue.
@@ -186,7 +186,6 @@ NOT_WEIGHTS = (
         "is a Git LFS pointer, a text that stands for the weights; run `git lfs pull` where it "
         "comes from, or download the file itself.",
     ),
-    (rb"\s*<[^\0]{7}", "is a web page, not weights; download the file that the page links to."),
     (rb"\x80[\x02-\x05][^\0]|PK\x03\x04.{26}[^\0]*data\.pkl", PICKLE),
 )
 
@@ -343,6 +342,8 @@ def _opened(file: Path) -> Iterator[tuple[list[str], Callable[[str], np.ndarray]
         else:
             with safetensors.safe_open(file, "numpy") as opened:
                 yield list(opened.keys()), opened.get_tensor
+    except MemoryError:
+        raise
     except Exception as error:  # The readers raise what they like.
         what = _mistaken(file) or (
             f"cannot be read: {first_line(error)}; examples/recipes/README.md tells where such "
@@ -355,6 +356,8 @@ def _mistaken(file: Path) -> str | None:
     """What a file is if it is not weights, and what to do about it."""
     with contextlib.suppress(OSError), file.open("rb") as opened:
         start = opened.read(300)
+        if found := markup(start):
+            return f"is {found}, not weights; download the file itself."
         for pattern, what in NOT_WEIGHTS:
             if re.match(pattern, start, re.DOTALL):
                 return f"{what}; {_conversion(file)}" if what == PICKLE else what

@@ -91,6 +91,50 @@ def test_a_linen_network_computes_and_keeps_what_it_does_alone():
         np.testing.assert_allclose(model(images), alone(stats, False)[0], rtol=1e-5)
 
 
+class Averages(linen.Module):
+    num_classes: int
+
+    @linen.compact
+    def __call__(self, images, use_running_average):
+        x = linen.BatchNorm(use_running_average=use_running_average)(images)
+        return linen.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+class Sows(linen.Module):
+    num_classes: int
+
+    @linen.compact
+    def __call__(self, images):
+        self.sow("losses", "penalty", images.sum())
+        return linen.Dense(self.num_classes)(images.mean((1, 2)))
+
+
+class Needs(linen.Module):
+    @linen.compact
+    def __call__(self, images, tokens):
+        return images
+
+
+def test_a_linen_network_that_is_asked_for_running_averages():
+    settings = dict(num_classes=3, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    model = models.create("test_own_data:Averages", **settings)
+    images = jax.random.normal(jax.random.key(2), (16, 8, 8, 1)) + 5
+    trained = model(images)
+    model.eval()
+    assert jnp.abs(trained).max() < 1 < jnp.abs(model(images)).max()
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("Sows", "Sows sows values into its state"), ("Needs", "Needs cannot be called with images")],
+)
+def test_linen_networks_that_cannot_be_trained(tmp_path, data_dir, name, message):
+    config = train.Config(model=f"test_own_data:{name}", data_dir=data_dir, run_dir=tmp_path / "r")
+    with pytest.raises(UserError, match=message):
+        train.train(config)
+
+
 def test_a_linen_network_trains(tmp_path, data_dir):
     settings = dict(exempt=("network/head",), data_dir=data_dir, run_dir=tmp_path / "run")
     settings |= dict(batch_size=160, epochs=2, learning_rate=1e-2)
@@ -204,8 +248,8 @@ def test_grey_images_of_16_bits(tmp_path, suffix):
 @pytest.mark.bad_input
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_images_of_32_bits(tmp_path, dtype):
-    PIL.Image.fromarray(np.full((4, 4), 70000, dtype)).save(tmp_path / "x.tif")
-    with pytest.raises(UserError, match="x.tif cannot be read: its values need more than 16 bits"):
+    PIL.Image.fromarray(np.full((4, 4), 200, dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match="x.tif cannot be read: its values have 32 bits"):
         pixel(tmp_path / "x.tif")
 
 

@@ -88,7 +88,6 @@ NOTHING = "skip everything"
 CONTENDERS |= SAVING | {NOTHING: Contender("cdb", (1.0,), settings={"skip_dropped": True})}
 
 # What a saving costs in accuracy, on Fashion-MNIST: one setting each.
-WINDOW = {"skip_dropped": True, "channel_choice": "window"}
 FASHION = {
     "Dropout 0.2": Contender("dropout", (0.2,)),
     "stochastic depth 0.2": Contender("stochastic_depth", (0.2,)),
@@ -97,11 +96,9 @@ FASHION = {
     "channels 0.5, before": Contender("cdb", (0.5,)),
     "channels 0.5, after": Contender("cdb_after", (0.5,)),
     "channels 0.5, frozen": Contender("cdb_frozen", (0.5,)),
-    "window 0.5, skipped": Contender("cdb", (0.5,), settings=WINDOW),
-    "window 0.75, skipped": Contender("cdb", (0.75,), settings=WINDOW),
-    "whole layers 0.5, skipped": Contender(
-        "cdb", (1.0,), settings={"skip_dropped": True, "layer_rate": 0.5}
-    ),
+    "window 0.5, skipped": SAVING["skip channels"],
+    "window 0.75, skipped": SAVING["skip channels"]._replace(rates=(0.75,)),
+    "whole layers 0.5, skipped": SAVING["skip layers"],
     "LayerDropBack 0.5": Contender("layer_drop_back", (0.5,)),
     "SkipUpdate 0.5": Contender("skip_update", (0.5,)),
 } | {

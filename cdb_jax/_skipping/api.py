@@ -191,7 +191,7 @@ def check_can_skip(selection: Any) -> Selection:
     raise ValueError(
         'channel_choice="bernoulli" keeps a different number of channels in every step, but '
         'skipping needs static shapes. Use channel_choice="window" (a contiguous block that wraps '
-        'around) or "exact" (a fixed number of channels, anywhere); change a preset with '
+        'around), "chunk" or "exact" (a fixed number of channels, anywhere); change a preset with '
         "dataclasses.replace(policy, channel_choice=...). Otherwise, use jax.value_and_grad."
     )
 

@@ -16,7 +16,7 @@ class Reason(enum.Enum):
     COMBINED = "combined by {} with something else that learns"
     NOT_STATIC = (
         "the number of kept channels is not static; use a number as the rate, and "
-        'channel_choice="window" or "exact"'
+        'channel_choice="window", "chunk" or "exact"'
     )
     RESULT = "a result of {}"
     CARRIED = "carried through a loop"

@@ -10,27 +10,48 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from flax.core import DenyList
 
-# How networks are told whether they train, and what they are told then.
-MODES = {"train": True, "training": True, "is_training": True, "deterministic": False}
-FIXED = DenyList(("params", "intermediates"))  # What the forward pass does not keep.
+# Arguments that tell a network whether it is training, and their values in training.
+MODES = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+}
+NOT_KEPT = DenyList(("params", "intermediates"))  # Collections that a call does not change.
 
 
 class FromLinen(nnx.Module):
-    """A Linen network, called with images alone.
+    """A Linen network that is called with images alone.
 
-    `train()` and `eval()` give it that argument of `MODES` which it takes.
+    `train()` and `eval()` set whichever of the arguments in `MODES` it accepts.
+
+    Raises:
+      ValueError: if the network cannot be called like this, or sows values, whose number would grow
+        with every call.
     """
 
     def __init__(
         self, network: linen.Module, image_shape: tuple[int, int, int], *, rngs: nnx.Rngs
     ) -> None:
-        taken = inspect.signature(network.__call__).parameters
-        self.modes = {name: value for name, value in MODES.items() if name in taken}
+        name = type(network).__name__
+        accepted = inspect.signature(network.__call__).parameters
+        self.modes = {mode: value for mode, value in MODES.items() if mode in accepted}
         self.deterministic = False  # Set by `train()` and `eval()`.
         self.network = nnx.bridge.ToNNX(network, rngs=rngs)
-        self.network.lazy_init(jnp.zeros((1, *image_shape)), **self.modes)
+        images = jnp.zeros((1, *image_shape))
+        try:
+            self.network.lazy_init(images, **self.modes)
+        except TypeError as error:
+            raise ValueError(f"{name} cannot be called with images alone: {error}.") from error
+        state = nnx.state(self.network)
+        self(images)
+        if jax.tree.structure(nnx.state(self.network)) != jax.tree.structure(state):
+            raise ValueError(
+                f"{name} sows values into its state; sow into 'intermediates', or return them."
+            )
 
     def __call__(self, images: jax.Array) -> Any:
         trains = not self.deterministic
-        modes = {name: value == trains for name, value in self.modes.items()}
-        return self.network(images, mutable=FIXED if trains else False, **modes)
+        modes = {mode: value == trains for mode, value in self.modes.items()}
+        return self.network(images, mutable=NOT_KEPT if trains else False, **modes)
