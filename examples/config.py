@@ -32,7 +32,8 @@ class Config:
     data_folder: AnyPath | None = None
     """A folder of images to train on instead, with a subfolder for each class."""
     image_size: int | None = None
-    """Side of the images, resized to it; None: that of the data set."""
+    """Side of the images, which are resized to it; None: that of the data set, and 224 for
+    --data-folder."""
     weights: AnyPath | None = None
     """Pretrained weights to begin with: a .npz file of vision_transformer or big_vision or a
     .safetensors file of timm for a ViT, a .safetensors file with torchvision's names for other
@@ -62,11 +63,11 @@ class Config:
     epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 64
-    """Images a step, over all devices."""
+    """Images per step, over all devices."""
     keep_partial_batch: bool = False
     """End an epoch with the images that do not fill a batch. Otherwise these are left out."""
     rotation: float = 0.0
-    """Turns training images by up to so many degrees."""
+    """Rotates training images by up to this many degrees."""
     standardise: bool = False
     """Standardises images by the statistics of the training set, not to between -1 and 1."""
     dropout_rate: float = 0.0
@@ -100,7 +101,7 @@ class Config:
     resume: bool = False
     """Go on from the last checkpoint in --run-dir, if there is one."""
     save_every: str | None = None
-    """Save so often besides at the end of epochs: 500 means steps, 10m minutes."""
+    """Also save this often, not only after each epoch: 500 means steps, 10m minutes."""
     keep: int = 2
     """Checkpoints to keep: the newest ones."""
     go_on_if_not_finite: bool = False
@@ -147,6 +148,11 @@ class Config:
             value, flag = getattr(self, name), "--" + name.replace("_", "-")
             if not 0.0 <= value <= 1.0:
                 raise UserError(f"{flag} {value} must be a probability between 0 and 1.")
+        if self.data_folder is not None and self.dataset != DEFAULTS["dataset"]:
+            raise UserError(
+                f"--data-folder {self.data_folder} is trained on in place of a data set; leave out "
+                f"--dataset {self.dataset}."
+            )
         methods.check(self)
         SaveTimes(self.save_every)
         if not 0 <= self.seed < 2**32:

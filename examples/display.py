@@ -202,7 +202,9 @@ def plot_curves(histories: Mapping[str, Sequence[Sequence[Row]]], file: Path, ti
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
-    axes[0].set_yscale("log")
+    losses = [number(row["train_loss"]) for runs in histories.values() for x in runs for row in x]
+    if any(np.isfinite(x) and x > 0 for x in losses):
+        axes[0].set_yscale("log")
     if len(histories) > 1:  # Otherwise the title says it.
         axes[1].legend()
     figure.suptitle(title, wrap=True)

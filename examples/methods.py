@@ -141,7 +141,26 @@ def make_policy(config: Config, epochs: Epochs, channel_axes: Any = None) -> cdb
             "--method released leaves out the first layers, which it knows for the models of the "
             "examples only; choose another --method."
         )
-    return dataclasses.replace(policy, channel_axes=channel_axes)
+    exempt = config.exempt
+    if exempt == HEAD:
+        exempt = _head_of(config.model, channel_axes)
+    return dataclasses.replace(policy, channel_axes=channel_axes, exempt=exempt)
+
+
+HEAD = ("head",)  # What `--exempt` is by default.
+
+
+def _head_of(model: str, channel_axes: Any) -> tuple[str, ...]:
+    """The default of `--exempt` for a network of the user's."""
+    layers = sorted({path.rpartition("/")[0] or path for path in channel_axes})
+    for layer in layers:
+        if layer.rpartition("/")[2] == "head":
+            return (layer,)
+    raise UserError(
+        f"--exempt is head by default, and {model} has no layer of that name; name its last layer, "
+        f"as in --exempt {layers[-1]}, or give --exempt alone to exempt nothing. Its layers are "
+        f"{', '.join(layers)}."
+    )
 
 
 def _make_policy(config: Config, epochs: Epochs) -> cdb_jax.Policy | None:

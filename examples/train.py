@@ -135,6 +135,22 @@ def make_steps(
     return compiled, jax.jit(eval_step)
 
 
+def check_network(name: str, model: nnx.Module, dataset: data.DataSet) -> None:
+    """Raises an error if a network of the user's does not return logits for the images."""
+    images = jax.ShapeDtypeStruct((2, *dataset.preprocessing.image_shape), jnp.float32)
+    try:
+        found = nnx.eval_shape(lambda model, images: model(images), model, images)
+    except Exception as error:
+        raise RuntimeError(f"--model {name} failed on images of shape {images.shape}") from error
+    wanted = (2, dataset.num_classes)
+    if not hasattr(found, "shape") or found.shape != wanted:
+        what = f"shape {found.shape}" if hasattr(found, "shape") else f"a {type(found).__name__}"
+        raise UserError(
+            f"--model {name} returned {what} for {len(wanted)} images; return logits of shape "
+            f"{wanted}, as the data set has {dataset.num_classes} classes."
+        )
+
+
 def inferred_axes(model: nnx.Module, dataset: data.DataSet) -> Any:
     """The channel axes of a network that names may not tell us about."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -209,7 +225,10 @@ def prepare(config: Config) -> tuple[Job, Callable[..., State]]:
 
     try:
         model = nnx.eval_shape(build, seed)
-        axes = inferred_axes(model, dataset) if models.imported.is_path(config.model) else None
+        axes = None
+        if models.imported.is_path(config.model):
+            check_network(config.model, model, dataset)
+            axes = inferred_axes(model, dataset)
         policy = methods.make_policy(config, epochs, axes)
         report = policy and cdb_jax.channel_report(nnx.state(model, nnx.Param), policy)
     except (TypeError, ValueError) as error:
@@ -252,9 +271,9 @@ class Saver:
         self._times = SaveTimes(config.save_every)
         self._checks = not config.go_on_if_not_finite
 
-    def check(self, step: int, state: State) -> None:
+    def check(self, step: int, state: State, test_loss: float = 0.0) -> None:
         """Raises a UserError if a state should not be saved, as nothing can go on from it."""
-        if self._checks and not training.is_finite(state):
+        if self._checks and not (training.is_finite(state) and math.isfinite(test_loss)):
             raise UserError(
                 f"the loss or a parameter is not finite at step {step}; lower --learning-rate, "
                 f"or use --go-on-if-not-finite. Otherwise {self._run.way_on()}"
@@ -318,6 +337,8 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
             if not brief:
                 # In a terminal it wraps between words; in a log it stays one line.
                 out.print(display.summary(row, config.epochs), soft_wrap=not out.is_terminal)
+            # The sums show a loss that was not finite, so they are checked before they are reset.
+            saver.check(step, state, row["test_loss"])
             state = state._replace(sums=training.on_mesh(job.mesh, no_sums))
             saver.save(step, state)
     return run.rows

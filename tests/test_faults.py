@@ -293,7 +293,26 @@ def test_a_loss_that_is_not_finite(finished, tmp_path, monkeypatch):
     first, second = metrics(tmp_path / "b")
     assert first["train_loss"] > 0 and second["train_loss"] is None
     display.show_results(tmp_path / "b", "a run", metrics(tmp_path / "b"))
+    display.show_results(tmp_path / "b", "a run", [second])  # With no loss to draw.
     assert "NaN" not in (tmp_path / "b/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("name", ["train_loss", "test_loss"])
+def test_a_loss_that_is_not_finite_in_the_last_step_of_an_epoch(
+    finished, tmp_path, monkeypatch, name
+):
+    """While all parameters are still finite."""
+    evaluate = training.evaluate
+
+    def spoilt(step, state, *args):
+        if name == "train_loss":
+            state.sums[name] = jnp.full_like(state.sums[name], jnp.nan)
+            return evaluate(step, state, *args)
+        return evaluate(step, state, *args) | {"test_loss": float("nan")}
+
+    monkeypatch.setattr(training, "evaluate", spoilt)
+    with pytest.raises(errors.UserError, match="the loss or a parameter is not finite at step 8"):
+        train.train(train.Config(**finished[1], run_dir=tmp_path / "run"), brief=True)
 
 
 # Disks.

@@ -109,6 +109,25 @@ class Sows(linen.Module):
         return linen.Dense(self.num_classes)(images.mean((1, 2)))
 
 
+class Few(linen.Module):
+    @linen.compact
+    def __call__(self, images):
+        return linen.Dense(7)(images.mean((1, 2)))
+
+
+class Pair(linen.Module):
+    @linen.compact
+    def __call__(self, images):
+        x = linen.Dense(10)(images.mean((1, 2)))
+        return x, x
+
+
+class Crashes(linen.Module):
+    @linen.compact
+    def __call__(self, images):
+        return linen.Dense(10)(images) @ jnp.ones(3)
+
+
 class Needs(linen.Module):
     @linen.compact
     def __call__(self, images, tokens):
@@ -127,7 +146,13 @@ def test_a_linen_network_that_is_asked_for_running_averages():
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("Sows", "Sows sows values into its state"), ("Needs", "Needs cannot be called with images")],
+    [
+        ("Sows", "Sows sows values into its state"),
+        ("Needs", "Needs cannot be called with images"),
+        ("Few", r"Few returned shape \(2, 7\) for 2 images; return logits of shape \(2, 10\)"),
+        ("Pair", "Pair returned a tuple for 2 images; return logits"),
+        ("Averages", "--exempt is head by default, and .*Averages has no layer of that name"),
+    ],
 )
 def test_linen_networks_that_cannot_be_trained(tmp_path, data_dir, name, message):
     config = train.Config(model=f"test_own_data:{name}", data_dir=data_dir, run_dir=tmp_path / "r")
@@ -135,8 +160,15 @@ def test_linen_networks_that_cannot_be_trained(tmp_path, data_dir, name, message
         train.train(config)
 
 
+def test_errors_of_a_network_keep_their_traceback(tmp_path, data_dir):
+    config = train.Config(model="test_own_data:Crashes", data_dir=data_dir, run_dir=tmp_path / "r")
+    with pytest.raises(RuntimeError, match="Crashes failed") as caught:
+        train.train(config)
+    assert isinstance(caught.value.__cause__, (TypeError, ValueError))
+
+
 def test_a_linen_network_trains(tmp_path, data_dir):
-    settings = dict(exempt=("network/head",), data_dir=data_dir, run_dir=tmp_path / "run")
+    settings = dict(data_dir=data_dir, run_dir=tmp_path / "run")  # Its head is exempt by default.
     settings |= dict(batch_size=160, epochs=2, learning_rate=1e-2)
     rows = train.train(train.Config(model="test_own_data:Linen", **settings))
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] and rows[0]["dropped_fraction"] > 0.2

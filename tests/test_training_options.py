@@ -117,3 +117,8 @@ def test_schedules_of_few_steps(schedule, total_steps):
 def test_values_out_of_range_are_refused(flag, value):
     with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} {value}"):
         Config(**{flag: value})
+
+
+def test_a_data_set_beside_a_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--data-folder .*; leave out --dataset cifar10"):
+        Config(data_folder=tmp_path, dataset="cifar10")

@@ -18,6 +18,7 @@ MODES = {
     "deterministic": False,
     "use_running_average": False,
 }
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 NOT_KEPT = DenyList(("params", "intermediates"))  # Collections that a call does not change.
 
 
@@ -39,11 +40,16 @@ class FromLinen(nnx.Module):
         self.modes = {mode: value for mode, value in MODES.items() if mode in accepted}
         self.deterministic = False  # Set by `train()` and `eval()`.
         self.network = nnx.bridge.ToNNX(network, rngs=rngs)
+        needed = [x.name for x in accepted.values() if x.default is x.empty and x.kind in NAMED]
+        if unknown := [x for x in needed[1:] if x not in MODES]:
+            raise ValueError(
+                f"{name} cannot be called with images alone, as it needs {', '.join(unknown)} too."
+            )
         images = jnp.zeros((1, *image_shape))
         try:
             self.network.lazy_init(images, **self.modes)
-        except TypeError as error:
-            raise ValueError(f"{name} cannot be called with images alone: {error}.") from error
+        except Exception as error:
+            raise RuntimeError(f"{name} failed on images of shape {images.shape}") from error
         state = nnx.state(self.network)
         self(images)
         if jax.tree.structure(nnx.state(self.network)) != jax.tree.structure(state):

@@ -54,7 +54,10 @@ def create(
         if dropout_rate and "dropout_rate" not in taken:
             raise ValueError(f"{path} takes no dropout_rate; leave dropout to the network.")
         settings = {name: value for name, value in settings.items() if name in taken}
-    model = function(**settings)
+    try:
+        model = function(**settings)
+    except Exception as error:
+        raise RuntimeError(f"{path} failed with the arguments {', '.join(settings)}") from error
     if isinstance(model, linen.Module):
         return FromLinen(model, image_shape, rngs=rngs)
     if not isinstance(model, nnx.Module):
