@@ -1,7 +1,7 @@
 """What a training step costs on GPUs and TPUs, read off programs compiled without one.
 
-The same model and optimizer (AdamW, bfloat16) with each method, compiled for one and eight NVIDIA
-H100, eight and 256 TPU v5e. Counted, on one chip: FLOPs, bytes, temporary memory, and for GPUs
+The same model and optimizer (AdamW, bfloat16) with each method, compiled for NVIDIA H100 and TPU
+v5e: one and eight of the first, eight and 256 of the second. Counted, on one chip: FLOPs, bytes, temporary memory, and for GPUs
 kernels, loops and conditionals; bytes of all-reduces. Where a step decides at random, the mean of
 what it may do counts.
 

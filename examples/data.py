@@ -379,6 +379,15 @@ def _images_per_epoch(data: DataSet, multiple: int) -> int:
     return len(data.train) // multiple * multiple
 
 
+def redraw(
+    labels: np.ndarray, share: float, num_classes: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Labels of which a share is drawn at random, from all classes: int32."""
+    count = len(labels)
+    drawn = np.where(rng.random(count) < share, rng.integers(0, num_classes, count), labels)
+    return drawn.astype(np.int32)
+
+
 def pixel_statistics(data: DataSet, most: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of training images, between 0 and 1, (1, 1, 1, channels) each.
 

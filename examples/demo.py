@@ -114,8 +114,7 @@ def batches(
     images = np.stack([data.fit(x["image"], job.dataset.preprocessing) for x in records])
     labels = np.array([x["label"] for x in records], np.int32)
     rng = np.random.default_rng(seed)
-    redrawn = rng.integers(0, job.dataset.num_classes, len(labels), np.int32)
-    labels = np.where(rng.random(len(labels)) < wrong, redrawn, labels)
+    labels = data.redraw(labels, wrong, job.dataset.num_classes, rng)
     for _ in range(config.epochs):
         order = rng.permutation(len(labels))
         for step in range(job.epochs.batches):

@@ -36,6 +36,10 @@ class UserError(Exception):
     """A mistake that the user can mend; scripts show its message as one line."""
 
 
+class PassingError(UserError):
+    """Something that another attempt may not meet again."""
+
+
 def first_line(error: Exception) -> str:
     """What is worth showing of an error that may fill a page."""
     line = str(error).strip().partition("\n")[0]
@@ -73,7 +77,8 @@ def meaning(error: Exception, config: Any = None) -> Exception:
     flags = {name: _flag(name, config) for name in FLAGS}
     for pattern, text in MEANINGS:
         if found := re.search(pattern, f"{type(error).__name__}: {error}"):
-            return UserError(text.format(*found.groups(), cause=first_line(error), **flags))
+            kind = PassingError if "--resume" in text else UserError
+            return kind(text.format(*found.groups(), cause=first_line(error), **flags))
     return error
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from errors import UserError, first_line, meaning
+from errors import PassingError, UserError, first_line, meaning
 
 START = 300  # Seconds that processes wait for process 0 to start.
 PATIENCE = 60  # Seconds until a process that gives no sign of life is taken for dead.
@@ -206,10 +206,14 @@ def leave(error: Exception, config: Any = None) -> NoReturn:
     """
     error = meaning(error, config)
     mistake = isinstance(error, UserError)
+    passes = isinstance(error, PassingError)
     if not jax.distributed.is_initialized():
-        if mistake:
+        if not mistake:
+            raise error
+        if not passes:
             raise SystemExit(f"error: {error}") from None
-        raise error
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(LOST) from None
     lost, index, count = False, 0, 1
     with contextlib.suppress(RuntimeError, AssertionError):  # Without devices JAX knows none of it.
         lost, index, count = is_lost(error), jax.process_index(), jax.process_count()
@@ -226,7 +230,7 @@ def leave(error: Exception, config: Any = None) -> NoReturn:
         )
     if index == 0:
         time.sleep(2.0)  # The others end with it, and may have something to say.
-    os._exit(LOST if lost else 1)
+    os._exit(LOST if lost or passes else 1)
 
 
 def run(main: Callable[[], None]) -> NoReturn:

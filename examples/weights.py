@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import math
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -337,6 +338,8 @@ def _opened(file: Path) -> Iterator[tuple[list[str], Callable[[str], np.ndarray]
     """The names in a file, and a function that reads the array of a name."""
     try:
         if file.suffix == ".npz":
+            if not zipfile.is_zipfile(file):
+                raise ValueError("it is not an archive of NumPy")
             with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
                 yield archive.files, archive.__getitem__
         else:

@@ -153,7 +153,7 @@ def test_a_worker_that_is_killed(tmp_path, data_dir):
         text=True,
         timeout=120,
     )
-    assert result.returncode == 1
+    assert result.returncode == os.EX_TEMPFAIL  # Another attempt may do.
     (shown,) = result.stderr.splitlines()
     assert shown.startswith("error: a data worker was killed by signal 9")
     assert "use fewer --workers (now 2), and go on with --resume." in shown

@@ -16,6 +16,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+import data
 import idx
 import models.resnet
 import models.vit
@@ -98,16 +99,12 @@ def digits(train: int, validation: int, wrong: float = 0.0) -> Callable[[int], S
     def split(seed: int) -> Split:
         pool, test = _digits()
         learned, validated = _divide(pool, train, validation, seed)
-        learned = learned._replace(label=_redrawn(learned.label, wrong, seed))
+        learned = learned._replace(
+            label=data.redraw(learned.label, wrong, 10, np.random.default_rng(seed))
+        )
         return Split(learned, validated, test)
 
     return split
-
-
-def _redrawn(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Labels of which a share is drawn at random, from all ten."""
-    rng, count = np.random.default_rng(seed), len(labels)
-    return np.where(rng.random(count) < share, rng.integers(0, 10, count), labels).astype(np.int32)
 
 
 def half_of_digits(first: int, train: int, validation: int) -> Callable[[int], Split]:
@@ -164,7 +161,9 @@ def fashion(train: int, wrong: float = 0.0) -> Callable[[int], Split]:
     def split(seed: int) -> Split:
         pool, test = _fashion()
         learned, validated = _divide(pool, train, 2000, seed)
-        learned = learned._replace(label=_redrawn(learned.label, wrong, seed))
+        learned = learned._replace(
+            label=data.redraw(learned.label, wrong, 10, np.random.default_rng(seed))
+        )
         return Split(learned, validated, test, test.take(np.arange(2000)))
 
     return split
