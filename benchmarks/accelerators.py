@@ -1,9 +1,9 @@
 """What a training step costs on GPUs and TPUs, read off programs compiled without one.
 
 The same model and optimizer (AdamW, bfloat16) with each method, compiled for NVIDIA H100 and TPU
-v5e: one and eight of the first, eight and 256 of the second. Counted, on one chip: FLOPs, bytes, temporary memory, and for GPUs
-kernels, loops and conditionals; bytes of all-reduces. Where a step decides at random, the mean of
-what it may do counts.
+v5e: one and eight of the first, eight and 256 of the second. Counted, on one chip: FLOPs, bytes,
+temporary memory, and for GPUs kernels, loops and conditionals; bytes of all-reduces. Where a step
+decides at random, the mean of what it may do counts.
 
 From these follows a time, *computed and not measured*: a kernel takes as long as its FLOPs at half
 the peak of the chip, as its bytes at 80 % of the bandwidth, or as its launch, whichever is longest;
