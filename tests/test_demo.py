@@ -52,13 +52,13 @@ def test_what_is_there_is_not_computed_again(results, tmp_path, monkeypatch, cap
     monkeypatch.setattr(demo, "costs", costs)
     settings = Demo(run_dir=tmp_path)
     found = demo.run_all(settings)
-    assert len(computed) == 2 * (1 + len(METHODS))
-    assert "14 of 14: ViT, drop_path_subset; about" in capsys.readouterr().out
-    del found["ViT"]["mask"]
+    assert len(computed) == 2 * len(METHODS)
+    assert "12 of 12: ViT, drop_path_subset; about" in capsys.readouterr().out
+    del found["ViT"]["compact"]
     (tmp_path / "results.json").write_text(json.dumps(found))
     computed.clear()
     demo.run_all(settings)
-    assert computed == [("ViT", "mask")]
+    assert computed == [("ViT", "compact")]
     with pytest.raises(UserError, match="results.json is of other settings"):
         demo.run_all(Demo(seeds=1, run_dir=tmp_path))
 
