@@ -592,7 +592,8 @@ def test_linen_layer(how, standard_promotion):
         chex.assert_trees_all_equal(state, plain)
         kept = bool(jnp.any(gradient["branch"]["Dense_0"]["kernel"] != 0))
         full = full if kept else jax.tree.map(jnp.zeros_like, full)
-        chex.assert_trees_all_close(gradient, full, rtol=1e-5, atol=1e-7)
+        # The gradient of a bias in front of a normalisation is zero, up to rounding.
+        chex.assert_trees_all_close(gradient, full, rtol=1e-5, atol=1e-6)
         is_kept.add(kept)
     assert is_kept == {True, False}
     evaluated = class_(True).apply(variables, X, False)
