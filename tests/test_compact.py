@@ -104,7 +104,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("choice", ["window", "chunk", "exact"])
+@pytest.mark.parametrize(
+    "choice", ["window", pytest.param("chunk", marks=pytest.mark.slow), "exact"]
+)
 @pytest.mark.parametrize("axes", [cdb_jax.output_channels, cdb_jax.input_channels])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_is_the_optimizer_on_the_kept_part(name, axes, choice):
