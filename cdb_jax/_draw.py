@@ -24,7 +24,7 @@ import numpy as np
 from cdb_jax import channels
 from cdb_jax._compiling import compiled
 from cdb_jax.channels import NoChannels
-from cdb_jax.selection import Group, Mode, Part, Selection, frozen_group
+from cdb_jax.selection import Arrangement, Group, Mode, Part, Selection, frozen_group
 
 if TYPE_CHECKING:
     from cdb_jax.policy import Policy
@@ -125,15 +125,18 @@ def num_kept(rate: float | jax.Array, size: int) -> int | jax.Array:
 def num_chunks(rate: float) -> int | None:
     """The number m of chunks of which "chunk" keeps one: 1 / (1 - rate), if that is an integer."""
     chunks = round(1.0 / (1.0 - rate))
-    return chunks if abs(1.0 - (1.0 - rate) * chunks) < 1e-6 else None
+    return chunks if abs(1.0 - (1.0 - rate) * chunks) < 1e-9 else None
 
 
-def _chunk_size(policy: Policy, rate: float | jax.Array, size: int) -> int | None:
-    """The size of the chunk of `size` channels that is kept; None if no chunk but a window is."""
-    if policy.channel_choice != "chunk" or not isinstance(rate, float) or rate == 1.0:
-        return None
-    chunks = num_chunks(rate)
-    return None if chunks is None or size % chunks else size // chunks
+def _arrangement(policy: Policy, rate: float | jax.Array, size: int) -> Arrangement:
+    """How the kept ones of `size` channels lie, if their number is fixed."""
+    if policy.channel_choice == "exact":
+        return Arrangement.SCATTERED
+    if policy.channel_choice == "chunk" and isinstance(rate, float) and rate < 1.0:
+        chunks = num_chunks(rate)
+        if chunks is not None and size % chunks == 0:
+            return Arrangement.CHUNK
+    return Arrangement.WINDOW
 
 
 def expected_shares(policy: Policy, layout: channels.Layout) -> dict[str, float | None]:
@@ -157,8 +160,7 @@ def masked_mode(policy: Policy, rate: float | jax.Array, width: int) -> tuple[Mo
         return Mode.PARTIAL, None
     blocks = policy.window_groups or 1
     size = width // blocks
-    chunk = _chunk_size(policy, rate, size)
-    kept = chunk or num_kept(rate, size)
+    kept = num_kept(rate, size)
     if kept == 0:
         return Mode.FROZEN, None
     if policy.channel_choice == "bernoulli":
@@ -166,7 +168,7 @@ def masked_mode(policy: Policy, rate: float | jax.Array, width: int) -> tuple[Mo
     if kept == size:
         return Mode.FULL, None
     assert isinstance(kept, int)
-    return Mode.PARTIAL, Part(blocks, size, kept, policy.channel_choice in CONTIGUOUS, not chunk)
+    return Mode.PARTIAL, Part(blocks, size, kept, _arrangement(policy, rate, size))
 
 
 def possible_modes(policy: Policy, when_masked: Mode) -> tuple[Mode, ...]:
@@ -459,8 +461,9 @@ def _choose_channels(
         return _Kept(keep, kept / width, place)
 
     size = width // (policy.window_groups or 1)
-    chunk = _chunk_size(policy, rate, size)
-    kept, stride = chunk or num_kept(rate, size), chunk or 1
+    kept, stride = num_kept(rate, size), 1
+    if isinstance(kept, int) and _arrangement(policy, rate, size) is Arrangement.CHUNK:
+        stride = kept
     # The remainder favours some offsets by less than size / 2**32.
     start = (offset_words % np.uint32(size // stride)).astype(jnp.int32) * stride
     position = np.arange(width, dtype=np.int32)[None, :] % size

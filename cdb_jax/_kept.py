@@ -19,7 +19,7 @@ from cdb_jax import _explicit as explicit, _parts as parts, channels
 from cdb_jax._compiling import compiled
 from cdb_jax._xla import alone_on_cpu
 from cdb_jax.policy import Policy
-from cdb_jax.selection import Group, Mode, Part, broadcastable, per_layer
+from cdb_jax.selection import Arrangement, Group, Mode, Part, broadcastable, per_layer
 
 EntryAxes = Sequence[int | None]  # For each axis of an array, that of the leaf.
 
@@ -316,7 +316,7 @@ def _cut(leaf: channels.Leaf, group: Group | None, max_layers: int) -> Cut:
     may_rest = Mode.FROZEN in group.modes
     layers = None
     if may_rest and leaf.depth > max_layers:
-        layers = Part(1, leaf.depth, max_layers, contiguous=False)
+        layers = Part(1, leaf.depth, max_layers, Arrangement.SCATTERED)
     part = group.part if Mode.PARTIAL in group.modes else None
     return Cut(leaf, part, layers, may_rest)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from cdb_jax.selection import Part
+from cdb_jax.selection import Arrangement, Part
 
 Axes = tuple[int, ...]
 
@@ -44,12 +44,15 @@ def take(x: jax.Array, channel: Axes, stack: Axes, part: Part, place: jax.Array)
         return jax.vmap(take_from_layer, in_axes=(stack[0], 0), out_axes=stack[0])(x, place)
     shape = part.shape(x.shape, channel)
     x, axis, order = _merge(x, channel, part.blocks, part.size)
-    if part.contiguous and part.wraps:
-        x = _take_window(x, axis, part.kept, place)
-    elif part.contiguous:
-        x = _slice(x, place, part.kept, axis)
-    else:
-        x = jnp.take(x, place, axis=axis, unique_indices=True, indices_are_sorted=True, mode="clip")
+    match part.arrangement:
+        case Arrangement.WINDOW:
+            x = _take_window(x, axis, part.kept, place)
+        case Arrangement.CHUNK:
+            x = _slice(x, place, part.kept, axis)
+        case Arrangement.SCATTERED:
+            x = jnp.take(
+                x, place, axis=axis, unique_indices=True, indices_are_sorted=True, mode="clip"
+            )
     return _split(x, shape, order)
 
 
@@ -69,14 +72,15 @@ def put(
 
         return jax.vmap(put_into_layer, in_axes=(stack[0], 0), out_axes=stack[0])(x, place)
     x, axis, order = _merge(x, channel, part.blocks, part.kept)
-    if part.contiguous and part.wraps:
-        x = _put_window(x, axis, part.size, place)
-    elif part.contiguous:
-        x = _put_chunk(x, axis, part.size, place)
-    else:
-        # A gather: unlike a scatter, it fuses into the optimizer.
-        every = jnp.arange(part.size, dtype=jnp.int32)
-        x = _pick_channels(x, jnp.zeros((), x.dtype), axis, place, every)
+    match part.arrangement:
+        case Arrangement.WINDOW:
+            x = _put_window(x, axis, part.size, place)
+        case Arrangement.CHUNK:
+            x = _put_run(x, axis, part.size, place)
+        case Arrangement.SCATTERED:
+            # A gather: unlike a scatter, it fuses into the optimizer.
+            every = jnp.arange(part.size, dtype=jnp.int32)
+            x = _pick_channels(x, jnp.zeros((), x.dtype), axis, place, every)
     return _split(x, shape, order)
 
 
@@ -108,12 +112,13 @@ def move(
     if part.blocks > 1:
         blocks = (*shape[:axis], part.blocks, part.kept, *shape[axis + 1 :])
         x, fill, axis = x.reshape(blocks), fill.reshape(blocks), axis + 1
-    if part.contiguous and part.wraps:
-        x = _move_window(x, fill, axis, part.size, before, after)
-    elif part.contiguous:  # Two chunks are equal or disjoint.
-        x = jnp.where(before == after, x, fill)
-    else:
-        x = _pick_channels(x, fill, axis, before, after)
+    match part.arrangement:
+        case Arrangement.WINDOW:
+            x = _move_window(x, fill, axis, part.size, before, after)
+        case Arrangement.CHUNK:  # Two chunks are equal or disjoint.
+            x = jnp.where(before == after, x, fill)
+        case Arrangement.SCATTERED:
+            x = _pick_channels(x, fill, axis, before, after)
     return x.reshape(shape)
 
 
@@ -142,13 +147,10 @@ def _take_window(x: jax.Array, axis: int, kept: int, start: jax.Array) -> jax.Ar
 
 def _put_window(x: jax.Array, axis: int, size: int, start: jax.Array) -> jax.Array:
     """The inverse of `_take_window`, by pads and slices that fuse into the loop that reads them."""
-    kept = x.shape[axis]
-    last = size - kept
+    last = size - x.shape[axis]
     zero = jnp.zeros((), x.dtype)
+    run = _put_run(x, axis, size, jnp.minimum(start, last))
     pad = [(0, 0, 0)] * x.ndim
-    pad[axis] = (last, last, 0)
-    begin = jnp.minimum(start, last)
-    run = _slice(lax.pad(x, zero, pad), last - begin, size, axis)
     pad[axis] = (0, last, 0)
     first = lax.pad(x, zero, pad)
     position = jnp.arange(size, dtype=jnp.int32)
@@ -156,8 +158,8 @@ def _put_window(x: jax.Array, axis: int, size: int, start: jax.Array) -> jax.Arr
     return jnp.where(_along(axis, x.ndim, position < start - last), first, run)
 
 
-def _put_chunk(x: jax.Array, axis: int, size: int, start: jax.Array) -> jax.Array:
-    """`_put_window` for a run that does not wrap around: one pad and one slice."""
+def _put_run(x: jax.Array, axis: int, size: int, start: jax.Array) -> jax.Array:
+    """Puts entries at `start` into zeros, where they do not wrap around: one pad and one slice."""
     last = size - x.shape[axis]
     pad = [(0, 0, 0)] * x.ndim
     pad[axis] = (last, last, 0)

@@ -190,10 +190,7 @@ class Policy:
                     f"{name}={getattr(self, name)!r} needs {choice}="
                     f"{' or '.join(map(repr, needed))}, got {choice}={getattr(self, choice)!r}."
                 )
-        rate_fits = isinstance(self.rate, float) and (
-            self.rate == 1.0 or _draw.num_chunks(self.rate) is not None
-        )
-        if self.channel_choice == "chunk" and not rate_fits:
+        if self.channel_choice == "chunk" and not self._fits_chunks:
             raise ValueError(
                 f"rate={self.rate!r:.80}: channel_choice='chunk' keeps one of m chunks; use a "
                 "Python number 1 - 1/m, such as 0.5, 0.75 or 0.875, or channel_choice='window'."
@@ -203,6 +200,12 @@ class Policy:
                 f"layer_weights={self.layer_weights!r} picks a single layer, got num_layers="
                 f"{self.num_layers}; use layer_weights='uniform'."
             )
+
+    @property
+    def _fits_chunks(self) -> bool:
+        if not isinstance(self.rate, float):
+            return False
+        return self.rate == 1.0 or _draw.num_chunks(self.rate) is not None
 
     def select(self, params: Any, step: jax.typing.ArrayLike) -> Selection:
         """Draws which channels learn in a step.

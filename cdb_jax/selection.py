@@ -25,21 +25,28 @@ class Mode(enum.IntEnum):
     FULL = 2
 
 
+class Arrangement(enum.Enum):
+    """How the kept channels of a block lie, and what the place of a part is."""
+
+    # A run that wraps around. The place is its first channel: int32, a scalar.
+    WINDOW = "window"
+    # A run that does not. Its length divides the block, and the place is a multiple of it.
+    CHUNK = "chunk"
+    # Channels anywhere. The place holds their positions in ascending order: int32, `(kept,)`.
+    SCATTERED = "scattered"
+
+
 class Part(NamedTuple):
     """How many channels of a layer are kept, and how they are arranged. Static.
 
     The channels form `blocks` equal blocks of `size` channels. Each block keeps `kept` channels, at
-    the same positions. The *place* of a part says which ones. If `contiguous`, the place is an
-    int32 scalar: the first kept channel of a block; the others follow. They wrap around if `wraps`;
-    otherwise the place is a multiple of `kept`, which divides `size`. If not `contiguous`, the
-    place holds the positions of the kept channels in ascending order: int32, shape `(kept,)`.
+    the same positions. The *place* of a part says which ones; see `Arrangement`.
     """
 
     blocks: int
     size: int
     kept: int
-    contiguous: bool
-    wraps: bool = True
+    arrangement: Arrangement
 
     @property
     def total(self) -> int:
@@ -370,7 +377,7 @@ def _chosen_group(layer: channels.Leaf, chosen: Any) -> Group:
     keep = keep.at[jnp.arange(layer.depth)[:, None], place].set(True)
     part = None
     if mode == Mode.PARTIAL:
-        part = Part(1, width, kept, contiguous=False)
+        part = Part(1, width, kept, Arrangement.SCATTERED)
         place = jnp.sort(place, axis=1).astype(jnp.int32)
     modes = jnp.full(layer.depth, mode, jnp.int32)
     return Group(modes, keep, None, place if part else None, (layer,), (mode,), part)

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 from cdb_jax import _parts as parts
-from cdb_jax.selection import Part
+from cdb_jax.selection import Arrangement, Part
+
+WINDOW, CHUNK, SCATTERED = Arrangement
 
 
 class Kept(NamedTuple):
@@ -25,8 +27,7 @@ class Kept(NamedTuple):
     num_blocks: int
     size: int  # Of each block.
     kept: int  # In each block.
-    contiguous: bool
-    wraps: bool = True
+    arrangement: Arrangement
 
 
 # The tests call the library through these functions only.
@@ -53,14 +54,17 @@ def move(x, fill, channel_axes, stack_axes, part, before, after):
 
 def possible_places(part):
     """Every place where a part can lie: the starts of windows or chunks, or sets of positions."""
-    if part.contiguous:
-        return np.arange(0, part.size, 1 if part.wraps else part.kept, dtype=np.int32)
+    if part.arrangement is not SCATTERED:
+        stride = part.kept if part.arrangement is CHUNK else 1
+        return np.arange(0, part.size, stride, dtype=np.int32)
     return np.array(list(itertools.combinations(range(part.size), part.kept)), np.int32)
 
 
 def kept_channels(part, place):
     """The channels of a part, in rising order even if a window wraps around."""
-    inside = np.sort((place + np.arange(part.kept)) % part.size) if part.contiguous else place
+    inside = place
+    if part.arrangement is not SCATTERED:
+        inside = np.sort((place + np.arange(part.kept)) % part.size)
     return np.add.outer(np.arange(part.num_blocks) * part.size, inside).reshape(-1)
 
 
@@ -96,8 +100,8 @@ def scattered(x, shape, entries):
 def kept_parts(draw, max_blocks=3, max_size=5):
     size = draw(st.integers(1, max_size))
     kept = draw(st.integers(1, size))
-    kinds = [(False, True), (True, True)] + [(True, False)] * (size % kept == 0)
-    return Kept(draw(st.integers(1, max_blocks)), size, kept, *draw(st.sampled_from(kinds)))
+    arrangements = [x for x in Arrangement if x is not CHUNK or size % kept == 0]
+    return Kept(draw(st.integers(1, max_blocks)), size, kept, draw(st.sampled_from(arrangements)))
 
 
 @st.composite
@@ -232,13 +236,13 @@ def test_move(drawn):
 
 @pytest.mark.parametrize("start, channels", [(0, [0, 1, 2]), (3, [0, 3, 4]), (4, [0, 1, 4])])
 def test_window_that_wraps_around(start, channels):
-    part = Kept(num_blocks=2, size=5, kept=3, contiguous=True)
+    part = Kept(num_blocks=2, size=5, kept=3, arrangement=WINDOW)
     kept = take(jnp.arange(10), (0,), (), part, jnp.int32(start))
     np.testing.assert_array_equal(kept, [*channels, *(5 + np.array(channels))])
 
 
 def test_without_channel_axes_take_and_put_return_their_operand():
-    x, part = jnp.ones((2, 3)), Kept(1, 3, 2, True)
+    x, part = jnp.ones((2, 3)), Kept(1, 3, 2, WINDOW)
     assert part_shape(part, (2, 3), ()) == (2, 3)
     np.testing.assert_array_equal(take(x, (), (), part, jnp.int32(1)), x)
     np.testing.assert_array_equal(put(x, (2, 3), (), (), part, jnp.int32(1)), x)
@@ -249,7 +253,7 @@ def test_scattered_channels_of_wide_layers(size):
     rng = np.random.default_rng(0)
     place = np.sort(rng.permutation(size)[: size // 2]).astype(np.int32)
     x = rng.normal(size=(2, size // 2)).astype(np.float32)
-    part = Kept(1, size, size // 2, contiguous=False)
+    part = Kept(1, size, size // 2, SCATTERED)
     expected = np.zeros((2, size), np.float32)
     expected[:, place] = x
     full = put(jnp.asarray(x), (2, size), (1,), (), part, jnp.asarray(place))

@@ -35,7 +35,7 @@ from test_parts import (
 from cdb_jax import _cpu_order
 from cdb_jax._skipping import products
 from cdb_jax._skipping.reasons import Obstacle
-from cdb_jax.selection import Mode, Part
+from cdb_jax.selection import Arrangement, Mode, Part
 
 # The tests call the library through the functions from here to `in_order` only.
 
@@ -455,7 +455,7 @@ CONVOLUTION = Convolution(
     dimension_numbers=lax.ConvDimensionNumbers((0, 2, 1), (2, 1, 0), (0, 2, 1)),
     feature_group_count=1,
 )
-WINDOW = Kept(num_blocks=1, size=12, kept=2, contiguous=True)
+WINDOW = Kept(num_blocks=1, size=12, kept=2, arrangement=Arrangement.WINDOW)
 
 
 def grouped(groups, in_features, out_features):
@@ -511,7 +511,7 @@ def test_axes_of_a_kernel_that_are_not_one_feature_axis_are_refused(channel_axes
     "num_blocks, refused", [(1, True), (2, True), (3, False), (4, True), (6, False)]
 )
 def test_blocks_must_fill_the_groups_of_a_convolution(num_blocks, refused):
-    part = Kept(num_blocks, 12 // num_blocks, 1, True)
+    part = Kept(num_blocks, 12 // num_blocks, 1, Arrangement.WINDOW)
     assert is_refused(grouped(3, 2, 12), 1, (2,), part=part) == refused
 
 
@@ -519,7 +519,7 @@ def test_blocks_must_fill_the_groups_of_a_convolution(num_blocks, refused):
     "in_features, out_features, refused", [(1, 12, False), (2, 12, True), (1, 24, True)]
 )
 def test_one_block_needs_a_depthwise_convolution(in_features, out_features, refused):
-    part = Kept(1, out_features, 2, True)
+    part = Kept(1, out_features, 2, Arrangement.WINDOW)
     product = grouped(12, in_features, out_features)
     assert is_refused(product, 1, (2,), part=part) == refused
 
@@ -728,8 +728,8 @@ def test_products_without_weights(cases):
 # What a product with a weight saves for its gradients.
 
 DENSE = Dot(shapes=((8, 6), (6, 4)), contracting=((1,), (0,)), batch=((), ()))
-INPUTS = Layer(DENSE, 1, (0,), (), Kept(1, 6, 2, True), np.int32(5))
-OUTPUTS = Layer(DENSE, 1, (1,), (), Kept(1, 4, 3, True), np.int32(2))
+INPUTS = Layer(DENSE, 1, (0,), (), Kept(1, 6, 2, Arrangement.WINDOW), np.int32(5))
+OUTPUTS = Layer(DENSE, 1, (1,), (), Kept(1, 4, 3, Arrangement.WINDOW), np.int32(2))
 
 
 def saved_shapes(layer, *, x_needed=True, varied=("x", "change")):
