@@ -20,7 +20,6 @@ already are not compiled again.
 import argparse
 import collections
 import json
-import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,7 +33,7 @@ from depth import FULL, WINDOW, Variant, build, policy, training_step
 from flax import nnx
 from hlo import Kernel, count, kernels, parse
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from overhead import ROOT, versions  # Puts the library on the path.
+from overhead import ROOT, fill, versions  # Puts the library on the path.
 
 import cdb_jax
 import models
@@ -222,14 +221,9 @@ def matrix(rows: list[dict[str, Any]], target: str, key: str) -> str:
     return "\n".join(lines)
 
 
-def fill(page: str, rows: list[dict[str, Any]]) -> str:
-    """The page with new tables between `<!-- TARGET FIGURE -->` and `<!-- -->`."""
-
-    def table(match: re.Match[str]) -> str:
-        target, key = match[1].split()
-        return f"<!-- {match[1]} -->\n{matrix(rows, target, key)}\n<!-- -->"
-
-    return re.sub(r"<!-- (\S+ \S+) -->\n.*?<!-- -->", table, page, flags=re.DOTALL)
+def with_tables(page: str, rows: list[dict[str, Any]]) -> str:
+    """The page with the tables that `<!-- TARGET FIGURE -->` asks for."""
+    return fill(page, lambda name: matrix(rows, *name.split()))
 
 
 def absolute(key: str, value: float) -> str:
@@ -264,7 +258,7 @@ def main() -> None:
                 args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(table(rows))
     if args.output == RESULTS:
-        PAGE.write_text(fill(PAGE.read_text(), rows))
+        PAGE.write_text(with_tables(PAGE.read_text(), rows))
 
 
 if __name__ == "__main__":

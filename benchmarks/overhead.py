@@ -257,6 +257,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def fill(page: str, table: Callable[[str], str]) -> str:
+    """A page with new tables: `table` makes those between `<!-- NAME -->` and `<!-- -->`."""
+
+    def filled(found: re.Match[str]) -> str:
+        return f"<!-- {found[1]} -->\n{table(found[1])}\n<!-- -->"
+
+    return re.sub(r"<!-- (\S.*?) -->\n.*?<!-- -->", filled, page, flags=re.DOTALL)
+
+
 def results_file(benchmark: str, device: str = "") -> Path:
     """Where the results of a benchmark belong, on this device or one that is compiled for."""
     device = device or jax.devices()[0].device_kind

@@ -316,10 +316,10 @@ def test_the_tables_of_the_page_are_those_of_the_report():
     page = report.PAGE.read_text()
     rows = json.loads(RUNS.with_suffix(".json").read_text())["rows"]
     found = {row["grid"]: [x for x in rows if x["grid"] == row["grid"]] for row in rows}
-    assert report.fill(page, found) == page
+    assert report.with_tables(page, found) == page
     assert page.count("<!-- -->") > 3
     empty = {name: [] for name in found}
-    assert report.fill(page, empty).count("[") < page.count("[") - 50
+    assert report.with_tables(page, empty).count("[") < page.count("[") - 50
 
 
 @pytest.mark.slow

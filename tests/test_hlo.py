@@ -143,9 +143,9 @@ def test_the_bound_of_a_step():
 def test_the_tables_of_the_page_are_those_of_the_results():
     page = accelerators.PAGE.read_text()
     rows = json.loads(accelerators.RESULTS.read_text())["rows"]
-    assert accelerators.fill(page, rows) == page
+    assert accelerators.with_tables(page, rows) == page
     assert page.count("<!-- -->") == 5
-    assert accelerators.fill(page, []).count("|") < page.count("|") - 200
+    assert accelerators.with_tables(page, []).count("|") < page.count("|") - 200
 
 
 def test_a_table_leaves_out_models_with_one_step():

@@ -37,20 +37,10 @@ import paths  # noqa: F401
 from contenders import CONTENDERS, FASHION
 from grid import Job, Row, Runs
 from overhead import publish, results_file
-from report import column, difference, finals, header, holm, interval, p_text
+from report import correct, difference, finals, header, p_text
 from run import execute, read, start
 from tasks import TASKS
-from time_to_accuracy import (
-    MARGIN,
-    against,
-    bootstrap,
-    curves,
-    finite,
-    p_of_loss,
-    reach,
-    three,
-    time_steps,
-)
+from time_to_accuracy import MARGIN, finite, three, time_steps, to_baseline
 from trial import Program, Settings, compiled
 
 MODELS = ("vit_48/7", "resnet_8")
@@ -122,37 +112,16 @@ def compare(task: str, model: str, runs: Runs, rounds: int) -> list[Row]:
     if BASELINE not in done:
         return []
     seconds = time_steps({arm: jobs[arm][0] for arm in done}, rounds)
-    base, rows = done[BASELINE], []
-    target, size = curves(base), (len(base), rounds)
-    base_reach = reach(target, target, lambda _: 1.0)
-    base_memory = memory(jobs[BASELINE][0].program)
+    needed = {arm: memory(jobs[arm][0].program) for arm in done}
+    rows = []
     for arm, own in done.items():
-        ratios, held = seconds[arm] / seconds[BASELINE], memory(jobs[arm][0].program)
-
-        def cost(picks: np.ndarray, ratios: np.ndarray = ratios) -> float:
-            return float(np.median(ratios[picks]))
-
-        gap = column(own, "test_accuracy") - column(base, "test_accuracy")
-        sooner = against(reach(curves(own), target, cost), base_reach)
-        rows.append(
-            {
-                "task": task,
-                "model": model,
-                "arm": arm,
-                "learning_rate": own[0]["learning_rate"],
-                "at_edge": own[0]["learning_rate"] in (LADDER[0], LADDER[-1]),
-                "accuracy": interval(column(own, "test_accuracy")),
-                "difference": interval(gap),
-                "p": None if arm == BASELINE else p_of_loss(gap, MARGIN),
-                "step_time": bootstrap(lambda _, picks, cost=cost: cost(picks), *size),
-                "time_against_baseline": bootstrap(sooner, *size),
-                "flops": own[0]["flops"] / base[0]["flops"],
-            }
-            | {name: held[name] / base_memory[name] for name in held}
-        )
-    compared = [row for row in rows if row["arm"] != BASELINE]
-    for row, p in zip(compared, holm([row["p"] for row in compared]), strict=True):
-        row["p"] = p
+        rate = own[0]["learning_rate"]
+        about = {"task": task, "model": model, "arm": arm, "learning_rate": rate}
+        about |= {"at_edge": rate in (LADDER[0], LADDER[-1])}
+        about |= {"run": True, "is_baseline": arm == BASELINE}
+        about |= {name: x / needed[BASELINE][name] for name, x in needed[arm].items()}
+        rows.append(about | to_baseline(own, done[BASELINE], seconds[arm] / seconds[BASELINE]))
+    correct(rows)
     return rows
 
 
@@ -175,9 +144,13 @@ def table(rows: Sequence[Row]) -> str:
     names += ("parameters, gradient, state", "temporaries", "learning rate")
     lines = [header(names)]
     for row in rows:
-        same = row["arm"] == BASELINE
+        same = row["is_baseline"]
         cells = [f"{row['task']}, {row['model']}", row["arm"], f"{100 * row['accuracy'][0]:.2f}"]
-        cells += ["", ""] if same else [difference(row["difference"], 100, 2), p_text(row["p"])]
+        cells += (
+            ["", ""]
+            if same
+            else [difference(row["difference"], 100, 2), p_text(row["p_corrected"])]
+        )
         cells += [three(row["step_time"]), three(row["time_against_baseline"])]
         cells += [f"{row[x]:.2f}" for x in ("flops", "state", "temporaries")]
         cells.append(f"{row['learning_rate']:g}" + " †" * row["at_edge"])

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from grid import (
     trials,
     unmasked_jobs,
 )
-from overhead import results_file
+from overhead import fill, results_file
 from run import read
 from scipy import stats
 
@@ -307,14 +306,9 @@ def results(runs: Runs) -> dict[str, list[Row]]:
     return found
 
 
-def fill(page: str, found: dict[str, list[Row]]) -> str:
-    """The page with its tables drawn anew: what stands between `<!-- GRID -->` and `<!-- -->`."""
-
-    def table(match: re.Match[str]) -> str:
-        rows = found[match[1]]
-        return f"<!-- {match[1]} -->\n{overview(rows, training=match[1] == 'ablation')}\n<!-- -->"
-
-    return re.sub(r"<!-- (\S+) -->\n.*?<!-- -->", table, page, flags=re.DOTALL)
+def with_tables(page: str, found: dict[str, list[Row]]) -> str:
+    """The page with the tables that `<!-- GRID -->` asks for."""
+    return fill(page, lambda grid: overview(found[grid], training=grid == "ablation"))
 
 
 def main() -> None:
@@ -337,7 +331,7 @@ def main() -> None:
     file.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     file.with_suffix(".md").write_text("\n".join(text) + "\n")
     if file.resolve() == paths.BENCHMARKS / "results/evidence-cpu.csv":
-        PAGE.write_text(fill(PAGE.read_text(), found))
+        PAGE.write_text(with_tables(PAGE.read_text(), found))
     print("\n".join(text))
 
 

@@ -134,37 +134,41 @@ def compare(cells: Sequence[Cell], runs: Runs, rounds: int) -> list[Row]:
     if not all(done.values()):
         return [about(cell) | {"run": False} for cell in cells]
     seconds = time_steps({name: own[0] for name, own in jobs.items()}, rounds)
-    base = done[BASELINE]
-    target, size = curves(base), (len(base), rounds)
-    base_reach = reach(target, target, lambda _: 1.0)
-    rows = []
-    for cell in cells:
-        own = done[cell.contender]
-        ratios, curve = seconds[cell.contender] / seconds[BASELINE], curves(own)
-
-        def time_cost(picks, ratios=ratios):
-            return float(np.median(ratios[picks]))
-
-        flops = own[0]["flops"] / base[0]["flops"]
-        time_reach = reach(curve, target, time_cost)
-        flops_reach = reach(curve, target, lambda _, flops=flops: flops)
-        gap = column(own, "test_accuracy") - column(base, "test_accuracy")
-        rows.append(
-            about(cell)
-            | {
-                "run": True,
-                "milliseconds": 1e3 * float(np.median(seconds[cell.contender])),
-                "step_time": bootstrap(lambda _, picks, cost=time_cost: cost(picks), *size),
-                "flops": flops,
-                "accuracy": interval(column(own, "test_accuracy")),
-                "difference": interval(gap),
-                "p": p_of_loss(gap, MARGIN),
-                "time_to_accuracy": bootstrap(time_reach, *size),
-                "time_against_baseline": bootstrap(against(time_reach, base_reach), *size),
-                "flops_against_baseline": bootstrap(against(flops_reach, base_reach), *size),
-            }
+    return [
+        about(cell)
+        | {"run": True, "milliseconds": 1e3 * float(np.median(seconds[cell.contender]))}
+        | to_baseline(
+            done[cell.contender], done[BASELINE], seconds[cell.contender] / seconds[BASELINE]
         )
-    return rows
+        for cell in cells
+    ]
+
+
+def to_baseline(own: Sequence[Row], base: Sequence[Row], ratios: np.ndarray) -> Row:
+    """Runs of a contender against those of the baseline with the same seeds.
+
+    `ratios` are those of the times of a step, by rounds.
+    """
+
+    def time_cost(picks: np.ndarray) -> float:
+        return float(np.median(ratios[picks]))
+
+    target, curve, size = curves(base), curves(own), (len(base), len(ratios))
+    flops = own[0]["flops"] / base[0]["flops"]
+    base_reach = reach(target, target, lambda _: 1.0)
+    time_reach = reach(curve, target, time_cost)
+    flops_reach = reach(curve, target, lambda _: flops)
+    gap = column(own, "test_accuracy") - column(base, "test_accuracy")
+    return {
+        "step_time": bootstrap(lambda _, picks: time_cost(picks), *size),
+        "flops": flops,
+        "accuracy": interval(column(own, "test_accuracy")),
+        "difference": interval(gap),
+        "p": p_of_loss(gap, MARGIN),
+        "time_to_accuracy": bootstrap(time_reach, *size),
+        "time_against_baseline": bootstrap(against(time_reach, base_reach), *size),
+        "flops_against_baseline": bootstrap(against(flops_reach, base_reach), *size),
+    }
 
 
 def table(rows: Sequence[Row]) -> str:
