@@ -37,11 +37,11 @@ from overhead import ROOT, fill, versions  # Puts the library on the path.
 
 import cdb_jax
 import models
-from models.resnet import RESNETS, Bottleneck
+from models.resnet import RESNETS, Bottleneck, Size
 from models.vit import VITS
 
 VITS |= {"vit_b_short": (768, 3, 12), "vit_l_short": (1024, 3, 16), "blocks2048": (2048, 3, 16)}
-RESNETS["resnet50_short"] = (Bottleneck, (1, 1, 1, 1), 64)
+RESNETS["resnet50_short"] = Size(Bottleneck, (1, 1, 1, 1), 64)
 
 
 class Model(NamedTuple):

@@ -311,7 +311,7 @@ def _family(name: str) -> str:
 def _blocks(name: str) -> list[str]:
     """What torchvision calls the blocks of a model, in our order."""
     if name in models.RESNETS:
-        depths = models.RESNETS[name][1]
+        depths = models.RESNETS[name].depths
         return [f"layer{i}/{j}" for i, depth in enumerate(depths, 1) for j in range(depth)]
     if name == "mobilenet_v2":
         return [f"features/{i}/conv" for i in range(1, 18)]

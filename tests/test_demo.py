@@ -10,6 +10,7 @@ import demo
 import models
 from demo import BASELINE, LABELS, METHODS, Demo
 from errors import UserError
+from models.resnet import BasicBlock, Size
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "compilation_cache")
 
@@ -82,7 +83,7 @@ def test_every_method_meets_the_same_batches(tmp_path, data_dir):
 
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path, data_dir, monkeypatch, capsys):
-    monkeypatch.setitem(models.RESNETS, "resnet_nano", (models.resnet.BasicBlock, (1, 1), 4))
+    monkeypatch.setitem(models.RESNETS, "resnet_nano", Size(BasicBlock, (1, 1), 4))
     monkeypatch.setitem(models.VITS, "vit_nano", (16, 2, 2))
     small = {"ResNet": {"model": "resnet_nano"}, "ViT": {"model": "vit_nano/4"}}
     monkeypatch.setattr(demo, "PAIRS", {x: demo.Pair(y, y) for x, y in small.items()})

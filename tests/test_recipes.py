@@ -150,7 +150,7 @@ def test_the_learning_rate_falls_in_steps():
 def nano_models(monkeypatch):
     monkeypatch.setitem(models.vit.VITS, "vit_nano", (16, 1, 2))
     block = models.resnet.BasicBlock
-    monkeypatch.setitem(models.resnet.RESNETS, "resnet_nano", (block, (1,), 8))
+    monkeypatch.setitem(models.resnet.RESNETS, "resnet_nano", models.resnet.Size(block, (1,), 8))
 
 
 def run_main(monkeypatch, *arguments):

@@ -43,7 +43,7 @@ def nano_models(monkeypatch):
     """Models that compile in a moment."""
     monkeypatch.setitem(models.vit.VITS, "vit_nano", (16, 1, 2))
     block = models.resnet.BasicBlock
-    monkeypatch.setitem(models.resnet.RESNETS, "resnet_nano", (block, (1,), 8))
+    monkeypatch.setitem(models.resnet.RESNETS, "resnet_nano", models.resnet.Size(block, (1,), 8))
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ import processes
 import run_folder
 import train
 import weights
+from models.resnet import BasicBlock, Bottleneck, Size
 
 SIDE = 72  # Large enough for the stem of ImageNet.
 WIDTH, DEPTH, HEADS, PATCH = 16, 2, 2, 4
@@ -41,8 +42,8 @@ WIDTH, DEPTH, HEADS, PATCH = 16, 2, 2, 4
 def nano_models(monkeypatch):
     monkeypatch.setitem(models.vit.VITS, "vit_nano", (WIDTH, DEPTH, HEADS))
     resnets = models.resnet.RESNETS
-    monkeypatch.setitem(resnets, "basic_nano", (models.resnet.BasicBlock, (1, 2), 4))
-    monkeypatch.setitem(resnets, "bottleneck_nano", (models.resnet.Bottleneck, (2, 1), 4))
+    monkeypatch.setitem(resnets, "basic_nano", Size(BasicBlock, (1, 2), 4))
+    monkeypatch.setitem(resnets, "bottleneck_nano", Size(Bottleneck, (2, 1), 4))
 
 
 def vit_arrays(positions=4, classes=10, channels=1):
@@ -50,7 +51,7 @@ def vit_arrays(positions=4, classes=10, channels=1):
 
 
 def resnet_arrays(name, classes=10):
-    block, depths, width = models.resnet.RESNETS[name]
+    block, depths, width, _ = models.resnet.RESNETS[name]
     arrays = random_arrays(resnet_shapes(block.expansion == 4, depths, width, classes))
     norms = [x.removesuffix("running_var") for x in arrays if x.endswith("running_var")]
     return arrays | {f"{norm}num_batches_tracked": np.array(7) for norm in norms}
@@ -100,7 +101,7 @@ def test_a_resnet_computes_what_the_layout_means(tmp_path, name):
     arrays["bn1.weight"] *= 1e-2
     found = read(write(tmp_path / "w.safetensors", arrays), name, side=SIDE, channels=3)
     images = np.random.default_rng(1).normal(size=(2, SIDE, SIDE, 3)).astype(np.float32)
-    block, depths, _ = models.resnet.RESNETS[name]
+    block, depths, *_ = models.resnet.RESNETS[name]
     expected = resnet_forward(arrays, images, block.expansion == 4, depths)
     computed = logits(found.arrays, images, name, side=SIDE, channels=3)
     np.testing.assert_allclose(computed, expected, rtol=1e-4, atol=1e-5)

@@ -18,10 +18,10 @@ from sklearn.model_selection import train_test_split
 
 import data
 import idx
-import models.resnet
-import models.vit
 from epochs import Epochs
 from gaussian_process import texture
+from models.resnet import RESNETS, BasicBlock, Size
+from models.vit import VITS
 
 HELD_OUT = 797  # Digits to test on; a thousand are left to train and validate on.
 WRONG = 0.3  # Share of the training labels that are drawn at random in `digits_noisy`.
@@ -170,11 +170,11 @@ def fashion(train: int, wrong: float = 0.0) -> Callable[[int], Split]:
 
 
 # Wide enough that there is work to save.
-models.resnet.RESNETS["resnet_wide"] = (models.resnet.BasicBlock, (1, 1), 64)
-models.vit.VITS["vit_wide"] = (192, 3, 3)
+RESNETS["resnet_wide"] = Size(BasicBlock, (1, 1), 64)
+VITS["vit_wide"] = (192, 3, 3)
 # Small enough for many runs with images of 28x28, deep enough for branches to drop.
-models.resnet.RESNETS["resnet_8"] = (models.resnet.BasicBlock, (1, 1, 1), 8)
-models.vit.VITS["vit_48"] = (48, 4, 4)
+RESNETS["resnet_8"] = Size(BasicBlock, (1, 1, 1), 16, stem="imagenet")
+VITS["vit_48"] = (48, 4, 4)
 
 TASKS = {
     "digits_few": Task(digits(200, 400), 10, 16, "resnet_small", 300, 50),

@@ -61,6 +61,7 @@ def create(
       ValueError: if the name is unknown, the patch size does not divide the image, or the model
         has nothing that `branches` or `backdrop_rate` could drop.
     """
+    stem = "imagenet" if min(image_shape[:2]) > 64 else "cifar"
     if imported.is_path(name) or name in CONVOLUTIONAL:
         if branches.rates or backdrop_rate:
             raise ValueError(
@@ -69,7 +70,6 @@ def create(
         shapes = dict(num_classes=num_classes, image_shape=image_shape, dtype=dtype)
         if imported.is_path(name):
             return imported.create(name, dropout_rate=dropout_rate, **shapes, rngs=rngs)
-        stem = "imagenet" if min(image_shape[:2]) > 64 else "cifar"
         return CONVOLUTIONAL[name](
             num_classes=num_classes,
             in_channels=image_shape[-1],
@@ -82,11 +82,14 @@ def create(
     settings = dict(dtype=dtype, dropout_rate=dropout_rate, rngs=rngs)
     settings |= dict(backdrop_rate=backdrop_rate, branches=branches)
     if family in RESNETS and not patch:
+        size = RESNETS[family]
         return ResNet(
-            *RESNETS[family],
+            size.block,
+            size.depths,
+            size.width,
             num_classes=num_classes,
             in_channels=image_shape[-1],
-            stem="imagenet" if min(image_shape[:2]) > 64 else "cifar",
+            stem=size.stem or stem,
             **settings,
         )
     if family in VITS and patch.isdecimal() and int(patch) > 0:
@@ -106,4 +109,4 @@ def create(
 def depth(name: str) -> int:
     """The number of residual blocks of a model; 0 if the name is unknown."""
     family = name.partition("/")[0]
-    return sum(RESNETS[family][1]) if family in RESNETS else VITS.get(family, (0, 0))[1]
+    return sum(RESNETS[family].depths) if family in RESNETS else VITS.get(family, (0, 0))[1]

@@ -1,6 +1,7 @@
 """Residual networks (He et al. 2015, arXiv 1512.03385)."""
 
 from functools import partial
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -167,10 +168,18 @@ class ResNet(nnx.Module):
         return self.head(self.dropout(x))
 
 
-# Block, blocks in each stage, width of the first stage.
-RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, ...], int]] = {
-    "resnet_small": (BasicBlock, (1, 1, 1), 16),  # For images of 8x8 to 32x32.
-    "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
-    "resnet34": (BasicBlock, (3, 4, 6, 3), 64),
-    "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
+class Size(NamedTuple):
+    """What the ResNets differ in; the stem goes by the size of the images unless given."""
+
+    block: type[BasicBlock | Bottleneck]
+    depths: tuple[int, ...]
+    width: int
+    stem: Literal["imagenet", "cifar"] | None = None
+
+
+RESNETS = {
+    "resnet_small": Size(BasicBlock, (1, 1, 1), 16),  # For images of 8x8 to 32x32.
+    "resnet18": Size(BasicBlock, (2, 2, 2, 2), 64),
+    "resnet34": Size(BasicBlock, (3, 4, 6, 3), 64),
+    "resnet50": Size(Bottleneck, (3, 4, 6, 3), 64),
 }
