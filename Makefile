@@ -24,7 +24,7 @@ soak: $(VENV)/.installed  ## Twenty kills, processes that die, twenty thousand s
 	JAX_PLATFORMS=cpu $(BIN)/python benchmarks/soak.py
 
 evidence: $(VENV)/.installed  ## Hours: all methods tuned and compared; stopped, it goes on.
-	for grid in core masks ablation speed methods; do \
+	for grid in core masks ablation compact speed; do \
 	  $(BIN)/python benchmarks/evidence/run.py $$grid || exit 1; \
 	done
 	$(BIN)/python benchmarks/evidence/report.py

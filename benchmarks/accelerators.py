@@ -13,7 +13,7 @@ a TPU's program counts as one kernel.
     accelerators/bin/python benchmarks/accelerators.py --targets h100:1 --models ViT-S/16
 
 Some models are shortened, as compile time grows with depth: see `MODELS`. Prints a table, and
-writes `results/accelerators.json` and the tables of `docs/accelerators.md`. Programs that are there
+writes `results/accelerators.json` and the tables of `docs/benchmarks.md`. Programs that are there
 already are not compiled again.
 """
 
@@ -72,7 +72,7 @@ VARIANTS = (
     Variant("drop_backward", "backward", rate=0.5),
     Variant("stochastic depth, part of the batch", "subset", rate=0.5),
 )
-RESULTS, PAGE = ROOT / "benchmarks/results/accelerators.json", ROOT / "docs/accelerators.md"
+RESULTS, PAGE = ROOT / "benchmarks/results/accelerators.json", ROOT / "docs/benchmarks.md"
 TARGETS = ("h100:1", "h100:8", "v5e:2x4", "v5e:16x16")
 # Shares of the chip's peak and bandwidth that a good kernel reaches.
 COMPUTE, MEMORY = 0.5, 0.8

@@ -133,8 +133,8 @@ class Selection:
           others: whether the other leaves learn in "full" or are "frozen".
 
         Raises:
-          TypeError, ValueError: for a pattern that matches nothing, a leaf without channels, or
-            channels that are out of range or repeated.
+          TypeError, ValueError: if `chosen` is empty; for a pattern that matches nothing, a leaf
+            without channels, or channels that are out of range or repeated.
 
         Examples:
           >>> import cdb_jax, jax, jax.numpy as jnp
@@ -150,6 +150,11 @@ class Selection:
             raise TypeError(
                 "chosen must be a dict from path to channels, such as {'head/kernel': [0, 5]}, got "
                 f"{chosen!r:.80}."
+            )
+        if not chosen:
+            raise ValueError(
+                "chosen={} names nothing; give at least one path, such as {'head/kernel': [0, 5]}, "
+                "or train everything with jax.value_and_grad."
             )
         params = parameters_of(params)
         channels.check_matches("chosen", chosen, channels.paths_of(params))

@@ -16,7 +16,7 @@ copyright = author
 version = release = cdb_jax.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "releasing.md"]  # The latter is for maintainers.
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

@@ -269,6 +269,7 @@ def test_chosen_channels_save_work():
     [
         ({"third": [0]}, {}, ValueError, "chosen: .*'third'"),
         (["first/kernel"], {}, TypeError, "chosen must be a dict.*first/kernel"),
+        ({}, {}, ValueError, "chosen={}"),
         ({"first/kernel": [6]}, {}, ValueError, r"'first/kernel'.*6 channels.*\[6\]"),
         ({"first/kernel": [0, -6]}, {}, ValueError, r"'first/kernel'.*\[0, -6\]"),
         ({"first/kernel": [0.5]}, {}, TypeError, r"'first/kernel'.*\[0.5\]"),

@@ -79,7 +79,7 @@ def test_tuning_meets_no_test_image(short, monkeypatch):
 
 @pytest.mark.slow
 def test_methods_start_from_the_same_weights_and_see_the_same_images(short):
-    names = ("none", "Backdrop", "stochastic depth")
+    names = ("none", "Dropout 0.2", "stochastic depth 0.2")
     numbers = Settings(np.uint32(3), np.float32(1e-3), np.float32(1e-2))
     params = [
         compiled(

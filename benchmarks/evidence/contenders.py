@@ -46,7 +46,6 @@ def ramp(rate: float, total_steps: int) -> Any:
 
 
 CONTENDERS = {
-    # The core grid.
     "none": Contender(),
     "early stopping": Contender(stops_early=True),
     "dropout": Contender("dropout", UNITS),
@@ -55,15 +54,8 @@ CONTENDERS = {
     "CDB after": Contender("cdb_after", CHANNELS),
     "CDB frozen": Contender("cdb_frozen", CHANNELS),
     "CDB before + dropout": Contender("cdb", CHANNELS, UNITS),
-    # The rest.
-    "stochastic depth": Contender("stochastic_depth", UNITS),
-    "Backdrop": Contender("backdrop", (0.1, 0.3, 0.5, 0.85)),
-    "released preset": Contender("released", CHANNELS),
-    "Algorithm 1": Contender("algorithm_1", CHANNELS),
-    "LayerDropBack": Contender("layer_drop_back", (0.1, 0.3, 0.5, 0.7)),
-    "SkipUpdate": Contender("skip_update", CHANNELS),
 }
-CORE, REST = list(CONTENDERS)[:8], list(CONTENDERS)[8:]
+CORE = tuple(CONTENDERS)
 
 # Optimizer state for the kept channels only. No run here has 500 steps, so that channels held for
 # as long never change.

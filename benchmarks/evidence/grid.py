@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from contenders import COMPACT, CONTENDERS, CORE, REST, SAVING
+from contenders import COMPACT, CONTENDERS, CORE, SAVING
 from scipy.stats import qmc
 from tasks import TASKS
 from trial import Program, Settings, score
@@ -19,10 +19,8 @@ FINALISTS = 4  # of which the best are tried again,
 MORE_SEEDS = range(3, 10)  # with more; then six settings near the best of these, with all.
 ALL_SEEDS = (*TUNING_SEEDS, *MORE_SEEDS)
 SEEDS = range(1000, 1020)  # Of the comparison: none of those that tuning saw.
-RANGES = {  # Of learning rate and weight decay, searched on logarithmic scales.
-    "adamw": ((3e-5, 3e-2), (1e-3, 1.0)),
-    "sgd": ((3e-4, 1.0), (1e-6, 1e-2)),
-}
+# Of learning rate and weight decay, searched on logarithmic scales.
+RANGES = ((3e-5, 3e-2), (1e-3, 1.0))
 
 Trial = tuple[Program, float, float]  # With learning rate and weight decay.
 Row = dict[str, Any]  # A finished run: its settings and its metrics.
@@ -49,12 +47,10 @@ class Cell(NamedTuple):
     optimizer: str = "adamw"
 
 
-def cells(
-    tasks: Sequence[str], contenders: Sequence[str], model: str = "", optimizer: str = "adamw"
-) -> list[Cell]:
+def cells(tasks: Sequence[str], contenders: Sequence[str], model: str = "") -> list[Cell]:
     """Every contender on every task, with the task's own model if none is given."""
     return [
-        Cell(task, contender, model or TASKS[task].model, optimizer)
+        Cell(task, contender, model or TASKS[task].model)
         for task in tasks
         for contender in contenders
     ]
@@ -63,9 +59,6 @@ def cells(
 CORE_TASKS = ("digits_few", "digits_noisy", "finetune")
 GRIDS = {
     "core": cells(CORE_TASKS, CORE),
-    "methods": cells(CORE_TASKS, ("none", *REST)),
-    "tasks": cells(("digits_all", "textures"), CORE),
-    "sgd": cells(CORE_TASKS, CORE, optimizer="sgd"),
     "compact": cells(CORE_TASKS, ("none", "early stopping", "dropout", *COMPACT)),
     # What a run that skips work needs to be as good.
     "speed": [
@@ -73,16 +66,13 @@ GRIDS = {
         *cells(("finetune",), ("none", *SAVING), model="vit_wide/4"),
         *cells(("digits_few",), ("none", *SAVING), model="resnet_wide"),
     ],
-    # For a GPU.
-    "resnet18": cells((*CORE_TASKS, "digits_all", "textures"), CORE, model="resnet18"),
-    "vit_ti": cells((*CORE_TASKS, "digits_all", "textures"), CORE, model="vit_ti/4"),
 }
 
 
 def trials(cell: Cell) -> list[Trial]:
     """Every contender tries the same learning rates and weight decays, and its own rates."""
     contender = CONTENDERS[cell.contender]
-    (low, high), (least, most) = RANGES[cell.optimizer]
+    (low, high), (least, most) = RANGES
     found = []
     for x, y, z, w in qmc.Sobol(4, rng=0).random(TRIALS):
         rate = contender.rates[int(z * len(contender.rates))]

@@ -56,14 +56,13 @@ RIVALS = {
     "compact": {"early stopping": tuple(COMPACT)},
 }
 LABELS = {
-    "none": "{} alone",
+    "none": "AdamW alone",
     "dropout": "Dropout",
-    "CDB before": "ChannelDropBack before {}",
-    "CDB after": "after {}",
+    "CDB before": "ChannelDropBack before AdamW",
+    "CDB after": "after AdamW",
     "CDB frozen": "frozen",
-    "CDB before + dropout": "before {}, with Dropout",
+    "CDB before + dropout": "before AdamW, with Dropout",
 }
-OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 MEASURES = ("accuracy", "nll", "ece")
 
 
@@ -204,7 +203,6 @@ def overview(rows: Sequence[Row], *, training: bool = False) -> str:
     the training labels were learnt.
     """
     rows = [row for row in rows if row["run"]]
-    optimizer = " or ".join(OPTIMIZERS[x] for x in dict.fromkeys(row["optimizer"] for row in rows))
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     names = [f"`{task}`" for task in tasks]
     lines = [header(["", *names, *["training labels learnt"] * (training * len(tasks))])]
@@ -213,7 +211,7 @@ def overview(rows: Sequence[Row], *, training: bool = False) -> str:
         cells = [entry(own[task]) if task in own else "" for task in tasks]
         if training:
             cells += [f"{100 * own[task]['train_accuracy']:.1f} %" for task in tasks]
-        label = LABELS.get(contender, contender).format(optimizer)
+        label = LABELS.get(contender, contender)
         lines.append("| " + " | ".join([label, *cells]) + " |")
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/evidence/run.py core              # 3 tasks, 8 methods, 20 seeds
     python benchmarks/evidence/run.py core --workers 8
-    python benchmarks/evidence/run.py methods --tasks digits_noisy
+    python benchmarks/evidence/run.py compact --tasks digits_noisy
 
 Each run is a line of `results/evidence-<device>.csv` as soon as it ends; stopped, the same command
 goes on. `report.py` draws tables and figures from that file.

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -19,15 +18,11 @@ from sklearn.model_selection import train_test_split
 import data
 import idx
 from epochs import Epochs
-from gaussian_process import texture
 from models.resnet import RESNETS, BasicBlock, Size
 from models.vit import VITS
 
 HELD_OUT = 797  # Digits to test on; a thousand are left to train and validate on.
 WRONG = 0.3  # Share of the training labels that are drawn at random in `digits_noisy`.
-SIDE = 32  # Pixels of a texture.
-# As in `examples/gp_textures.py`: weights and, in the ratios it has at 128 pixels, length scales.
-POWERS, FINE, COARSE = (0.75, 1.25), (1.5, 2.25), (5.0, 8.75)
 
 
 class Images(NamedTuple):
@@ -122,32 +117,6 @@ def half_of_digits(first: int, train: int, validation: int) -> Callable[[int], S
 
 
 @functools.cache
-def _textures(key: int, count: int) -> Images:
-    """Sums of a fine and a coarse Gaussian process; bit 0 of the label is the fine length scale."""
-    labels = np.arange(count, dtype=np.int32) % 4
-
-    @jax.jit
-    @jax.vmap
-    def image(key: jax.Array, fine: jax.Array, coarse: jax.Array) -> jax.Array:
-        keys = jax.random.split(key)
-        small, large = texture(keys[0], SIDE, fine), texture(keys[1], SIDE, coarse)
-        return POWERS[0] * small + POWERS[1] * large
-
-    keys = jax.random.split(jax.random.key(key), count)
-    values = image(keys, np.float32(FINE)[labels % 2], np.float32(COARSE)[labels // 2])
-    # Three standard deviations of such a sum are 4.4.
-    pixels = np.clip(np.asarray(values) * (127.5 / 4.4) + 127.5, 0, 255)
-    return Images(pixels.astype(np.uint8)[..., None], labels)
-
-
-def textures(train: int, validation: int) -> Callable[[int], Split]:
-    def split(seed: int) -> Split:
-        return Split(*_divide(_textures(0, 1000), train, validation, seed), _textures(1, 800))
-
-    return split
-
-
-@functools.cache
 def _fashion() -> tuple[Images, Images]:
     """The 60,000 training images and the 10,000 test images of Fashion-MNIST."""
     folder = idx.folder_of("fashion_mnist", None)
@@ -181,7 +150,6 @@ TASKS = {
     "digits_noisy": Task(digits(600, 400, WRONG), 10, 16, "vit_mini/4", 400, 60),
     "finetune": Task(half_of_digits(5, 50, 200), 5, 16, "vit_mini/4", 200, 50, start="pretrain"),
     "digits_all": Task(digits(800, 200), 10, 16, "resnet_small", 400, 50),
-    "textures": Task(textures(200, 400), 4, 255, "resnet_small", 200, 20),
     "fashion_few": Task(fashion(2000), 10, 255, "resnet_8", 310, 64, evaluations=10),
     "fashion_few_noisy": Task(fashion(2000, WRONG), 10, 255, "resnet_8", 310, 64, evaluations=10),
     "fashion_all": Task(fashion(58_000), 10, 255, "resnet_8", 1812, 64, evaluations=12),
