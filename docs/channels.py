@@ -14,6 +14,7 @@ import cdb_jax
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
+pyplot.style.use(Path(__file__).parents[1] / "examples/figures.mplstyle")
 STEPS, CHANNELS = 48, 24
 PANELS = {
     'channel_choice="bernoulli"': dict(),
@@ -23,9 +24,7 @@ PANELS = {
 }
 
 kernel = {"dense": {"kernel": jnp.zeros((8, CHANNELS))}}
-figure, axes = pyplot.subplots(
-    2, 2, figsize=(10, 4.6), sharex=True, sharey=True, layout="constrained"
-)
+figure, axes = pyplot.subplots(2, 2, figsize=(10, 4.6), sharex=True, sharey=True)
 for panel, (title, settings) in zip(axes.flat, PANELS.items(), strict=True):
     policy = cdb_jax.Policy(0.5, key=0, **settings)
     learns = [
@@ -40,4 +39,4 @@ for panel in axes[-1]:
 for panel in axes[:, 0]:
     panel.set_ylabel("output channel")
 figure.suptitle("Who learns: dark channels are updated in a step, light ones are not (rate 0.5)")
-figure.savefig(Path(__file__).with_suffix(".png"), dpi=110)
+figure.savefig(Path(__file__).with_suffix(".png"))

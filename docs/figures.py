@@ -17,11 +17,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 HERE = Path(__file__).parent
+pyplot.style.use(HERE.parent / "examples/figures.mplstyle")
 KEYS = (0, 3, 1)  # With the last of them one image is dropped.
 
 
 def save(figure: pyplot.Figure, name: str) -> None:
-    figure.savefig(HERE / f"{name}.png", dpi=110)
+    figure.savefig(HERE / f"{name}.png")
     pyplot.close(figure)
 
 
@@ -36,7 +37,7 @@ def freezing() -> None:
         "freeze_dropped": cdb_jax.freeze_dropped(adam, policy),
     }
     gradient = {"kernel": jnp.full((1, 2), -1.0)}
-    figure, (weight, moment) = pyplot.subplots(1, 2, figsize=(10, 3), layout="constrained")
+    figure, (weight, moment) = pyplot.subplots(1, 2, figsize=(10, 3))
     for title, tx in kinds.items():
         now, state = params, tx.init(params)
         weights, moments = [0.0], [0.0]
@@ -64,7 +65,7 @@ def backdrop() -> None:
         "axes=(1, 2), sample_axes=0": dict(axes=(1, 2), sample_axes=0),
         "axes=0": dict(axes=0),
     }
-    figure, panels = pyplot.subplots(2, 3, figsize=(8, 5), layout="constrained")
+    figure, panels = pyplot.subplots(2, 3, figsize=(8, 5))
     for column, (title, settings) in enumerate(kinds.items()):
         x, key = jnp.ones((2, 12, 12, 1)), jax.random.key(KEYS[column])
         settings = settings | {"key": key}
@@ -82,7 +83,7 @@ def backdrop() -> None:
 def stochastic_depth() -> None:
     """Drop rates of twelve branches under two budgets."""
     sensitivities = 1.0 / np.arange(1, 13) + np.where(np.arange(12) == 8, 0.4, 0.0)
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 3), sharey=True, layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 3), sharey=True)
     for panel, budget in zip(panels, (4.0, 9.0), strict=True):
         for mode, marker in (("uniform", "s"), ("linear", "o"), ("sense", "^")):
             given = {"sensitivities": sensitivities} if mode == "sense" else {}
@@ -113,7 +114,7 @@ def layer_drop_back() -> None:
 
     rate = cdb_jax.presets.every_nth_epoch(doubled, cosine, steps_per_epoch=10)
     figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(10, 4.2), sharex=True, layout="constrained", height_ratios=(3, 1)
+        2, 1, figsize=(10, 4.2), sharex=True, height_ratios=(3, 1)
     )
     top.pcolormesh(learns, cmap="Blues", vmin=-0.15, vmax=1.4, edgecolors="w", linewidth=0.5)
     top.set_yticks(np.arange(len(names) + 1) + 0.5, [*names, "head/kernel"])
@@ -136,7 +137,7 @@ def skip_update() -> None:
         return jnp.concatenate([*policy.select(tree, step).factors.values()])
 
     factors = np.array(jax.vmap(of_step)(jnp.arange(steps)))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3))
     grid = dict(edgecolors="w", linewidth=0.5)
     shown = left.pcolormesh(factors[:48].T, cmap="Blues", vmin=0, vmax=2, **grid)
     figure.colorbar(shown, ax=left, label="factor on the update", ticks=[0, 2])
@@ -172,7 +173,7 @@ def skipping() -> None:
         ),
     }
     height, gap = outputs - 0.7, 2.2
-    figure, panel = pyplot.subplots(figsize=(10, 6.3), layout="constrained")
+    figure, panel = pyplot.subplots(figsize=(10, 6.3))
     for row, (title, matrices) in enumerate(rows.items()):
         middle = -row * height
         panel.text(-13, middle, title.replace(": ", ":\n"), va="center", fontsize=11)

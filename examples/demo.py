@@ -265,9 +265,7 @@ def show(family: str, found: dict[str, Any], demo: Demo) -> None:
 
 def draw(results: dict[str, Any], file: Path) -> None:
     """A row of panels for each family: accuracy, time and memory by method."""
-    figure, axes = pyplot.subplots(
-        len(PAIRS), PANELS, figsize=(14, 2.8 * len(PAIRS)), layout="constrained", sharey=True
-    )
+    figure, axes = pyplot.subplots(len(PAIRS), PANELS, figsize=(14, 2.8 * len(PAIRS)), sharey=True)
     places = np.arange(len(METHODS))
     for row, family in zip(axes, PAIRS, strict=True):
         for panel, shown in zip(row, figures(results[family])[:PANELS], strict=True):
@@ -289,7 +287,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
     figure.suptitle(
         "Test accuracy of small networks (left); costs of larger ones, relative to AdamW alone"
     )
-    figure.savefig(file, dpi=120)
+    figure.savefig(file)
     pyplot.close(figure)
 
 

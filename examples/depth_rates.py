@@ -228,9 +228,7 @@ def table(rows: list[dict[str, Any]]) -> list[list[str]]:
 def plot_rates(results: list[dict[str, Any]], file: Path) -> None:
     """Draws the rates of each block: lines for uniform and linear ones, dots for seeds."""
     budgets = sorted({x["budget"] for x in results if x["rates"]})
-    figure, axes = pyplot.subplots(
-        1, len(budgets), figsize=(5 * len(budgets), 3.5), layout="constrained", squeeze=False
-    )
+    figure, axes = pyplot.subplots(1, len(budgets), figsize=(5 * len(budgets), 3.5), squeeze=False)
     blocks = np.arange(1, DEPTH + 1)
     for panel, budget in zip(axes[0], budgets, strict=True):
         for color, mode in zip(("C0", "C1", "C2"), MODES, strict=True):
@@ -243,7 +241,7 @@ def plot_rates(results: list[dict[str, Any]], file: Path) -> None:
         panel.grid(alpha=0.3)
     axes[0, 0].set_ylabel("drop rate")
     axes[0, 0].legend()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file)
     pyplot.close(figure)
 
 

@@ -20,6 +20,8 @@ from run_folder import STEP_METRICS, Row
 matplotlib.use("Agg")  # Draws to files; no display is needed.
 from matplotlib import pyplot  # noqa: E402
 
+pyplot.style.use(Path(__file__).with_name("figures.mplstyle"))
+
 LOG_EVERY = 60.0  # Seconds between lines of progress where nobody watches.
 
 
@@ -186,7 +188,7 @@ def plot_curves(histories: Mapping[str, Sequence[Sequence[Row]]], file: Path, ti
       file: the PNG to write.
       title: of the picture.
     """
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
     panels = (
         (axes[0], "train_loss", 1.0, "training loss"),
         (axes[1], "test_accuracy", 100.0, "test accuracy (%)"),
@@ -208,5 +210,5 @@ def plot_curves(histories: Mapping[str, Sequence[Sequence[Row]]], file: Path, ti
     if len(histories) > 1:  # Otherwise the title says it.
         axes[1].legend()
     figure.suptitle(title, wrap=True)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file)
     pyplot.close(figure)

@@ -207,7 +207,7 @@ def draw_gradients(config: Config, data: tuple[jax.Array, ...], file: Path) -> N
         logits = model(image, at_fine)
         return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
 
-    figure, panels = pyplot.subplots(2, 4, figsize=(11, 5.6), layout="constrained")
+    figure, panels = pyplot.subplots(2, 4, figsize=(11, 5.6))
     panels[0, 0].imshow(image[0, ..., 0], cmap="gray")
     panels[0, 0].set_title("image")
     size = jax.eval_shape(lambda: model.stem(image)).shape[1] // 2 ** len(model.fine)
@@ -230,18 +230,18 @@ def draw_gradients(config: Config, data: tuple[jax.Array, ...], file: Path) -> N
         panel.set_title(f"gradient, {title}")
     for panel in panels.ravel():
         panel.set_axis_off()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file)
     pyplot.close(figure)
 
 
 def draw_textures(config: Config, data: tuple[jax.Array, ...], file: Path) -> None:
     fine, coarse = length_scales(config)
-    figure, panels = pyplot.subplots(1, 4, figsize=(11, 3), layout="constrained")
+    figure, panels = pyplot.subplots(1, 4, figsize=(11, 3))
     for label, panel in enumerate(panels):
         panel.imshow(data[0][label, ..., 0], cmap="gray")
         panel.set_title(f"class {label}: {fine[label % 2]:.3g} and {coarse[label // 2]:.3g} px")
         panel.set_axis_off()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file)
     pyplot.close(figure)
 
 

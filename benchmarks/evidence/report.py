@@ -43,6 +43,7 @@ from scipy import stats
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
+pyplot.style.use(paths.BENCHMARKS.parent / "examples/figures.mplstyle")
 PAGE = paths.BENCHMARKS.parent / "docs/evidence.md"
 RESAMPLES = 20_000
 BASELINE, ABLATION_BASELINE = "none", "before"
@@ -256,17 +257,18 @@ def draw(rows: Sequence[Row], file: Path, title: str) -> None:
         1,
         len(shown),
         figsize=(3.2 * len(shown) + 1.6, 0.36 * len(names) + 1.6),
-        layout="constrained",
         sharey=True,
         squeeze=False,
     )
     for axis, (panel, members) in zip(axes[0], shown.items(), strict=True):
         for row in members:
             mean, low, high = (100 * x for x in row["accuracy_difference"])
-            color = "0.6" if row["p_corrected"] >= 0.05 else "C2" if mean > 0 else "C3"
+            color, marker = ("C0", "^") if mean > 0 else ("C1", "v")
+            if row["p_corrected"] >= 0.05:
+                color, marker = "0.6", "o"
             position = names.index(row["contender"])
             axis.plot([low, high], [position] * 2, color=color, linewidth=2)
-            axis.plot(mean, position, "o", color=color)
+            axis.plot(mean, position, marker, color=color)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(panel.replace(", ", "\n", 1), fontsize="medium")
         axis.set_xlabel("points of test accuracy")
@@ -275,7 +277,7 @@ def draw(rows: Sequence[Row], file: Path, title: str) -> None:
     axes[0, 0].set_yticks(range(len(names)), labels)
     axes[0, 0].invert_yaxis()
     figure.suptitle(title)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file)
     pyplot.close(figure)
 
 
