@@ -17,12 +17,13 @@ from overhead import parse_step, publish, results_file  # Puts the library on th
 
 import cdb_jax
 
-CHUNK = cdb_jax.Policy(0.5, key=0, channel_choice="chunk")
 VARIANTS = (
     Variant("channels 0.5, masked before AdamW", policy=WINDOW),
     Variant("channels 0.5, masked after AdamW", policy=WINDOW, use="after"),
     Variant("channels 0.5, skipped", policy=WINDOW, use="skip"),
-    Variant("channels 0.5 in chunks, skipped", policy=CHUNK, use="skip"),
+    Variant(
+        "channels 0.5 in chunks, skipped", policy=policy(0.5, channel_choice="chunk"), use="skip"
+    ),
     Variant("channels 0.75, skipped", policy=policy(0.75), use="skip"),
     Variant(
         "input channels 0.5, skipped",

@@ -257,11 +257,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def fill(page: str, table: Callable[[str], str]) -> str:
-    """A page with new tables: `table` makes those between `<!-- NAME -->` and `<!-- -->`."""
+def fill(page: str, table: Callable[[str], str | None]) -> str:
+    """A page with new tables: `table` makes those between `<!-- NAME -->` and `<!-- -->`.
+
+    It returns None for those that are not its own.
+    """
 
     def filled(found: re.Match[str]) -> str:
-        return f"<!-- {found[1]} -->\n{table(found[1])}\n<!-- -->"
+        text = table(found[1])
+        return found[0] if text is None else f"<!-- {found[1]} -->\n{text}\n<!-- -->"
 
     return re.sub(r"<!-- (\S.*?) -->\n.*?<!-- -->", filled, page, flags=re.DOTALL)
 

@@ -88,8 +88,8 @@ def _join(coordinator: str | None, process_count: int | None, process_id: int | 
         with _listener(coordinator, port) if process_id == 0 else contextlib.nullcontext():
             _wait_for(coordinator, host, port)
     _choose_port()
-    # With http_proxy or https_proxy set, gRPC would look for process 0 behind the proxy, and hang.
-    os.environ.setdefault("grpc_proxy", "")
+    # Whatever proxy is set, gRPC would look for process 0 behind it, and hang.
+    os.environ["grpc_proxy"] = ""
     jax.config.update("jax_check_proxy_envs", False)
     try:
         jax.distributed.initialize(

@@ -354,7 +354,8 @@ def train_epoch(
     state: State,
 ) -> tuple[int, State, run_folder.Row]:
     """Trains to the end of an epoch, and evaluates; returns the metrics as well."""
-    start, num_images, end = time.perf_counter(), 0, job.epochs.start(epoch + 1)
+    start, end = time.perf_counter(), job.epochs.start(epoch + 1)
+    num_images = untimed = 0
     title = f"{config.model}, {config.method}: epoch {epoch + 1}/{config.epochs}"
     steps = job.epochs.steps(epoch)
     with display.EpochProgress(display.console(), title, steps) as progress:
@@ -363,6 +364,10 @@ def train_epoch(
             state, metrics = job.train_step(state, batch, np.uint32(step))
             step += 1
             num_images += batch["label"].size
+            if not untimed and step < end:
+                # The first step may compile, which says nothing of the speed of the others.
+                jax.block_until_ready(metrics)
+                start, untimed = time.perf_counter(), num_images
             progress.update(step - job.epochs.start(epoch), num_images, metrics)
             saver.after_step(step, state, is_last=step == end)
     if step < end:
@@ -386,7 +391,7 @@ def train_epoch(
         **{name: float(total) / steps for name, total in sums.items()},
         **tested,
         # Unknown if the run was stopped in the evaluation and has only gone on with that.
-        "images_per_second": num_images / seconds if num_images else math.nan,
+        "images_per_second": (num_images - untimed) / seconds if num_images else math.nan,
     }
     if config.method == "cdb_compact":
         row["held_period"] = (step - 1) // config.hold  # Of the last step, from 0.

@@ -53,7 +53,7 @@ def test_rows_compare_with_the_baseline(monkeypatch):
             )
     seconds = {arm: np.full(4, 1.0 if arm == "none" else 0.5) for arm in fashion.LONG}
     monkeypatch.setattr(fashion, "time_steps", lambda jobs, rounds: seconds)
-    monkeypatch.setattr(fashion, "memory", lambda program: {"state": 8, "temporaries": 4})
+    monkeypatch.setattr(fashion, "memory", lambda program: {"state": 8, "peak": 4})
     rows = fashion.compare("fashion_all", "vit_48/7", runs, 4)
     assert [row["arm"] for row in rows] == list(fashion.LONG[:3])
     base, *others = rows

@@ -171,6 +171,11 @@ def test_unknown_name(name):
         small_model(name)
 
 
+def test_a_dot_in_place_of_the_colon_is_noticed():
+    with pytest.raises(ValueError, match="or my_package.my_module:Network for a network of your"):
+        small_model("my_package.my_module.Network")
+
+
 def test_patch_size_must_divide_the_image():
     with pytest.raises(ValueError, match="patch_size=3 does not divide images of 8x8"):
         small_model("vit_mini/3")

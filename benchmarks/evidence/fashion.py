@@ -17,10 +17,11 @@ Three answers for each method:
   a one-sided sign-flip test that 0.3 points or more are lost, corrected by Holm's method;
 - the time until its mean accuracy reaches the baseline's at the end, less 0.3 points: the time of a
   step, of all methods in turns in one process, times the steps;
-- the memory of parameters, gradient and optimizer state, and of temporaries.
+- the memory of parameters, gradient and optimizer state, and the peak of a step.
 
 Each run is a line of `results/fashion-<device>.csv` as soon as it ends; stopped, the same command
-continues. Writes `results/fashion-<device>.json`.
+continues. Writes `results/fashion-<device>.json`, its figures, and the tables of
+`docs/evidence.md`.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import paths  # noqa: F401
+import paths
 from contenders import CONTENDERS, FASHION
+from fashion_report import PAGE, draw, table, tables
 from grid import Job, Row, Runs
-from overhead import publish, results_file
-from report import correct, difference, finals, header, p_text
+from overhead import fill, publish, results_file
+from report import correct, finals
 from run import execute, read, start
 from tasks import TASKS
-from time_to_accuracy import MARGIN, finite, three, time_steps, to_baseline
+from time_to_accuracy import MARGIN, finite, time_steps, to_baseline
 from trial import Program, Settings, compiled
 
 MODELS = ("vit_48/7", "resnet_8")
@@ -125,7 +127,7 @@ def compare(task: str, model: str, runs: Runs, rounds: int) -> list[Row]:
 
 
 def memory(program: Program) -> dict[str, int]:
-    """Bytes of parameters, gradient and optimizer state, and of a step's temporaries."""
+    """Bytes of parameters, gradient and optimizer state, and the peak of a step."""
     parts = compiled(program)
     state = jax.eval_shape(parts.initial, Settings(0, 0.0, 0.0).arrays())
     parameters, moments = (
@@ -134,27 +136,7 @@ def memory(program: Program) -> dict[str, int]:
     )
     # AdamW has two moments, each of the size of the gradient.
     needed = parameters + moments + moments // 2
-    return {"state": needed, "temporaries": parts.step.memory_analysis().temp_size_in_bytes}
-
-
-def table(rows: Sequence[Row]) -> str:
-    names = ("task, model", "method", "accuracy, %", "difference, points", "p of a loss, Holm")
-    names += ("time of a step", "time to the baseline's accuracy", "FLOPs")
-    names += ("parameters, gradient, state", "temporaries", "learning rate")
-    lines = [header(names)]
-    for row in rows:
-        same = row["is_baseline"]
-        cells = [f"{row['task']}, {row['model']}", row["arm"], f"{100 * row['accuracy'][0]:.2f}"]
-        cells += (
-            ["", ""]
-            if same
-            else [difference(row["difference"], 100, 2), p_text(row["p_corrected"])]
-        )
-        cells += [three(row["step_time"]), three(row["time_against_baseline"])]
-        cells += [f"{row[x]:.2f}" for x in ("flops", "state", "temporaries")]
-        cells.append(f"{row['learning_rate']:g}" + " †" * row["at_edge"])
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return {"state": needed, "peak": parts.peak()}
 
 
 def main() -> None:
@@ -196,6 +178,9 @@ def main() -> None:
     ]
     settings = {"margin": MARGIN, "steps": {task: TASKS[task].steps for task in ARMS}}
     publish(arguments.output, table(rows), finite(rows), **settings)
+    draw(rows, arguments.output)
+    if arguments.output.resolve() == paths.BENCHMARKS / "results/fashion-cpu.json":
+        PAGE.write_text(fill(PAGE.read_text(), tables(rows).get))
 
 
 if __name__ == "__main__":

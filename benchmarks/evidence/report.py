@@ -308,7 +308,10 @@ def results(runs: Runs) -> dict[str, list[Row]]:
 
 def with_tables(page: str, found: dict[str, list[Row]]) -> str:
     """The page with the tables that `<!-- GRID -->` asks for."""
-    return fill(page, lambda grid: overview(found[grid], training=grid == "ablation"))
+    return fill(
+        page,
+        lambda grid: overview(found[grid], training=grid == "ablation") if grid in found else None,
+    )
 
 
 def main() -> None:

@@ -62,11 +62,15 @@ class State(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """The programs of one `Program`: first state, training step, logits."""
+    """The programs of one `Program`: first state, training step, logits, and the peak of a step.
+
+    The peak is in bytes, of a step that updates its state in place.
+    """
 
     initial: Callable[..., State]
     step: Any
     predict: Callable[..., jax.Array]
+    peak: Callable[[], int]
 
 
 def run(program: Program, settings: Settings, *, test: bool) -> dict[str, Any]:
@@ -202,9 +206,16 @@ def compiled(program: Program) -> Compiled:
 
     batch = train.take(np.arange(task.batch_size))
     state = jax.eval_shape(initial, numbers)
-    return Compiled(
-        jax.jit(initial), jax.jit(step).lower(numbers, state, *batch).compile(), jax.jit(predict)
-    )
+
+    def peak() -> int:
+        jitted = jax.jit(step, donate_argnums=1)
+        memory = jitted.lower(numbers, state, *batch).compile().memory_analysis()
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+    # Early stopping keeps earlier states, so that this one gives none away.
+    fitting = jax.jit(step).lower(numbers, state, *batch).compile()
+    return Compiled(jax.jit(initial), fitting, jax.jit(predict), peak)
 
 
 def mean_flops(program: Program) -> float:

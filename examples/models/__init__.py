@@ -100,9 +100,11 @@ def create(
             patch_size=int(patch),
             **settings,
         )
+    module, _, function = name.rpartition(".")
+    own = f"{module}:{function}" if module and function else "package.module:function"
     raise ValueError(
         f"unknown model {name!r}; choose one of {', '.join(NAMES)} (any patch size may follow "
-        "the slash), or package.module:function for a network of your own."
+        f"the slash), or {own} for a network of your own."
     )
 
 
