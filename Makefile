@@ -67,7 +67,7 @@ docs: $(VENV)/.docs  ## The site, in build/docs; any warning is an error.
 notebook: $(VENV)/.docs  ## Runs docs/digits.ipynb and keeps its results in it.
 	JAX_PLATFORMS=cpu $(BIN)/jupyter execute --inplace docs/digits.ipynb
 
-wheel: $(VENV)/.installed  ## Builds sdist and wheel, and imports the wheel beside its core dependencies only.
+wheel: $(VENV)/.installed  ## Builds sdist and wheel, and imports the wheel with only its core dependencies.
 	rm -rf dist build/wheel-venv
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
