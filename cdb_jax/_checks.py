@@ -12,6 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def short(x: Any) -> str:
+    """What messages show of an argument."""
+    text = repr(x)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def check_rate(name: str, rate: Any, *, schedule: bool = True) -> Any:
     """Turns Python and NumPy numbers into floats; leaves schedules and JAX arrays as they are."""
     if callable(rate) and schedule:
@@ -95,7 +101,7 @@ def check_step(step: Any) -> Any:
     is_array = hasattr(step, "dtype") and jnp.issubdtype(step.dtype, jnp.integer)
     if isinstance(step, bool) or not (isinstance(step, int) or (is_array and step.shape == ())):
         raise TypeError(
-            f"step must be an int or an integer scalar, got {step!r:.80}; count the steps, or use "
+            f"step must be an int or an integer scalar, got {short(step)}; count the steps, or use "
             "cdb_jax.selection_count(opt_state)."
         )
     if not isinstance(step, (int, np.integer)):

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from cdb_jax import _explicit as explicit, _parts as parts, channels
+from cdb_jax._checks import short
 from cdb_jax._compiling import compiled
 from cdb_jax._xla import alone_on_cpu
 from cdb_jax.policy import Policy
@@ -172,12 +173,12 @@ def check_same_size(policy: Policy) -> None:
     rate, layer_rate = policy.rate, policy.layer_rate
     if not isinstance(rate, float):
         raise TypeError(
-            f"policy: rate must be a Python number, got {rate!r:.80}; otherwise the selections may "
-            "differ in size."
+            f"policy: rate must be a Python number, got {short(rate)}; otherwise the selections "
+            "may differ in size."
         )
     if not isinstance(layer_rate, float) or layer_rate != 1.0:
         raise ValueError(
-            f"policy: with layer_rate={layer_rate!r:.80}, some layers learn in full in some steps "
+            f"policy: with layer_rate={short(layer_rate)}, some layers learn in full in some steps "
             "and need full optimizer state; use layer_rate=1.0, or freeze_dropped(inner, policy)."
         )
     if policy.channel_choice == "bernoulli" and 0.0 < rate < 1.0:

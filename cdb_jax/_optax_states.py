@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from cdb_jax import channels
+from cdb_jax._checks import short
 from cdb_jax._compiling import by_structure
 
 Shape = tuple[int, ...]
@@ -262,7 +263,7 @@ def check_inner(inner: Any, wrapper: Wrapper) -> None:
         raise TypeError(_several_updates(optax.MultiStepsState, wrapper))
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
-            f"inner must be an optimizer such as optax.adamw(1e-3), got {inner!r:.80}; the "
+            f"inner must be an optimizer such as optax.adamw(1e-3), got {short(inner)}; the "
             "policy is the second argument."
         )
 

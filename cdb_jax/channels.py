@@ -10,6 +10,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import math
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -294,11 +295,21 @@ def check_parameters(updates: Any, params: Any, root: str) -> None:
         if shape != expected.get(path, shape):
             raise ValueError(
                 f"the update of {path!r} has shape {shape}, but its parameter has shape "
-                f"{expected[path]}, so its channels are unknown. First apply the transformation "
-                "that gives updates the shapes of the parameters; for per-example gradients: "
-                "optax.chain(optax.contrib.differentially_private_aggregate(...), "
-                "cdb_jax.channel_drop_back(...))."
+                f"{expected[path]}, so its channels are unknown. {_mend_of(shape, expected[path])}"
             )
+
+
+def _mend_of(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    if len(shape) == len(expected) and all(map(operator.le, shape, expected)):
+        return (
+            "Only cdb_jax.compact takes gradients of the kept size; call value_and_grad without "
+            "kept_only=True."
+        )
+    return (
+        "First apply the transformation that gives updates the shapes of the parameters; for "
+        "per-example gradients: optax.chain(optax.contrib.differentially_private_aggregate(...), "
+        "cdb_jax.channel_drop_back(...))."
+    )
 
 
 def shapes_by_path(tree: Any, root: str) -> dict[str, tuple[int, ...]]:

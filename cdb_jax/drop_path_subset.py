@@ -17,6 +17,7 @@ from cdb_jax._checks import (
     check_positive,
     check_static_rate,
     is_int,
+    short,
 )
 from cdb_jax._scaling import scale
 
@@ -115,7 +116,7 @@ class _Samples(NamedTuple):
         leaves = jax.tree.leaves(args)
         if not leaves or not all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves):
             raise TypeError(
-                f"the arguments of the branch must be arrays of samples, got {args!r:.80}; close "
+                f"the arguments of the branch must be arrays of samples, got {short(args)}; close "
                 "over settings."
             )
         check_positive("num_shards", num_shards)

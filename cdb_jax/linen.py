@@ -10,7 +10,7 @@ import jax
 from flax import linen as nn
 from flax.core import lift
 
-from cdb_jax._checks import check_bool, check_call_rate, is_exactly
+from cdb_jax._checks import check_bool, check_call_rate, is_exactly, short
 from cdb_jax.backdrop import backdrop
 from cdb_jax.drop_backward import drop_backward
 from cdb_jax.drop_path_subset import drop_path_subset
@@ -222,6 +222,6 @@ def _with_module(
     if not args or not isinstance(args[0], nn.Module):
         raise TypeError(
             f"branch must be a module, a method of one, or a function whose first argument is one, "
-            f"got {branch!r:.80}; use drop(self.attend, x) or drop(function, self, x)."
+            f"got {short(branch)}; use drop(self.attend, x) or drop(function, self, x)."
         )
     return branch, args[0], args[1:]

@@ -21,6 +21,7 @@ from cdb_jax._checks import (
     check_rate,
     check_step,
     parameters_of,
+    short,
 )
 from cdb_jax.selection import Selection
 
@@ -192,7 +193,7 @@ class Policy:
                 )
         if self.channel_choice == "chunk" and not self._fits_chunks:
             raise ValueError(
-                f"rate={self.rate!r:.80}: channel_choice='chunk' keeps one of m chunks; use a "
+                f"rate={short(self.rate)}: channel_choice='chunk' keeps one of m chunks; use a "
                 "Python number 1 - 1/m, such as 0.5, 0.75 or 0.875, or channel_choice='window'."
             )
         if self.layers_picked > 1 and self.layer_weights != "uniform":
@@ -289,7 +290,7 @@ def check_policy(policy: Any) -> Policy:
     """Returns the policy itself; raises a TypeError for anything else."""
     if not isinstance(policy, Policy):
         raise TypeError(
-            f"policy must be a cdb_jax.Policy such as Policy(0.3, key=0), got {policy!r:.80}."
+            f"policy must be a cdb_jax.Policy such as Policy(0.3, key=0), got {short(policy)}."
         )
     return policy
 

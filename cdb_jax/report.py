@@ -9,7 +9,7 @@ import jax
 import optax
 
 from cdb_jax import _draw, channels
-from cdb_jax._checks import check_no_module, parameters_of
+from cdb_jax._checks import check_no_module, parameters_of, short
 from cdb_jax._optax_states import check_supported
 from cdb_jax._skipping.explain import Explained, explain
 from cdb_jax.compact import check_policy_fits, compact
@@ -180,7 +180,7 @@ def channel_report(
     if isinstance(fun, optax.GradientTransformation):
         raise TypeError("fun is an optimizer; pass it by name: optimizer=optax.adamw(1e-3).")
     if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(f"{_OPTIMIZER}, got {optimizer!r:.80}.")
+        raise TypeError(f"{_OPTIMIZER}, got {short(optimizer)}.")
     if fun is not None:
         check_no_module(params, "params is", "cdb_jax.nnx.channel_report")
     params = parameters_of(params)

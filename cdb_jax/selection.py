@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cdb_jax import _scaling, channels
-from cdb_jax._checks import check_choice, parameters_of
+from cdb_jax._checks import check_choice, parameters_of, short
 from cdb_jax._compiling import compiled
 from cdb_jax._xla import unstack
 
@@ -127,7 +127,8 @@ class Selection:
           params: the parameters; only paths, shapes and dtypes are read.
           chosen: a dict from path or path pattern to the channels that learn: a list of ints, or an
             int array of shape `(k,)`, or `(*stack, k)` for stacked layers. The array may be traced;
-            its channels must then be distinct and in range. An empty list freezes the leaf.
+            its channels must then be distinct and in range. An empty list freezes all leaves that
+            the pattern covers, and `...` lets them learn in full.
           channel_axes: which axes hold the channels of the leaves in `chosen`, as in `Policy`. The
             only axis of a vector always holds its channels.
           others: whether the other leaves learn in "full" or are "frozen".
@@ -149,7 +150,7 @@ class Selection:
         if not isinstance(chosen, Mapping):
             raise TypeError(
                 "chosen must be a dict from path to channels, such as {'head/kernel': [0, 5]}, got "
-                f"{chosen!r:.80}."
+                f"{short(chosen)}."
             )
         if not chosen:
             raise ValueError(
@@ -158,7 +159,8 @@ class Selection:
             )
         params = parameters_of(params)
         channels.check_matches("chosen", chosen, channels.paths_of(params))
-        layout = channels.resolve(params, _also_vectors(channel_axes), only=tuple(chosen))
+        specs = _specs_of_chosen(channel_axes, chosen, channels.paths_of(params))
+        layout = channels.resolve(params, specs, only=tuple(chosen))
         layers = _by_pattern(layout, chosen)
         groups = [_chosen_group(layer, layers[layer.path]) for layer in layout.layers]
         if others == "frozen":
@@ -222,12 +224,15 @@ class Selection:
 
 def check_selection(selection: Any) -> Selection:
     """Returns the selection itself; raises a TypeError for anything else."""
-    if not isinstance(selection, Selection):
-        raise TypeError(
-            f"selection must be a cdb_jax.Selection such as policy.select(params, step), got "
-            f"{selection!r:.80}."
-        )
-    return selection
+    if isinstance(selection, Selection):
+        return selection
+    mend = ""
+    if isinstance(selection, tuple):
+        mend = "; a tuple of selections, one for each mask, is for the optimizer's update"
+    raise TypeError(
+        f"selection must be a cdb_jax.Selection such as policy.select(params, step), got "
+        f"{short(selection)}{mend}."
+    )
 
 
 # What a selection computes. Outside `jit`, each function runs as one compiled program.
@@ -362,6 +367,8 @@ def _by_pattern(layout: channels.Layout, chosen: Mapping[str, Any]) -> dict[str,
             continue
         if len(patterns) > 1:
             raise ValueError(f"chosen: {leaf.path!r} matches {patterns}; use only one of them.")
+        if leaf.reason and _is_whole(chosen[patterns[0]]):
+            continue  # It holds no floats, so it has no gradient.
         if leaf.reason:
             raise ValueError(
                 f"chosen: {leaf.path!r} of shape {leaf.shape} has no channels "
@@ -390,6 +397,8 @@ def _chosen_group(layer: channels.Leaf, chosen: Any) -> Group:
 
 def _checked_channels(layer: channels.Leaf, chosen: Any) -> jax.Array | np.ndarray:
     """The channels of a layer as an int array, checked if their values are known."""
+    if chosen is ...:
+        return np.arange(layer.channels)
     is_traced = isinstance(chosen, jax.core.Tracer)
     place = chosen if is_traced else np.asarray(chosen)
     if not is_traced and place.dtype.kind == "u":
@@ -419,19 +428,37 @@ def _checked_channels(layer: channels.Leaf, chosen: Any) -> jax.Array | np.ndarr
     return place.astype(np.int32)
 
 
-def _also_vectors(channel_axes: channels.ChannelAxes) -> channels.ChannelAxes:
-    """Extends a spec so that the only axis of a vector holds its channels."""
+def _specs_of_chosen(
+    channel_axes: channels.ChannelAxes, chosen: Mapping[str, Any], paths: Iterable[str]
+) -> channels.ChannelAxes:
+    """The channel axes of chosen leaves; those that learn in full or not at all need none."""
     spec = channels.as_specs(channel_axes)
-    if callable(spec) or isinstance(spec, channels.SpecTree):
-        return spec
-    return _AlsoVectors(spec)
+    whole = tuple(pattern for pattern, place in chosen.items() if _is_whole(place))
+    if isinstance(spec, channels.SpecTree):
+        covered = (path for path in paths if _covered(path, whole))
+        return channels.SpecTree((*spec.specs, *((path, channels.Axes(())) for path in covered)))
+    return _ChosenAxes(spec, whole)
+
+
+def _is_whole(place: Any) -> bool:
+    """Whether all channels are chosen, by `...`, or none is."""
+    return place is ... or (not isinstance(place, jax.core.Tracer) and np.size(place) == 0)
+
+
+def _covered(path: str, patterns: Iterable[str]) -> bool:
+    return any(channels.covers(pattern, path) for pattern in patterns)
 
 
 @dataclasses.dataclass(frozen=True)
-class _AlsoVectors:
+class _ChosenAxes:
     """A hashable rule, so that each layout is resolved only once."""
 
-    spec: channels.AxisSpec
+    spec: channels.AxisSpec | channels.Rule
+    whole: tuple[str, ...]
 
     def __call__(self, path: str, leaf: Any) -> channels.AxisSpec:
+        if _covered(path, self.whole):
+            return channels.Axes(())
+        if callable(self.spec):
+            return self.spec(path, leaf)
         return 0 if len(leaf.shape) == 1 else self.spec

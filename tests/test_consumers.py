@@ -246,6 +246,30 @@ def test_chosen_channels_of_stacked_layers():
     np.testing.assert_array_equal(apart.factors["kernel"], np.eye(4)[[0, 1, 3]])
 
 
+def test_whole_leaves_of_any_kind_freeze_or_learn():
+    """Biases of attention, embeddings of positions, scalars and stacks: their axes do not matter."""
+    params = {
+        "attention": {"key": {"kernel": jnp.ones((6, 2, 3)), "bias": jnp.ones((2, 3))}},
+        "blocks": {"kernel": jnp.ones((3, 6, 6)), "bias": jnp.ones((3, 6))},
+        "count": jnp.arange(2),
+        "head": {"kernel": jnp.ones((6, 5))},
+        "position": jnp.ones((4, 6)),
+        "scale": jnp.ones(()),
+    }
+
+    def learns(selection):
+        masked = selection.mask({name: x for name, x in params.items() if name != "count"})
+        return {name for name, x in masked.items() if all(np.all(y) for y in jax.tree.leaves(x))}
+
+    frozen = dict.fromkeys(("attention", "blocks", "count", "position", "scale"), [])
+    assert learns(cdb_jax.Selection.of(params, frozen)) == {"head"}
+    only = {"head": ..., "position": ...}
+    assert learns(cdb_jax.Selection.of(params, only, others="frozen")) == {"head", "position"}
+    axes = {"": cdb_jax.output_channels, "blocks": cdb_jax.Axes(-1, stack=0)}
+    selection = cdb_jax.Selection.of(params, frozen, channel_axes=axes)
+    assert learns(selection) == {"head"} and not selection.mask(params)["blocks"]["bias"].any()
+
+
 def test_all_channels_and_none():
     chosen = {"first/kernel": [], "second/kernel": [0, 1]}
     selection = cdb_jax.Selection.of(PARAMS, chosen)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cdb_jax._checks import check_bool, check_no_module
+from cdb_jax._checks import check_bool, check_no_module, short
 from cdb_jax._kept import check_same_size
 from cdb_jax._skipping import program
 from cdb_jax.selection import Mode, Selection, check_selection
@@ -221,7 +221,7 @@ def _argnums_as_list(argnums: Any) -> list[int]:
         return [operator.index(number) for number in several]
     except TypeError:
         raise TypeError(
-            f"argnums must be an int or several, got {argnums!r:.80}; pass the parameters to the "
+            f"argnums must be an int or several, got {short(argnums)}; pass the parameters to the "
             "function that is returned: value_and_grad(fun)(params, selection=selection)."
         ) from None
 
