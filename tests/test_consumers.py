@@ -247,7 +247,7 @@ def test_chosen_channels_of_stacked_layers():
 
 
 def test_whole_leaves_of_any_kind_freeze_or_learn():
-    """Biases of attention, embeddings of positions, scalars and stacks: their axes do not matter."""
+    """Biases of attention, positions, scalars and stacks: which axes they have does not matter."""
     params = {
         "attention": {"key": {"kernel": jnp.ones((6, 2, 3)), "bias": jnp.ones((2, 3))}},
         "blocks": {"kernel": jnp.ones((3, 6, 6)), "bias": jnp.ones((3, 6))},

@@ -102,7 +102,7 @@ def fit(
     """
     task, stops_early = TASKS[program.task], contender_of(program).stops_early
     numbers = settings.arrays()
-    initial, step, predict = compiled(program)
+    initial, step, predict, _ = compiled(program)
     state = initial(numbers)
     if task.start:
         state = start_from(pretrained(task.start, program.model), state)
