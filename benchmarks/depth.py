@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from overhead import parse_step, publish, results_file  # Puts the library on the path.
+from overhead import parse_step, peak_bytes, publish, results_file  # Puts the library on the path.
 from skipping import mean_interval
 
 import cdb_jax
@@ -77,7 +77,7 @@ class Variant(NamedTuple):
 
 
 def policy(rate: float, channel_choice: str = "window", **settings: Any) -> cdb_jax.Policy:
-    """Channels of all layers but the head."""
+    """A policy for all layers but the head."""
     return cdb_jax.Policy(rate, key=0, channel_choice=channel_choice, exempt=("head",), **settings)
 
 
@@ -129,14 +129,14 @@ def compile_step(
 
     def seconds() -> float:
         start = time.perf_counter()
-        *state[:], _ = jax.block_until_ready(compiled(*state, jnp.int32(next(counts)), *batch))
-        return time.perf_counter() - start
+        *new, _ = jax.block_until_ready(compiled(*state, jnp.int32(next(counts)), *batch))
+        elapsed = time.perf_counter() - start
+        state[:] = new
+        return elapsed
 
-    memory = compiled.memory_analysis()
-    temporaries = memory.temp_size_in_bytes
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    peak += temporaries - memory.alias_size_in_bytes
-    return Step(seconds, compiled.cost_analysis()["flops"], temporaries, peak)
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    flops = compiled.cost_analysis()["flops"]
+    return Step(seconds, flops, temporaries, peak_bytes(compiled))
 
 
 def build(name: str, size: int, dtype: str, variant: Variant, num_shards: int = 1) -> nnx.Module:

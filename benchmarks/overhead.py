@@ -270,6 +270,13 @@ def fill(page: str, table: Callable[[str], str | None]) -> str:
     return re.sub(r"<!-- (\S.*?) -->\n.*?<!-- -->", filled, page, flags=re.DOTALL)
 
 
+def peak_bytes(compiled: Any) -> int:
+    """Bytes of arguments, results and temporaries of a program; what is donated counts once."""
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+
 def results_file(benchmark: str, device: str = "") -> Path:
     """Where the results of a benchmark belong, on this device or one that is compiled for."""
     device = device or jax.devices()[0].device_kind

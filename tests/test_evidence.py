@@ -1,6 +1,7 @@
 """The evidence: fair comparisons, and statistics that find what is there and nothing else."""
 
 import json
+import re
 from pathlib import Path
 
 import contenders
@@ -318,6 +319,8 @@ def test_the_tables_of_the_page_are_those_of_the_report():
     found = {row["grid"]: [x for x in rows if x["grid"] == row["grid"]] for row in rows}
     assert report.with_tables(page, found) == page
     assert page.count("<!-- -->") > 3
+    marked = set(re.findall(r"<!-- (\S.*?) -->", page))
+    assert {name for name in marked if not name.startswith("fashion ")} <= set(found)
     empty = {name: [] for name in found}
     assert report.with_tables(page, empty).count("[") < page.count("[") - 50
 

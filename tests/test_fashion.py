@@ -1,9 +1,14 @@
 """The search for a learning rate in the evidence on Fashion-MNIST, on made-up runs."""
 
+import json
+
 import fashion
+import fashion_report
 import numpy as np
 import pytest
 from fashion import FIRST, LADDER, final_jobs, program_of, tuning_jobs
+from overhead import fill
+from paths import BENCHMARKS
 
 import idx
 
@@ -36,8 +41,9 @@ def test_the_best_learning_rate_is_found_and_not_at_the_end(best):
     assert not {job.settings.seed for job in finals} & {job.settings.seed for job in runs}
 
 
-def test_rows_compare_with_the_baseline(monkeypatch):
-    """Every method is a point worse in all runs, and its steps take half as long."""
+@pytest.fixture
+def rows(monkeypatch):
+    """Every method is a point worse in all runs; its steps take half as long, its state half."""
     runs = {}
     for arm in fashion.LONG[:3]:
         program, worse = program_of("fashion_all", "vit_48/7", arm), 0.01 * (arm != "none")
@@ -48,28 +54,58 @@ def test_rows_compare_with_the_baseline(monkeypatch):
         for job in final_jobs(program, runs):
             accuracy = 0.9 + job.settings.seed % 3 / 100 - worse
             curve = " ".join(f"{accuracy * x:.4f}" for x in (0.5, 0.9, 1.0))
-            runs[job] = job.settings._asdict() | dict(
-                test_accuracy=accuracy, curve=curve, flops=1.0 - worse
-            )
-    seconds = {arm: np.full(4, 1.0 if arm == "none" else 0.5) for arm in fashion.LONG}
-    monkeypatch.setattr(fashion, "time_steps", lambda jobs, rounds: seconds)
-    monkeypatch.setattr(fashion, "memory", lambda program: {"state": 8, "peak": 4})
-    rows = fashion.compare("fashion_all", "vit_48/7", runs, 4)
+            runs[job] = {"test_accuracy": accuracy, "curve": curve, "flops": 1.0}
+
+    def costs_of(jobs, rounds):
+        whole = fashion_report.Costs(np.full(rounds, 1.0), 8, 4)
+        part = fashion_report.Costs(np.full(rounds, 0.5), 4, 3)
+        return {arm: whole if arm == "none" else part for arm in jobs}
+
+    monkeypatch.setattr(fashion_report, "costs_of", costs_of)
+    return fashion_report.compare(runs, 4)
+
+
+def test_rows_compare_with_the_baseline(rows):
     assert [row["arm"] for row in rows] == list(fashion.LONG[:3])
     base, *others = rows
     assert base["is_baseline"] and base["difference"] == (0.0, 0.0, 0.0)
     for row in others:
         np.testing.assert_allclose(row["difference"], -0.01, atol=1e-9)
         assert row["step_time"] == (0.5, 0.5, 0.5) and row["p_corrected"] == 1.0
-        assert row["flops"] == pytest.approx(0.99) and row["state"] == 1.0
-    assert fashion.table(rows).count("-1.00 [-1.00, -1.00] | 1.000") == 2
+        assert (row["state"], row["peak"]) == (0.5, 0.75)
+
+
+def test_tables_and_figures(rows, tmp_path):
+    assert fashion_report.table(rows).count("-1.00 [-1.00, -1.00] | 1.000") == 2
+    found = fashion_report.tables(rows)
+    name = fashion.LONG[1]
+    assert f"| {name} | -1.00 [-1.00, -1.00] |" in found["fashion accuracy"]
+    # A point lower at the end, and so never as good as the baseline less 0.3 points.
+    assert f"| {name} | never [never, never] |" in found["fashion time"]
+    assert f"| {name} | 0.50 [0.50, 0.50] | 0.50 | 0.75 |" in found["fashion costs"]
+    for key in ("step_time", "state"):
+        fashion_report.draw(rows, tmp_path / f"{key}.png", key, "label")
+        assert (tmp_path / f"{key}.png").stat().st_size > 10_000
+
+
+def test_the_tables_of_the_page_are_those_of_the_results():
+    page = fashion_report.PAGE.read_text()
+    report = json.loads((BENCHMARKS / "results/fashion-cpu.json").read_text())
+    never = {None: float("inf")}
+    rows = [
+        {k: tuple(never.get(y, y) for y in x) if isinstance(x, list) else x for k, x in row.items()}
+        for row in report["rows"]
+    ]
+    found = fashion_report.tables(rows)
+    assert fill(page, found.get) == page
+    assert all(f"<!-- {name} -->" in page for name in found)
 
 
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.skipif(not idx.folder_of("fashion_mnist", None), reason="needs Debian's package")
 def test_the_memory_of_a_step_counts_no_images():
     whole, part = (
-        fashion.memory(program_of("fashion_few", "vit_48/7", arm))["state"]
+        fashion_report.state_bytes(program_of("fashion_few", "vit_48/7", arm))
         for arm in ("none", "compact, 1/4")
     )
     parameters = 116_938

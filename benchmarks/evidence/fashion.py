@@ -1,9 +1,9 @@
 """What a saving costs in accuracy: 60,000 real images, and every method that saves work.
 
     apt install dataset-fashion-mnist
-    python benchmarks/evidence/fashion.py              # eight hours on two cores
+    python benchmarks/evidence/fashion.py           # eight hours on two cores
     python benchmarks/evidence/fashion.py --models vit_48/7 --tasks fashion_few
-    python benchmarks/evidence/fashion.py --report     # the tables, from the runs there are
+    python benchmarks/evidence/fashion_report.py    # the tables, from the runs there are
 
 Fashion-MNIST with 2,000 and 58,000 training images, clean and with 30 % of the labels redrawn, a
 small ResNet and a small ViT. Each method has one setting, and the same learning rates are tried of
@@ -11,17 +11,8 @@ all, the baseline included: three, and then further ones while the best is the f
 The best mean accuracy on 2,000 validation images wins. Then it is run with other seeds, which share
 images, order and first weights with the baseline's runs of the same seeds.
 
-Three answers for each method:
-
-- the accuracy at the end, against AdamW: the mean difference, its bootstrap interval, and the p of
-  a one-sided sign-flip test that 0.3 points or more are lost, corrected by Holm's method;
-- the time until its mean accuracy reaches the baseline's at the end, less 0.3 points: the time of a
-  step, of all methods in turns in one process, times the steps;
-- the memory of parameters, gradient and optimizer state, and the peak of a step.
-
 Each run is a line of `results/fashion-<device>.csv` as soon as it ends; stopped, the same command
-continues. Writes `results/fashion-<device>.json`, its figures, and the tables of
-`docs/evidence.md`.
+continues.
 """
 
 from __future__ import annotations
@@ -32,18 +23,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
-import paths
+import paths  # noqa: F401
 from contenders import CONTENDERS, FASHION
-from fashion_report import PAGE, draw, table, tables
-from grid import Job, Row, Runs
-from overhead import fill, publish, results_file
-from report import correct, finals
+from grid import Job, Runs
+from overhead import results_file
 from run import execute, read, start
-from tasks import TASKS
-from time_to_accuracy import MARGIN, finite, time_steps, to_baseline
-from trial import Program, Settings, compiled
+from trial import Program, Settings
 
 MODELS = ("vit_48/7", "resnet_8")
 FEW, ALL = ("fashion_few", "fashion_few_noisy"), ("fashion_all", "fashion_all_noisy")
@@ -105,82 +91,33 @@ def final_jobs(program: Program, runs: Runs) -> list[Job]:
     return [] if rate is None else _jobs(program, SEEDS[program.task], rate, tunes=False)
 
 
-def compare(task: str, model: str, runs: Runs, rounds: int) -> list[Row]:
-    """A row for each method whose runs are all there, if the baseline's are."""
-    jobs = {arm: final_jobs(program_of(task, model, arm), runs) for arm in ARMS[task]}
-    done = {arm: finals(own, runs) for arm, own in jobs.items()}
-    done = {arm: own for arm, own in done.items() if own}
-    if BASELINE not in done:
-        return []
-    seconds = time_steps({arm: jobs[arm][0] for arm in done}, rounds)
-    needed = {arm: memory(jobs[arm][0].program) for arm in done}
-    rows = []
-    for arm, own in done.items():
-        rate = own[0]["learning_rate"]
-        about = {"task": task, "model": model, "arm": arm, "learning_rate": rate}
-        about |= {"at_edge": rate in (LADDER[0], LADDER[-1])}
-        about |= {"run": True, "is_baseline": arm == BASELINE}
-        about |= {name: x / needed[BASELINE][name] for name, x in needed[arm].items()}
-        rows.append(about | to_baseline(own, done[BASELINE], seconds[arm] / seconds[BASELINE]))
-    correct(rows)
-    return rows
-
-
-def memory(program: Program) -> dict[str, int]:
-    """Bytes of parameters, gradient and optimizer state, and the peak of a step."""
-    parts = compiled(program)
-    state = jax.eval_shape(parts.initial, Settings(0, 0.0, 0.0).arrays())
-    parameters, moments = (
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-        for tree in (state.params, state.opt_state)
-    )
-    # AdamW has two moments, each of the size of the gradient.
-    needed = parameters + moments + moments // 2
-    return {"state": needed, "peak": parts.peak()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tasks", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
     every = list(dict.fromkeys(itertools.chain(*ARMS.values())))
+    parser.add_argument("--tasks", nargs="+", choices=ARMS, default=[*ARMS], metavar="TASK")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL")
     parser.add_argument("--arms", nargs="+", choices=every, default=every, metavar="ARM")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--rounds", type=int, default=20, help="of timing")
-    parser.add_argument("--output", type=Path, default=results_file("fashion"))
+    parser.add_argument("--output", type=Path, default=results_file("fashion").with_suffix(".csv"))
     arguments = parser.parse_args()
-    file = arguments.output.with_suffix(".csv")
-    if not arguments.report:
-        os.environ["XLA_FLAGS"] = (
-            os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-        )
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path("runs/evidence/cache").absolute())
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        start(file)
-        for task, model in itertools.product(arguments.tasks, arguments.models):
-            arms = [arm for arm in ARMS[task] if arm in arguments.arms]
-            programs = [program_of(task, model, arm) for arm in arms]
-            while True:
-                runs = read(file)
-                jobs = [x for program in programs for x in tuning_jobs(program, runs)[0]]
-                jobs += [x for program in programs for x in final_jobs(program, runs)]
-                if set(jobs) <= set(runs):
-                    break
-                execute(jobs, file, arguments.workers, f"{task}, {model}")
-    runs = read(file)
-    rows = [
-        row
-        for task, model in itertools.product(arguments.tasks, arguments.models)
-        for row in compare(task, model, runs, arguments.rounds)
-    ]
-    settings = {"margin": MARGIN, "steps": {task: TASKS[task].steps for task in ARMS}}
-    publish(arguments.output, table(rows), finite(rows), **settings)
-    draw(rows, arguments.output)
-    if arguments.output.resolve() == paths.BENCHMARKS / "results/fashion-cpu.json":
-        PAGE.write_text(fill(PAGE.read_text(), tables(rows).get))
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    )
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path("runs/evidence/cache").absolute())
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    start(arguments.output)
+    for task, model in itertools.product(arguments.tasks, arguments.models):
+        arms = [arm for arm in ARMS[task] if arm in arguments.arms]
+        programs = [program_of(task, model, arm) for arm in arms]
+        while True:
+            runs = read(arguments.output)
+            jobs = [x for program in programs for x in tuning_jobs(program, runs)[0]]
+            jobs += [x for program in programs for x in final_jobs(program, runs)]
+            if set(jobs) <= set(runs):
+                break
+            execute(jobs, arguments.output, arguments.workers, f"{task}, {model}")
 
 
 if __name__ == "__main__":

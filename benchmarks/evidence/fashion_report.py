@@ -1,36 +1,129 @@
-"""Tables and figures of the comparison on Fashion-MNIST, from its rows."""
+"""What each method costs in accuracy on Fashion-MNIST, and what it saves: tables and figures.
+
+    python benchmarks/evidence/fashion_report.py
+
+Three answers for each method, from the runs of `fashion.py`:
+
+- the accuracy at the end, against AdamW: the mean difference, its bootstrap interval, and the p of
+  a one-sided sign-flip test that 0.3 points or more are lost, corrected by Holm's method;
+- the time until its mean accuracy reaches the baseline's at the end, less 0.3 points: the time of a
+  step, of all methods in turns in one process, times the steps;
+- the memory of parameters, gradient and optimizer state, and the peak of a step that updates in
+  place.
+
+Writes `results/fashion-<device>.json`, two figures beside it, and the tables of `docs/evidence.md`.
+"""
 
 from __future__ import annotations
 
+import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
 import matplotlib
 import numpy as np
 import paths
-from grid import Row
-from report import difference, header, p_text
-from time_to_accuracy import three
+from fashion import ARMS, BASELINE, LADDER, MODELS, final_jobs, program_of
+from grid import Job, Row, Runs
+from overhead import fill, publish, results_file
+from report import correct, difference, finals, header, p_text
+from run import read
+from tasks import TASKS
+from time_to_accuracy import MARGIN, finite, three, time_steps, to_baseline
+from trial import Program, Settings, compiled, peak
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 pyplot.style.use(paths.BENCHMARKS.parent / "examples/figures.mplstyle")
 PAGE = paths.BENCHMARKS.parent / "docs/evidence.md"
-TASKS = {
+TASK_LABELS = {
     "fashion_few": "2,000 images",
     "fashion_few_noisy": "2,000 images, 30 % wrong labels",
     "fashion_all": "58,000 images",
     "fashion_all_noisy": "58,000 images, 30 % wrong labels",
 }
-MODELS = {"resnet_8": "ResNet", "vit_48/7": "ViT"}
-ARMS = {"none": "AdamW alone"}  # As readers call them; the others keep their names.
+MODEL_LABELS = dict(zip(MODELS, ("ViT", "ResNet"), strict=True))
+# It trains like the baseline, and then returns to an earlier state.
+SAME_STEP = {"early stopping": BASELINE}
+
+
+class Costs(NamedTuple):
+    """What a step costs: seconds in each round of timing, and bytes."""
+
+    seconds: np.ndarray
+    state: int
+    peak: int
+
+
+def compare(runs: Runs, rounds: int) -> list[Row]:
+    """A row for each method, task and model whose runs are all there, and the baseline's too."""
+    done = {}
+    for model, (task, arms) in itertools.product(MODELS, ARMS.items()):
+        jobs = {arm: final_jobs(program_of(task, model, arm), runs) for arm in arms}
+        jobs = {arm: own for arm, own in jobs.items() if finals(own, runs)}
+        if BASELINE in jobs:
+            done[task, model] = jobs
+    rows = []
+    for model in MODELS:
+        own = {task: jobs for (task, name), jobs in done.items() if name == model}
+        costs = costs_of({arm: x[0] for jobs in own.values() for arm, x in jobs.items()}, rounds)
+        for task, jobs in own.items():
+            rows += rows_of(task, model, jobs, runs, costs)
+    return sorted(rows, key=lambda row: list(ARMS).index(row["task"]))
+
+
+def costs_of(jobs: dict[str, Job], rounds: int) -> dict[str, Costs]:
+    """What a step of each method costs, which does not depend on the images."""
+    measured = {arm: job for arm, job in jobs.items() if arm not in SAME_STEP}
+    seconds = time_steps(measured, rounds) if measured else {}
+    found = {
+        arm: Costs(seconds[arm], state_bytes(job.program), peak(job.program))
+        for arm, job in measured.items()
+    }
+    return found | {arm: found[SAME_STEP[arm]] for arm in jobs if arm in SAME_STEP}
+
+
+def state_bytes(program: Program) -> int:
+    """Bytes of parameters, gradient and optimizer state."""
+    state = jax.eval_shape(compiled(program).initial, Settings(0, 0.0, 0.0).arrays())
+    parameters, moments = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+        for tree in (state.params, state.opt_state)
+    )
+    # AdamW has two moments, each of the size of the gradient.
+    return parameters + moments + moments // 2
+
+
+def rows_of(
+    task: str, model: str, jobs: dict[str, list[Job]], runs: Runs, costs: dict[str, Costs]
+) -> list[Row]:
+    rows, base = [], costs[BASELINE]
+    for arm, own in jobs.items():
+        rate = own[0].settings.learning_rate
+        row = {"task": task, "model": model, "arm": arm, "run": True}
+        row |= {"is_baseline": arm == BASELINE, "seeds": len(own)}
+        row |= {"learning_rate": rate, "at_edge": rate in (LADDER[0], LADDER[-1])}
+        row |= {"state": costs[arm].state / base.state, "peak": costs[arm].peak / base.peak}
+        ratios = costs[arm].seconds / base.seconds
+        row |= to_baseline(finals(own, runs), finals(jobs[BASELINE], runs), ratios)
+        # The compiler counts the dearer side of a conditional, so its FLOPs are not compared.
+        del row["flops"], row["flops_against_baseline"]
+        rows.append(row)
+    correct(rows)
+    return rows
+
+
+# Tables.
 
 
 def table(rows: Sequence[Row]) -> str:
     """All that was measured, a line for each method, task and model."""
     names = ("task, model", "method", "accuracy, %", "difference, points", "p of a loss, Holm")
-    names += ("time of a step", "time to the baseline's accuracy", "FLOPs")
+    names += ("time of a step", "time to the baseline's accuracy")
     names += ("parameters, gradient, state", "peak memory", "learning rate")
     lines = [header(names)]
     for row in rows:
@@ -39,14 +132,14 @@ def table(rows: Sequence[Row]) -> str:
             cells += ["", ""]
         else:
             cells += [difference(row["difference"], 100, 2), p_text(row["p_corrected"])]
-        cells += [three(row["step_time"]), three(row["time_against_baseline"])]
-        cells += [f"{row[x]:.2f}" for x in ("flops", "state", "peak")]
+        cells += [three(row["step_time"]), time_cell(row)]
+        cells += [f"{row['state']:.2f}", f"{row['peak']:.2f}"]
         cells.append(f"{row['learning_rate']:g}" + (" †" if row["at_edge"] else ""))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def accuracy(row: Row) -> str:
+def accuracy_cell(row: Row) -> str:
     """Bold where a loss of 0.3 points or more is excluded."""
     if row["is_baseline"]:
         return f"{100 * row['accuracy'][0]:.2f} %"
@@ -54,87 +147,112 @@ def accuracy(row: Row) -> str:
     return f"**{text}**" if row["p_corrected"] < 0.05 else text
 
 
-def time(row: Row) -> str:
+def time_cell(row: Row) -> str:
     return "1" if row["is_baseline"] else three(row["time_against_baseline"])
 
 
-def costs(row: Row) -> str:
-    return " / ".join(f"{row[name]:.2f}" for name in ("flops", "state", "peak"))
-
-
-TABLES = {"fashion accuracy": accuracy, "fashion time": time}
-
-
-def matrix(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
+def by_task(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
     """A line for each method, a column for each task and model."""
     places = list(dict.fromkeys((row["task"], row["model"]) for row in rows))
     found = {(row["arm"], row["task"], row["model"]): row for row in rows}
-    lines = [header(["", *(f"{MODELS[model]}, {TASKS[task]}" for task, model in places)])]
+    labels = [f"{MODEL_LABELS[model]}, {TASK_LABELS[task]}" for task, model in places]
+    lines = [header(["", *labels])]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = [found.get((arm, *place)) for place in places]
         cells = [cell(row) if row else "" for row in own]
-        lines.append("| " + " | ".join([ARMS.get(arm, arm), *cells]) + " |")
+        lines.append("| " + " | ".join([label_of(arm), *cells]) + " |")
     return "\n".join(lines)
 
 
-def costs_table(rows: Sequence[Row]) -> str:
-    """What a step costs does not depend on the images."""
-    first = {}
-    for row in rows:
-        first.setdefault((row["arm"], row["model"]), row)
+def by_model(rows: Sequence[Row]) -> str:
+    """The time and the memory of a step, relative to the baseline's."""
+    first = {(row["arm"], row["model"]): row for row in reversed(rows)}
     models = list(dict.fromkeys(row["model"] for row in rows))
-    titles = ("time of a step", "FLOPs / state / peak memory")
-    lines = [header(["", *(f"{MODELS[model]}: {title}" for model in models for title in titles)])]
+    titles = ("time of a step", "parameters, gradient, state", "peak memory")
+    lines = [header(["", *(f"{MODEL_LABELS[x]}: {title}" for x in models for title in titles)])]
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        own = [first.get((arm, model)) for model in models]
-        cells = [x for row in own for x in ((three(row["step_time"]), costs(row)) if row else "  ")]
-        lines.append("| " + " | ".join([ARMS.get(arm, arm), *cells]) + " |")
+        cells = []
+        for row in (first.get((arm, model)) for model in models):
+            if row is None:
+                cells += ["", "", ""]
+            else:
+                time = "1" if arm in (BASELINE, *SAME_STEP) else three(row["step_time"])
+                cells += [time, f"{row['state']:.2f}", f"{row['peak']:.2f}"]
+        lines.append("| " + " | ".join([label_of(arm), *cells]) + " |")
     return "\n".join(lines)
+
+
+def label_of(arm: str) -> str:
+    return "AdamW alone" if arm == BASELINE else arm
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
     """The tables of `docs/evidence.md`, by the names that it gives them."""
-    found = {name: matrix(rows, cell) for name, cell in TABLES.items()}
-    return found | {"fashion costs": costs_table(rows)}
+    return {
+        "fashion accuracy": by_task(rows, accuracy_cell),
+        "fashion time": by_task(rows, time_cell),
+        "fashion costs": by_model(rows),
+    }
 
 
-def draw(rows: Sequence[Row], file: Path) -> None:
-    """Difference in accuracy against the time of a run, and against memory.
+# Figures.
 
-    A panel for each task and model; up and to the left is better.
+
+def draw(rows: Sequence[Row], file: Path, key: str, label: str) -> None:
+    """Differences in accuracy against what a step costs, a panel for each task and model.
+
+    Left is cheaper. Within the grey band, accuracy differs by less than the margin.
     """
-    for name, label, at in (
-        ("time", "time of the run, relative to AdamW alone", lambda row: row["step_time"]),
-        ("memory", "peak memory, relative to AdamW alone", lambda row: (row["peak"],) * 3),
-    ):
-        places = list(dict.fromkeys((row["task"], row["model"]) for row in rows))
-        columns = min(2, len(places))
-        figure, axes = pyplot.subplots(
-            -(-len(places) // columns), columns, figsize=(11, 3.9 * -(-len(places) // columns))
-        )
-        arms = list(dict.fromkeys(row["arm"] for row in rows))
-        for panel, place in zip(np.ravel(axes), places, strict=False):
-            for row in rows:
-                if (row["task"], row["model"]) != place:
-                    continue
-                x, left, right = at(row)
-                y, low, high = (100 * value for value in row["difference"])
-                look = style(arms.index(row["arm"]))
-                panel.plot([x, x], [low, high], color=look["color"], linewidth=1.2)
-                panel.plot([left, right], [y, y], color=look["color"], linewidth=1.2)
-                panel.plot(x, y, **look, linestyle="none", label=ARMS.get(row["arm"], row["arm"]))
-            panel.axhspan(-0.3, 0.3, color="0.92", zorder=0)
-            panel.set_title(f"{MODELS[place[1]]}, {TASKS[place[0]]}", fontsize="medium")
-            panel.set_xlabel(label)
-            panel.set_ylabel("points of test accuracy")
-        for panel in np.ravel(axes)[len(places) :]:
-            panel.set_axis_off()
-        handles, labels = np.ravel(axes)[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-        figure.savefig(file.with_name(f"{file.stem}-{name}.png"))
-        pyplot.close(figure)
+    places = list(dict.fromkeys((row["task"], row["model"]) for row in rows))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    lines = -(-len(places) // 2)
+    figure, axes = pyplot.subplots(lines, 2, figsize=(11, 3.9 * lines + 1), squeeze=False)
+    for panel in axes.flat[len(places) :]:
+        panel.set_axis_off()
+    for panel, place in zip(axes.flat, places, strict=False):
+        own = [row for row in rows if (row["task"], row["model"]) == place]
+        draw_panel(panel, own, arms, key)
+        panel.set(xlabel=label, ylabel="points of test accuracy")
+        panel.set_title(f"{MODEL_LABELS[place[1]]}, {TASK_LABELS[place[0]]}", fontsize="medium")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(file)
+    pyplot.close(figure)
 
 
-def style(number: int) -> dict[str, str]:
-    """A marker and a colour that no other method has together."""
-    return {"color": f"C{number % 6}", "marker": "os^Dv<>P*X"[number % 10]}
+def draw_panel(panel: Any, rows: Sequence[Row], arms: Sequence[str], key: str) -> None:
+    panel.axhspan(-100 * MARGIN, 100 * MARGIN, color="0.92", zorder=0)
+    for row in rows:
+        number = arms.index(row["arm"])
+        # No two methods have both in common.
+        color, marker = f"C{number % 6}", "os^Dv<>P*X"[number % 10]
+        x, left, right = row[key] if isinstance(row[key], tuple) else (row[key],) * 3
+        y, low, high = (100 * value for value in row["difference"])
+        panel.plot([x, x], [low, high], color=color, linewidth=1.2)
+        panel.plot([left, right], [y, y], color=color, linewidth=1.2)
+        panel.plot(x, y, marker, color=color, label=label_of(row["arm"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, default=results_file("fashion").with_suffix(".csv"))
+    parser.add_argument("--rounds", type=int, default=20, help="of timing")
+    arguments = parser.parse_args()
+    rows = compare(read(arguments.runs), arguments.rounds)
+    if not rows:
+        raise SystemExit(f"error: {arguments.runs} has no comparison whose runs are all there.")
+    output = arguments.runs.with_suffix(".json")
+    steps = {task: TASKS[task].steps for task in ARMS}
+    publish(output, table(rows), finite(rows), margin=MARGIN, steps=steps)
+    draw(rows, output.with_name(f"{output.stem}-time.png"), "step_time", "time of the run")
+    draw(
+        rows, output.with_name(f"{output.stem}-memory.png"), "state", "parameters, gradient, state"
+    )
+    if output.resolve() == paths.BENCHMARKS / "results/fashion-cpu.json":
+        PAGE.write_text(fill(PAGE.read_text(), tables(rows).get))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ from contenders import (
     model_settings,
 )
 from flax import nnx
+from overhead import peak_bytes
 from scipy.special import log_softmax
 from tasks import TASKS, Images, Split
 
@@ -62,15 +63,11 @@ class State(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """The programs of one `Program`: first state, training step, logits, and the peak of a step.
-
-    The peak is in bytes, of a step that updates its state in place.
-    """
+    """The programs of one `Program`: first state, training step, logits."""
 
     initial: Callable[..., State]
     step: Any
     predict: Callable[..., jax.Array]
-    peak: Callable[[], int]
 
 
 def run(program: Program, settings: Settings, *, test: bool) -> dict[str, Any]:
@@ -102,7 +99,7 @@ def fit(
     """
     task, stops_early = TASKS[program.task], contender_of(program).stops_early
     numbers = settings.arrays()
-    initial, step, predict, _ = compiled(program)
+    initial, step, predict = compiled(program)
     state = initial(numbers)
     if task.start:
         state = start_from(pretrained(task.start, program.model), state)
@@ -142,6 +139,19 @@ def batches(task: Any, seed: int) -> Iterator[np.ndarray]:
 
 @functools.lru_cache(maxsize=8)
 def compiled(program: Program) -> Compiled:
+    """Steps keep the state that they are given, as early stopping goes back to an earlier one."""
+    (initial, step, predict), arguments = functions(program)
+    return Compiled(jax.jit(initial), jax.jit(step).lower(*arguments).compile(), jax.jit(predict))
+
+
+def peak(program: Program) -> int:
+    """Bytes that a step needs at once if it updates its state in place."""
+    (_, step, _), arguments = functions(program)
+    return peak_bytes(jax.jit(step, donate_argnums=1).lower(*arguments).compile())
+
+
+def functions(program: Program) -> tuple[Compiled, tuple[Any, ...]]:
+    """What `compiled` compiles, and the arguments of a step, of which only shapes matter."""
     task, contender = TASKS[program.task], contender_of(program)
     train = task.split(0).train
     epochs = task.epochs
@@ -206,16 +216,7 @@ def compiled(program: Program) -> Compiled:
 
     batch = train.take(np.arange(task.batch_size))
     state = jax.eval_shape(initial, numbers)
-
-    def peak() -> int:
-        jitted = jax.jit(step, donate_argnums=1)
-        memory = jitted.lower(numbers, state, *batch).compile().memory_analysis()
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
-
-    # Early stopping keeps earlier states, so that this one gives none away.
-    fitting = jax.jit(step).lower(numbers, state, *batch).compile()
-    return Compiled(jax.jit(initial), fitting, jax.jit(predict), peak)
+    return Compiled(initial, step, predict), (numbers, state, *batch)
 
 
 def mean_flops(program: Program) -> float:
