@@ -13,7 +13,7 @@ import numpy as np
 
 
 def short(x: Any) -> str:
-    """What messages show of an argument."""
+    """The `repr` of an argument, cut to 80 characters."""
     text = repr(x)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

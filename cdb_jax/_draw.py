@@ -24,7 +24,7 @@ import numpy as np
 from cdb_jax import channels
 from cdb_jax._compiling import compiled
 from cdb_jax.channels import NoChannels
-from cdb_jax.selection import Arrangement, Group, Mode, Part, Selection, frozen_group
+from cdb_jax.selection import Arrangement, Group, Mode, Part, Selection, whole_group
 
 if TYPE_CHECKING:
     from cdb_jax.policy import Policy
@@ -44,7 +44,8 @@ def draw(policy: Policy, layout: channels.Layout, step: jax.typing.ArrayLike) ->
     check_layers(policy, layout)
     groups = _draw_groups(policy, layout, _settings_at(policy, jnp.asarray(step)))
     if policy.freezes_others:
-        groups += frozen_group(leaf for leaf in layout.leaves if is_frozen(policy, leaf))
+        frozen = (leaf for leaf in layout.leaves if is_frozen(policy, leaf))
+        groups += whole_group(frozen, Mode.FROZEN)
     return Selection(tuple(groups), policy, layout, policy.freezes_others)
 
 

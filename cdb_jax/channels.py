@@ -10,7 +10,6 @@ import dataclasses
 import fnmatch
 import hashlib
 import math
-import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -300,16 +299,15 @@ def check_parameters(updates: Any, params: Any, root: str) -> None:
 
 
 def _mend_of(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    if len(shape) == len(expected) and all(map(operator.le, shape, expected)):
+    mend = "First apply the transformation that gives updates the shapes of the parameters"
+    if shape[1:] == expected:
         return (
-            "Only cdb_jax.compact takes gradients of the kept size; call value_and_grad without "
-            "kept_only=True."
+            f"{mend}; for per-example gradients: optax.chain("
+            "optax.contrib.differentially_private_aggregate(...), cdb_jax.channel_drop_back(...))."
         )
-    return (
-        "First apply the transformation that gives updates the shapes of the parameters; for "
-        "per-example gradients: optax.chain(optax.contrib.differentially_private_aggregate(...), "
-        "cdb_jax.channel_drop_back(...))."
-    )
+    if len(shape) == len(expected):
+        return f"{mend}; after value_and_grad(..., kept_only=True), only cdb_jax.compact does."
+    return f"{mend}."
 
 
 def shapes_by_path(tree: Any, root: str) -> dict[str, tuple[int, ...]]:

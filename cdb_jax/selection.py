@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ class Selection:
         chosen: Mapping[str, Any],
         *,
         channel_axes: channels.ChannelAxes = channels.output_channels,
-        others: str = "full",
+        others: Literal["full", "frozen"] = "full",
     ) -> Selection:
         """Makes a selection from channels that you choose.
 
@@ -130,7 +130,7 @@ class Selection:
             its channels must then be distinct and in range. An empty list freezes all leaves that
             the pattern covers, and `...` lets them learn in full.
           channel_axes: which axes hold the channels of the leaves in `chosen`, as in `Policy`. The
-            only axis of a vector always holds its channels.
+            only axis of a vector holds its channels, unless a tree or a rule says otherwise.
           others: whether the other leaves learn in "full" or are "frozen".
 
         Raises:
@@ -155,18 +155,24 @@ class Selection:
         if not chosen:
             raise ValueError(
                 "chosen={} names nothing; give at least one path, such as {'head/kernel': [0, 5]}, "
-                "or train everything with jax.value_and_grad."
+                "or {'*': ...} for everything."
             )
         params = parameters_of(params)
         channels.check_matches("chosen", chosen, channels.paths_of(params))
         specs = _specs_of_chosen(channel_axes, chosen, channels.paths_of(params))
         layout = channels.resolve(params, specs, only=tuple(chosen))
-        layers = _by_pattern(layout, chosen)
-        groups = [_chosen_group(layer, layers[layer.path]) for layer in layout.layers]
+        places = _by_pattern(layout, chosen)
+        whole = [layer for layer in layout.layers if _is_whole(places[layer.path])]
+        parts = [layer for layer in layout.layers if not _is_whole(places[layer.path])]
+        frozen = [layer for layer in whole if places[layer.path] is not ...]
         if others == "frozen":
-            groups += frozen_group(
-                leaf for leaf in layout.leaves if leaf.reason is channels.NoChannels.NOT_NAMED
-            )
+            unnamed = channels.NoChannels.NOT_NAMED
+            frozen += [leaf for leaf in layout.leaves if leaf.reason is unnamed]
+        groups = [
+            *(_chosen_group(x, places[x.path]) for x in parts),
+            *whole_group((x for x in whole if places[x.path] is ...), Mode.FULL),
+            *whole_group(frozen, Mode.FROZEN),
+        ]
         return cls(tuple(groups), None, layout, others == "frozen")
 
     @property
@@ -174,7 +180,7 @@ class Selection:
         """The factor of each channel of each layer, by path.
 
         float32, shape `(*stack, channels)`: 0 for a dropped channel, 1 or the factor of `rescale`
-        for a kept one. A frozen leaf without channels has shape `(1,)`.
+        for a kept one. A leaf that is frozen or learns as a whole has shape `(1,)`.
         """
 
         return _factors_once(self.layout, self.groups)
@@ -345,14 +351,14 @@ def fraction_of(groups: Sequence[Group], layout: channels.Layout) -> jax.Array:
     return fraction
 
 
-def frozen_group(leaves: Iterable[channels.Leaf]) -> list[Group]:
-    """Returns one group of frozen leaves without channels, or no group if there are no leaves."""
+def whole_group(leaves: Iterable[channels.Leaf], mode: Mode) -> list[Group]:
+    """Returns one group of leaves that are frozen or learn in full; none if there are no leaves."""
     layers = tuple(leaves)
     if not layers:
         return []
-    mode = jnp.full(len(layers), Mode.FROZEN, jnp.int32)
-    keep = jnp.zeros((len(layers), 1), bool)
-    return [Group(mode, keep, None, None, layers, (Mode.FROZEN,), None)]
+    modes = jnp.full(len(layers), mode, jnp.int32)
+    keep = jnp.full((len(layers), 1), mode == Mode.FULL)
+    return [Group(modes, keep, None, None, layers, (mode,), None)]
 
 
 # Channels that the user chooses.
@@ -367,12 +373,13 @@ def _by_pattern(layout: channels.Layout, chosen: Mapping[str, Any]) -> dict[str,
             continue
         if len(patterns) > 1:
             raise ValueError(f"chosen: {leaf.path!r} matches {patterns}; use only one of them.")
-        if leaf.reason and _is_whole(chosen[patterns[0]]):
-            continue  # It holds no floats, so it has no gradient.
+        if leaf.reason is channels.NoChannels.NO_VALUES and _is_whole(chosen[patterns[0]]):
+            continue  # It has nothing to differentiate.
         if leaf.reason:
             raise ValueError(
                 f"chosen: {leaf.path!r} of shape {leaf.shape} has no channels "
-                f"({leaf.reason.value}); set channel_axes, or remove it."
+                f"({leaf.reason.value}); use [] to freeze the whole leaf, ... to train it, or set "
+                "channel_axes."
             )
         found[leaf.path] = chosen[patterns[0]]
     return found
@@ -397,8 +404,6 @@ def _chosen_group(layer: channels.Leaf, chosen: Any) -> Group:
 
 def _checked_channels(layer: channels.Leaf, chosen: Any) -> jax.Array | np.ndarray:
     """The channels of a layer as an int array, checked if their values are known."""
-    if chosen is ...:
-        return np.arange(layer.channels)
     is_traced = isinstance(chosen, jax.core.Tracer)
     place = chosen if is_traced else np.asarray(chosen)
     if not is_traced and place.dtype.kind == "u":
@@ -409,21 +414,22 @@ def _checked_channels(layer: channels.Leaf, chosen: Any) -> jax.Array | np.ndarr
     if not jnp.issubdtype(place.dtype, jnp.integer) or not place.shape or place.shape not in shapes:
         raise TypeError(
             f"chosen: the channels of {layer.path!r} must be ints of shape "
-            f"{' or '.join(str(shape[:-1] + ('k',)) for shape in sorted(shapes))}, got {chosen!r}; "
-            "use [3] for one channel, range(4) for the first four, and np.flatnonzero(mask) for "
-            "a mask."
+            f"{' or '.join(str(shape[:-1] + ('k',)) for shape in sorted(shapes))}, got "
+            f"{short(chosen)}; use [3] for one channel, range(4) for the first four, ... for all, "
+            "and np.flatnonzero(mask) for a mask."
         )
     if is_traced:
         return place
     width = layer.channels
     if place.min() < -width or place.max() >= width:
         raise ValueError(
-            f"chosen: {layer.path!r} has {width} channels, counted from 0, got {chosen!r}."
+            f"chosen: {layer.path!r} has {width} channels, counted from 0, got {short(chosen)}."
         )
     place = np.sort(place % width, axis=-1)
     if np.any(place[..., 1:] == place[..., :-1]):
         raise ValueError(
-            f"chosen: {layer.path!r} has repeated channels, got {chosen!r}; list each only once."
+            f"chosen: {layer.path!r} has repeated channels, got {short(chosen)}; list each only "
+            "once."
         )
     return place.astype(np.int32)
 
@@ -442,19 +448,22 @@ def _specs_of_chosen(
 
 def _is_whole(place: Any) -> bool:
     """Whether all channels are chosen, by `...`, or none is."""
-    return place is ... or (not isinstance(place, jax.core.Tracer) and np.size(place) == 0)
+    return place is ... or np.size(place) == 0
 
 
 def _covered(path: str, patterns: Iterable[str]) -> bool:
     return any(channels.covers(pattern, path) for pattern in patterns)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class _ChosenAxes:
     """A hashable rule, so that each layout is resolved only once."""
 
     spec: channels.AxisSpec | channels.Rule
     whole: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return repr(self.spec)
 
     def __call__(self, path: str, leaf: Any) -> channels.AxisSpec:
         if _covered(path, self.whole):

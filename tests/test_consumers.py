@@ -246,28 +246,61 @@ def test_chosen_channels_of_stacked_layers():
     np.testing.assert_array_equal(apart.factors["kernel"], np.eye(4)[[0, 1, 3]])
 
 
-def test_whole_leaves_of_any_kind_freeze_or_learn():
-    """Biases of attention, positions, scalars and stacks: which axes they have does not matter."""
-    params = {
-        "attention": {"key": {"kernel": jnp.ones((6, 2, 3)), "bias": jnp.ones((2, 3))}},
-        "blocks": {"kernel": jnp.ones((3, 6, 6)), "bias": jnp.ones((3, 6))},
-        "count": jnp.arange(2),
-        "head": {"kernel": jnp.ones((6, 5))},
-        "position": jnp.ones((4, 6)),
-        "scale": jnp.ones(()),
+WHOLE = {
+    "attention": {"key": {"kernel": jnp.ones((6, 2, 3)), "bias": jnp.ones((2, 3))}},
+    "blocks": {"kernel": jnp.ones((3, 6, 6)), "bias": jnp.ones((3, 6))},
+    "head": {"kernel": jnp.ones((6, 5))},
+    "position": jnp.ones((4, 6)),
+    "scale": jnp.ones(()),
+}
+
+
+def learns(selection):
+    return {
+        name
+        for name, masked in selection.mask(WHOLE).items()
+        if all(np.all(x) for x in jax.tree.leaves(masked))
     }
 
-    def learns(selection):
-        masked = selection.mask({name: x for name, x in params.items() if name != "count"})
-        return {name for name, x in masked.items() if all(np.all(y) for y in jax.tree.leaves(x))}
 
-    frozen = dict.fromkeys(("attention", "blocks", "count", "position", "scale"), [])
-    assert learns(cdb_jax.Selection.of(params, frozen)) == {"head"}
-    only = {"head": ..., "position": ...}
-    assert learns(cdb_jax.Selection.of(params, only, others="frozen")) == {"head", "position"}
-    axes = {"": cdb_jax.output_channels, "blocks": cdb_jax.Axes(-1, stack=0)}
-    selection = cdb_jax.Selection.of(params, frozen, channel_axes=axes)
-    assert learns(selection) == {"head"} and not selection.mask(params)["blocks"]["bias"].any()
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(
+    "axes",
+    [
+        cdb_jax.output_channels,
+        lambda path, leaf: None,
+        {"": cdb_jax.output_channels, "blocks": cdb_jax.Axes(-1, stack=0)},
+    ],
+    ids=["convention", "rule", "tree"],
+)
+def test_whole_leaves_of_any_kind_freeze_or_learn(name, axes):
+    frozen = cdb_jax.Selection.of(WHOLE, {name: []}, channel_axes=axes)
+    assert learns(frozen) == WHOLE.keys() - {name}
+    alone = cdb_jax.Selection.of(WHOLE, {name: ...}, channel_axes=axes, others="frozen")
+    assert learns(alone) == {name}
+
+
+def test_whole_leaves_share_a_group():
+    patterns = {"attention": [], "blocks": [], "position": ..., "scale": jnp.zeros((0,), int)}
+    selection = cdb_jax.Selection.of(WHOLE, patterns, others="frozen")
+    assert len(selection.groups) == 2 and learns(selection) == {"position"}
+    traced = jax.jit(lambda x: cdb_jax.Selection.of(WHOLE, {"scale": x}))(jnp.zeros((0,), int))
+    assert learns(traced) == WHOLE.keys() - {"scale"}
+
+
+def test_frozen_integers_are_no_mistake():
+    counted = WHOLE | {"count": jnp.arange(2)}
+    selection = cdb_jax.Selection.of(counted, {"count": [], "scale": []})
+    assert set(selection.factors) == {"scale"}
+
+
+@pytest.mark.parametrize("kept_only", [False, True])
+def test_the_gradient_of_whole_leaves(kept_only):
+    selection = cdb_jax.Selection.of(PARAMS, {"second": ...}, others="frozen")
+    gradient = jax.jit(cdb_jax.grad(loss, kept_only=kept_only))(PARAMS, X, selection=selection)
+    expected = jax.grad(loss)(PARAMS, X)["second"]["kernel"]
+    np.testing.assert_allclose(gradient["second"]["kernel"], expected, rtol=1e-5)
+    assert kept_only or not np.any(gradient["first"]["kernel"])
 
 
 def test_all_channels_and_none():
@@ -294,6 +327,7 @@ def test_chosen_channels_save_work():
         ({"third": [0]}, {}, ValueError, "chosen: .*'third'"),
         (["first/kernel"], {}, TypeError, "chosen must be a dict.*first/kernel"),
         ({}, {}, ValueError, "chosen={}"),
+        ({"first/kernel": [99] * 99}, {}, ValueError, r"'first/kernel'.*99, 99, .*\.\.\.\.$"),
         ({"first/kernel": [6]}, {}, ValueError, r"'first/kernel'.*6 channels.*\[6\]"),
         ({"first/kernel": [0, -6]}, {}, ValueError, r"'first/kernel'.*\[0, -6\]"),
         ({"first/kernel": [0.5]}, {}, TypeError, r"'first/kernel'.*\[0.5\]"),

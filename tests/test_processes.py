@@ -185,7 +185,7 @@ def test_addresses_of_process_0(host):
     assert join_alone(f"{host}:{port}") == "1 joined\n"
 
 
-@pytest.mark.parametrize("name", ["https_proxy", "grpc_proxy"])
+@pytest.mark.parametrize("name", ["http_proxy", "grpc_proxy"])
 def test_no_proxy_is_asked_for_process_0(name):
     """gRPC would hang for minutes."""
     shown = join_alone(f"127.0.0.1:{free_port()}", **{name: "http://127.0.0.1:9"})

@@ -308,10 +308,11 @@ def results(runs: Runs) -> dict[str, list[Row]]:
 
 def with_tables(page: str, found: dict[str, list[Row]]) -> str:
     """The page with the tables that `<!-- GRID -->` asks for."""
-    return fill(
-        page,
-        lambda grid: overview(found[grid], training=grid == "ablation") if grid in found else None,
-    )
+
+    def of_grid(name: str) -> str | None:
+        return overview(found[name], training=name == "ablation") if name in found else None
+
+    return fill(page, of_grid)
 
 
 def main() -> None:

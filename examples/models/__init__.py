@@ -100,11 +100,12 @@ def create(
             patch_size=int(patch),
             **settings,
         )
-    module, _, function = name.rpartition(".")
-    own = f"{module}:{function}" if module and function else "package.module:function"
+    path = "package.module:function"
+    if "." in name and all(map(str.isidentifier, name.split("."))):
+        path = ":".join(name.rsplit(".", 1))
     raise ValueError(
         f"unknown model {name!r}; choose one of {', '.join(NAMES)} (any patch size may follow "
-        f"the slash), or {own} for a network of your own."
+        f"the slash), or {path} for a network of your own."
     )
 
 

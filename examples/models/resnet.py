@@ -169,7 +169,7 @@ class ResNet(nnx.Module):
 
 
 class Size(NamedTuple):
-    """What the ResNets differ in; the stem goes by the size of the images unless given."""
+    """The hyperparameters of a ResNet. If `stem` is None, the size of the images decides."""
 
     block: type[BasicBlock | Bottleneck]
     depths: tuple[int, ...]
