@@ -205,8 +205,11 @@ def draw(rows: Sequence[Row], file: Path, key: str, label: str) -> None:
     """
     places = list(dict.fromkeys((row["task"], row["model"]) for row in rows))
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    lines = -(-len(places) // 2)
-    figure, axes = pyplot.subplots(lines, 2, figsize=(11, 3.9 * lines + 1), squeeze=False)
+    columns = min(2, len(places))
+    lines = -(-len(places) // columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(max(9, 5.5 * columns), 3.9 * lines + 1), squeeze=False
+    )
     for panel in axes.flat[len(places) :]:
         panel.set_axis_off()
     for panel, place in zip(axes.flat, places, strict=False):
@@ -246,10 +249,12 @@ def main() -> None:
     output = arguments.runs.with_suffix(".json")
     steps = {task: TASKS[task].steps for task in ARMS}
     publish(output, table(rows), finite(rows), margin=MARGIN, steps=steps)
-    draw(rows, output.with_name(f"{output.stem}-time.png"), "step_time", "time of the run")
-    draw(
-        rows, output.with_name(f"{output.stem}-memory.png"), "state", "parameters, gradient, state"
-    )
+    for name, key, cost in (
+        ("time", "step_time", "time of the run"),
+        ("memory", "state", "parameters, gradient and state"),
+    ):
+        file = output.with_name(f"{output.stem}-{name}.png")
+        draw(rows, file, key, f"{cost}, relative to AdamW alone")
     if output.resolve() == paths.BENCHMARKS / "results/fashion-cpu.json":
         PAGE.write_text(fill(PAGE.read_text(), tables(rows).get))
 
