@@ -12,6 +12,7 @@ import models.vit
 pytestmark = pytest.mark.usefixtures("standard_promotion", "compilation_cache")
 
 
+@pytest.mark.slow
 def test_end_to_end(monkeypatch, tmp_path, data_dir, capsys):
     """Rates meet the budget, follow the sensitivities, and are trained with."""
     monkeypatch.setattr(depth_rates, "DEPTH", 3)

@@ -30,7 +30,7 @@ def kept_samples(y):
     scaled=st.booleans(),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_against_a_mask(rate, num_shards, axis, scaled, seed):
     """Values and gradients are those of the branch of all samples, times a mask."""
     w = jax.random.normal(jax.random.key(2), (2, 2))

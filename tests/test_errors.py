@@ -97,6 +97,7 @@ def test_a_run_without_memory_ends_with_a_line(monkeypatch, tmp_path, data_dir):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_not_blamed_for_a_lack_of_memory(monkeypatch, tmp_path, data_dir):
     def read(run, step, state):
         return jnp.ones(10**13).block_until_ready()

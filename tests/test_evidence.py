@@ -97,6 +97,7 @@ def test_methods_start_from_the_same_weights_and_see_the_same_images(short):
     np.testing.assert_array_equal(order, np.concatenate(list(batches(short, 3))))
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_what_was_learned(short, monkeypatch):
     """All but the head."""
     pretrain = TASKS["pretrain"]._replace(steps=20, batch_size=10)

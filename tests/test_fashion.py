@@ -101,6 +101,7 @@ def test_the_tables_of_the_page_are_those_of_the_results():
     assert all(f"<!-- {name} -->" in page for name in found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.skipif(not idx.folder_of("fashion_mnist", None), reason="needs Debian's package")
 def test_the_memory_of_a_step_counts_no_images():

@@ -86,6 +86,7 @@ for _name, _policy in POLICIES.items():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_no_nans_inside_and_no_leaks(name):
     f, args = PROGRAMS[name]

@@ -50,6 +50,7 @@ def run_alone(flags, devices):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(flags, tmp_path, data_dir):
     assert launch.outcome(launch.start(2, flags("two", 1))) == 0
     run_alone(flags("one", 1), devices=2)

@@ -191,6 +191,7 @@ def test_epochs(count, batches, joined):
     assert next(read, None) is None
 
 
+@pytest.mark.slow
 def test_a_run_with_larger_batches_goes_on_from_any_step(config, tmp_path, monkeypatch):
     settings = dict(method="layer_drop_back", epochs=4, drop_epoch_batch=3, batch_size=320)
     settings |= dict(keep_partial_batch=True)  # 5 batches: 2 steps of three, and two left out.
