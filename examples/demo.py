@@ -278,7 +278,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
             else:
                 panel.barh(places, values, xerr=bars, color=colors)
                 panel.axvline(1.0, color="black", linewidth=0.8)
-            label = f"test accuracy (%), {shown.title}" if shown.is_accuracy else shown.title
+            label = f"test accuracy (%),\n{shown.title}" if shown.is_accuracy else shown.title
             panel.set_xlabel(label)
             panel.grid(axis="x", alpha=0.3)
         row[0].set_yticks(places, list(METHODS))
