@@ -340,6 +340,11 @@ def covers(pattern: str, path: str) -> bool:
     return matching_prefix(pattern, path) is not None
 
 
+def is_covered(patterns: Iterable[str], path: str) -> bool:
+    """Whether any of several patterns covers a path."""
+    return any(covers(pattern, path) for pattern in patterns)
+
+
 def matching_prefix(pattern: str, path: str) -> str | None:
     """The shortest path that a glob pattern matches, from the given one and those above it."""
     parts = path.split("/")
@@ -491,9 +496,9 @@ def _resolve_leaf(path: str, x: Any, rules: _Rules, tree: conventions.Tree) -> L
     dtype = getattr(x, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact) or 0 in leaf.shape:
         return leaf._replace(reason=NoChannels.NO_VALUES)
-    if any(covers(pattern, path) for pattern in rules.exempt):
+    if is_covered(rules.exempt, path):
         return leaf._replace(reason=NoChannels.EXEMPT)
-    if rules.only is not None and not any(covers(pattern, path) for pattern in rules.only):
+    if rules.only is not None and not is_covered(rules.only, path):
         return leaf._replace(reason=NoChannels.NOT_NAMED)
     spec, is_for_leaf = _spec_of(path, x, rules.channel_axes)
     if spec is None:

@@ -158,21 +158,24 @@ class Selection:
                 "or {'*': ...} for everything."
             )
         params = parameters_of(params)
-        channels.check_matches("chosen", chosen, channels.paths_of(params))
-        specs = _specs_of_chosen(channel_axes, chosen, channels.paths_of(params))
+        paths = channels.paths_of(params)
+        channels.check_matches("chosen", chosen, paths)
+        specs = _specs_of_chosen(channel_axes, chosen, paths)
         layout = channels.resolve(params, specs, only=tuple(chosen))
         places = _by_pattern(layout, chosen)
-        whole = [layer for layer in layout.layers if _is_whole(places[layer.path])]
-        parts = [layer for layer in layout.layers if not _is_whole(places[layer.path])]
-        frozen = [layer for layer in whole if places[layer.path] is not ...]
+        groups, full, frozen = [], [], []
+        for layer in layout.layers:
+            place = places[layer.path]
+            if place is ...:
+                full.append(layer)
+            elif _is_whole(place):
+                frozen.append(layer)
+            else:
+                groups.append(_chosen_group(layer, place))
         if others == "frozen":
             unnamed = channels.NoChannels.NOT_NAMED
             frozen += [leaf for leaf in layout.leaves if leaf.reason is unnamed]
-        groups = [
-            *(_chosen_group(x, places[x.path]) for x in parts),
-            *whole_group((x for x in whole if places[x.path] is ...), Mode.FULL),
-            *whole_group(frozen, Mode.FROZEN),
-        ]
+        groups += whole_group(full, Mode.FULL) + whole_group(frozen, Mode.FROZEN)
         return cls(tuple(groups), None, layout, others == "frozen")
 
     @property
@@ -441,7 +444,7 @@ def _specs_of_chosen(
     spec = channels.as_specs(channel_axes)
     whole = tuple(pattern for pattern, place in chosen.items() if _is_whole(place))
     if isinstance(spec, channels.SpecTree):
-        covered = (path for path in paths if _covered(path, whole))
+        covered = (path for path in paths if channels.is_covered(whole, path))
         return channels.SpecTree((*spec.specs, *((path, channels.Axes(())) for path in covered)))
     return _ChosenAxes(spec, whole)
 
@@ -451,11 +454,7 @@ def _is_whole(place: Any) -> bool:
     return place is ... or np.size(place) == 0
 
 
-def _covered(path: str, patterns: Iterable[str]) -> bool:
-    return any(channels.covers(pattern, path) for pattern in patterns)
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True)
 class _ChosenAxes:
     """A hashable rule, so that each layout is resolved only once."""
 
@@ -466,7 +465,7 @@ class _ChosenAxes:
         return repr(self.spec)
 
     def __call__(self, path: str, leaf: Any) -> channels.AxisSpec:
-        if _covered(path, self.whole):
+        if channels.is_covered(self.whole, path):
             return channels.Axes(())
         if callable(self.spec):
             return self.spec(path, leaf)

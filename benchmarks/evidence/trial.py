@@ -150,7 +150,7 @@ def peak(program: Program) -> int:
     return peak_bytes(jax.jit(step, donate_argnums=1).lower(*arguments).compile())
 
 
-def functions(program: Program) -> tuple[Compiled, tuple[Any, ...]]:
+def functions(program: Program) -> tuple[tuple[Callable, ...], tuple[Any, ...]]:
     """What `compiled` compiles, and the arguments of a step, of which only shapes matter."""
     task, contender = TASKS[program.task], contender_of(program)
     train = task.split(0).train
@@ -216,7 +216,7 @@ def functions(program: Program) -> tuple[Compiled, tuple[Any, ...]]:
 
     batch = train.take(np.arange(task.batch_size))
     state = jax.eval_shape(initial, numbers)
-    return Compiled(initial, step, predict), (numbers, state, *batch)
+    return (initial, step, predict), (numbers, state, *batch)
 
 
 def mean_flops(program: Program) -> float:
