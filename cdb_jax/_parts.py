@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from cdb_jax.selection import Arrangement, Part
@@ -58,19 +59,29 @@ def take(x: jax.Array, channel: Axes, stack: Axes, part: Part, place: jax.Array)
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)
 def put(
-    x: jax.Array, shape: Axes, channel: Axes, stack: Axes, part: Part, place: jax.Array
+    x: jax.Array,
+    shape: Axes,
+    channel: Axes,
+    stack: Axes,
+    part: Part,
+    place: jax.Array,
+    slots: jax.Array | None = None,
 ) -> jax.Array:
-    """The inverse of `take`: an array of the given shape, with zeros outside the kept part."""
+    """The inverse of `take`: an array of the given shape, with zeros outside the kept part.
+
+    `slots` is that of `Group`, for scattered channels; without it, each layer takes a search.
+    """
     if not channel:
         return x
     if stack:
         inner_shape = tuple(size for axis, size in enumerate(shape) if axis != stack[0])
         inner = _without(stack[0], channel), _without(stack[0], stack[1:])
 
-        def put_into_layer(x: jax.Array, place: jax.Array) -> jax.Array:
-            return put(x, inner_shape, *inner, part, place)
+        def put_into_layer(x: jax.Array, place: jax.Array, slots: jax.Array | None) -> jax.Array:
+            return put(x, inner_shape, *inner, part, place, slots)
 
-        return jax.vmap(put_into_layer, in_axes=(stack[0], 0), out_axes=stack[0])(x, place)
+        axes = (stack[0], 0, 0)
+        return jax.vmap(put_into_layer, in_axes=axes, out_axes=stack[0])(x, place, slots)
     x, axis, order = _merge(x, channel, part.blocks, part.kept)
     match part.arrangement:
         case Arrangement.WINDOW:
@@ -79,8 +90,10 @@ def put(
             x = _put_run(x, axis, part.size, place)
         case Arrangement.SCATTERED:
             # A gather: unlike a scatter, it fuses into the optimizer.
-            every = jnp.arange(part.size, dtype=jnp.int32)
-            x = _pick_channels(x, jnp.zeros((), x.dtype), axis, place, every)
+            if slots is None:
+                nearest, is_kept = _find(place, jnp.arange(part.size, dtype=jnp.int32))
+                slots = jnp.where(is_kept, nearest, np.int32(part.size))
+            x = jnp.take(x, slots, axis=axis, mode="fill", fill_value=0)
     return _split(x, shape, order)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -11,33 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-
-def materialise(
-    f: Callable[[Any], Any], x: Any, *, on_cpu: Callable[[Any], Any] | None = None
-) -> Any:
-    """Returns `f(x)`, which XLA computes only once, not once for every array that depends on it.
-
-    Fused into parameter-sized loops, a draw would be repeated for each weight of a channel, and
-    every layer would be a separate loop to compile: four times the compilation time of AdamW on a
-    ViT-B. The workaround is obsolete once `benchmarks/overhead.py` shows the same
-    compilation time on CPU without it.
-
-    Args:
-      f: a function of a tree of arrays.
-      x: its argument.
-      on_cpu: another function with the same result, which replaces `f` on CPU.
-    """
-
-    def with_barrier(x: Any) -> Any:
-        return jax.lax.optimization_barrier(f(x))
-
-    if not jax.tree.leaves(x):
-        return f(x)
-    compute = on_cpu or f
-    return jax.lax.platform_dependent(
-        x, cpu=lambda x: alone_on_cpu(compute(x)), default=with_barrier
-    )
 
 
 @jax.custom_jvp  # JAX cannot transpose loops of this kind.
@@ -82,13 +54,18 @@ class _Block(NamedTuple):
 def unstack(
     matrices: Sequence[jax.Array], stacks: Sequence[Sequence[tuple[int, ...]]]
 ) -> list[list[jax.Array]]:
-    """Cuts each matrix into blocks of rows, each of which XLA computes once; see `materialise`.
+    """Cuts each matrix into blocks of rows, and has XLA compute each matrix only once.
+
+    Fused into parameter-sized loops, a draw would be repeated for each weight of a channel, and
+    every layer would be a separate loop to compile: four times the compilation time of AdamW on a
+    ViT-B. On a GPU, only the cuts themselves are fused, because each would be a kernel otherwise.
 
     The CPU compiler compiles equal loops only once, but slices from different rows are different
     loops. So on CPU, a block of one row is not sliced but picked by comparing row numbers with a
-    constant: the loops are equal, and the draw for a ViT-S compiles in a third of the time. The
-    workaround is obsolete once `benchmarks/overhead.py` shows the same compilation time on CPU
-    with slices.
+    constant: the loops are equal, and the draw for a ViT-S compiles in a third of the time.
+
+    Both workarounds are obsolete once `benchmarks/overhead.py` shows the same compilation time on
+    CPU without them.
 
     Args:
       matrices: arrays of shape `(rows, ...)` without negative numbers.
@@ -101,12 +78,22 @@ def unstack(
         for shape in shapes:
             start, stop = stop, stop + math.prod(shape)
             blocks.append(_Block(i, start, stop, shape))
-    found = materialise(
-        functools.partial(_cut, blocks, _slice),
-        matrices,
-        on_cpu=functools.partial(_cut, blocks, _pick),
-    )
-    results = iter(found)
+    if not blocks:
+        return [[] for _ in stacks]
+
+    def on_cpu(matrices: Sequence[jax.Array]) -> list[jax.Array]:
+        return alone_on_cpu(_cut(blocks, _pick, matrices))
+
+    def elsewhere(matrices: Sequence[jax.Array]) -> list[jax.Array]:
+        drawn = [x if x.ndim == 1 else jax.lax.optimization_barrier(x) for x in matrices]
+        # The compiler for GPUs joins slices whose starts it reads from one vector into one kernel,
+        # and so would store all activations from which they are taken until the last one is there.
+        return [
+            jax.lax.optimization_barrier(rows) if matrices[block.matrix].ndim == 1 else rows
+            for block, rows in zip(blocks, _cut(blocks, _slice, drawn), strict=True)
+        ]
+
+    results = iter(jax.lax.platform_dependent(matrices, cpu=on_cpu, default=elsewhere))
     return [list(itertools.islice(results, len(shapes))) for shapes in stacks]
 
 

@@ -87,6 +87,15 @@ class Group:
     modes: tuple[Mode, ...] = dataclasses.field(metadata=dict(static=True))
     part: Part | None = dataclasses.field(metadata=dict(static=True))
 
+    @property
+    def slots(self) -> jax.Array:
+        """Where scattered kept channels are stored: int32, shape `(rows, channels)`.
+
+        For a kept channel, its index among those of its layer; for a dropped one, `channels`.
+        """
+        slots = jnp.cumsum(self.keep, axis=1, dtype=jnp.int32) - 1
+        return jnp.where(self.keep, slots, np.int32(self.keep.shape[1]))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

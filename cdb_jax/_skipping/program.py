@@ -18,7 +18,7 @@ from cdb_jax._compiling import Keyed, compiled
 from cdb_jax._kept import KeptPart
 from cdb_jax._skipping import axis_uses, follow, moves, products, roles
 from cdb_jax._xla import alone_on_cpu
-from cdb_jax.selection import Group, Mode, Selection, mask_leaves, per_layer
+from cdb_jax.selection import Arrangement, Group, Mode, Selection, mask_leaves, per_layer
 
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
 
@@ -204,10 +204,16 @@ def _needs(i: int, target: products.Target) -> follow.Needs:
 
 
 class _Drawn(NamedTuple):
-    """The mode of a layer, and where its kept part lies: arrays over its stack."""
+    """The mode of a layer, and where its kept part lies: arrays over its stack.
+
+    Attributes:
+      mode: the `Mode`.
+      place, slots: as in `Group`; `slots` is None unless the kept channels are scattered.
+    """
 
     mode: jax.Array
     place: jax.Array
+    slots: jax.Array | None
 
 
 class _Plan(NamedTuple):
@@ -323,12 +329,17 @@ def _drawn(groups: Sequence[Group]) -> dict[str, _Drawn]:
     """What is drawn for each layer, by path."""
     modes = per_layer([group for group in groups if len(group.modes) > 1], "mode")
     places = per_layer([group for group in groups if group.part], "place")
+    scattered = [
+        group for group in groups if group.part and group.part.arrangement is Arrangement.SCATTERED
+    ]
+    slots = per_layer(scattered, "slots")
     drawn = {}
     for layer in (layer for group in groups for layer in group.layers):
-        if layer.path in modes or layer.path in places:
-            partial = jnp.full(layer.stack_shape, Mode.PARTIAL, jnp.int32)
-            mode = modes.get(layer.path, partial)
-            drawn[layer.path] = _Drawn(mode, places.get(layer.path, jnp.zeros_like(mode)))
+        path = layer.path
+        if path in modes or path in places:
+            mode = modes.get(path, jnp.full(layer.stack_shape, Mode.PARTIAL, jnp.int32))
+            place = places.get(path, jnp.zeros_like(mode))
+            drawn[path] = _Drawn(mode, place, slots.get(path))
     return drawn
 
 
@@ -337,24 +348,24 @@ def _put_back(
 ) -> dict[int, jax.Array]:
     """Expands the gradients of kept parts to the shapes of their weights."""
     expanded = {
-        i: (x, drawn.place)
+        i: (x, drawn.place, drawn.slots)
         for i, x in kept.items()
         if plans[i].target.is_compact and (drawn := plans[i].drawn)
     }
     if not expanded:
         return kept
 
-    def put(operands: dict[int, tuple[jax.Array, ...]]) -> dict[int, jax.Array]:
+    def put(operands: dict[int, tuple[Any, ...]]) -> dict[int, jax.Array]:
         full = {}
-        for i, (x, place) in operands.items():
+        for i, (x, place, slots) in operands.items():
             leaf, part = plans[i].leaf, plans[i].target.part
             assert part is not None
-            full[i] = parts.put(x, leaf.shape, leaf.channel, leaf.stack, part, place)
+            full[i] = parts.put(x, leaf.shape, leaf.channel, leaf.stack, part, place, slots)
         return full
 
     # This is best done in the loops of the optimizer, where it costs no memory traffic. On CPU, the
     # compiler would repeat it several times per entry there, more slowly than in a separate loop.
-    def put_on_any(operands: dict[int, tuple[jax.Array, ...]]) -> dict[int, jax.Array]:
+    def put_on_any(operands: dict[int, tuple[Any, ...]]) -> dict[int, jax.Array]:
         return jax.lax.platform_dependent(operands, cpu=lambda x: alone_on_cpu(put(x)), default=put)
 
     def specs() -> dict[int, Any]:
