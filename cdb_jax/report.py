@@ -99,7 +99,9 @@ class ChannelReport(NamedTuple):
     summary: str
     savings: Savings
 
-    def __str__(self) -> str:
+    @property
+    def cells(self) -> list[list[str]]:
+        """The table as text: its headings, and then one line for each leaf."""
         header = ["path", "shape", "channel axis", "stack axis", "channels", "kept", "note"]
         if any(row.gradient for row in self.rows):
             header.append("gradient")
@@ -116,11 +118,14 @@ class ChannelReport(NamedTuple):
             ][: len(header)]
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-        lines = [header, ["-" * width for width in widths], *cells]
+        return [header, *cells]
+
+    def __str__(self) -> str:
+        header, *lines = self.cells
+        widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
+            for line in (header, ["-" * width for width in widths], *lines)
         ]
         return "\n".join([*table, self.summary, str(self.savings)])
 

@@ -15,6 +15,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
 from scipy import stats
 
+from cdb_jax.report import ChannelReport
 from run_folder import STEP_METRICS, Row
 
 matplotlib.use("Agg")  # Draws to files; no display is needed.
@@ -139,6 +140,17 @@ def percent(values: np.ndarray, sign: str = "") -> str:
     """The mean and its interval as text, in percent or percentage points."""
     mean, half = mean_interval(100 * values)
     return f"{mean:{sign}.2f}" + (f" ± {half:.2f}" if len(values) > 1 else "")
+
+
+def show_report(out: Console, report: ChannelReport) -> None:
+    """Prints what a method can drop; in a list if the terminal is too narrow for the table."""
+    lines = str(report).splitlines()
+    if not out.is_terminal or len(lines[1]) <= out.width:
+        out.print(*lines, sep="\n", soft_wrap=True)
+        return
+    header, *rows = report.cells
+    out.print(ResultsTable("channels", header, rows))
+    out.print(report.summary, str(report.savings), sep="\n")
 
 
 class ResultsTable:

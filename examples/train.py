@@ -315,7 +315,7 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
         if not brief:
             out.print(processes.device_summary(), soft_wrap=True)
         if job.report and not brief:
-            out.print(str(job.report), soft_wrap=True)
+            display.show_report(out, job.report)
         step, state = run.restore(initial(), job.epochs)
         del initial  # It holds the pretrained weights, which are in the state.
         if job.loaded and step == 0 and not brief:

@@ -2,10 +2,12 @@
 
 import re
 
+import jax.numpy as jnp
 import matplotlib.figure
 import pytest
 from rich.console import Console
 
+import cdb_jax
 import display
 
 ROW = {
@@ -91,3 +93,19 @@ def test_long_names_do_not_cover_the_curves(monkeypatch):
     assert figure._suptitle.get_window_extent().width <= figure.bbox.width
     several = drawn(monkeypatch, {"none": [rows], "cdb": [rows]}, "digits")
     assert several.axes[1].get_legend()
+
+
+@pytest.mark.parametrize("width", [40, 200])
+def test_a_report_fits_the_terminal(width):
+    params = {"dense": {"kernel": jnp.zeros((2, 4)), "bias": jnp.zeros(4)}}
+    report = cdb_jax.channel_report(params, cdb_jax.Policy(0.5, key=0, channel_choice="exact"))
+    console = Console(width=width, markup=False, highlight=False, force_terminal=True)
+    with console.capture() as capture:
+        display.show_report(console, report)
+    text = capture.get()
+    assert max(map(len, text.splitlines())) <= width
+    entries = [cell for line in report.cells[1:] for cell in line]
+    words = " ".join([*entries, report.summary, str(report.savings)]).split()
+    assert set(words) <= set(text.split())
+    if width == 200:
+        assert text == f"{report}\n"
