@@ -116,7 +116,8 @@ class Task:
         losses = optax.softmax_cross_entropy_with_integer_labels(model(images), labels)
         return losses.mean(), nnx.split(model, nnx.Param, ...)[2]
 
-    def step(self, variant: Variant | None) -> Step:
+    def training_step(self, variant: Variant | None) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """A step, and its arguments but for the number of the step; None computes all gradients."""
         tx = self.tx
         if variant and not variant.skips:
             tx = optax.chain(cdb_jax.channel_drop_back(variant.policy), tx)
@@ -139,7 +140,10 @@ class Task:
             return optax.apply_updates(params, updates), opt_state, rest, loss
 
         state = tx.init(self.params)
-        arguments = (self.params, state, self.rest, self.images, self.labels)
+        return train, (self.params, state, self.rest, self.images, self.labels)
+
+    def step(self, variant: Variant | None) -> Step:
+        train, arguments = self.training_step(variant)
         lowered = jax.jit(train).lower(*arguments, jnp.int32(0))
         start = time.perf_counter()
         compiled = lowered.compile()

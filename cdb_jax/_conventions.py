@@ -109,7 +109,7 @@ def _unwrapped(path: str) -> list[str]:
 
 
 class Tree:
-    """What the arrays of a tree say about each other: biases about weights."""
+    """The shapes of a tree's arrays, by path, and what biases reveal about weights."""
 
     def __init__(self, shapes: Mapping[str, Shape]):
         self.shapes = shapes
@@ -179,8 +179,6 @@ def channel_axes(
     roles = _roles(path, inner, tree, () if stack else tree.bias_shape(path))
     if isinstance(roles, NoChannels):
         return roles
-    if roles is None:
-        return NoChannels.UNSETTLED
     axes = roles.outputs if direction == "output" else roles.inputs
     if direction == "input" and math.prod(inner[axis] for axis in axes) == 1:
         return NoChannels.ONE_INPUT
@@ -212,34 +210,29 @@ def _is_table(path: str, shape: Shape) -> bool:
     return len(shape) == 2 and name in _TABLES or bool(by_layer and "patch" not in layer.lower())
 
 
-def _roles(path: str, shape: Shape, tree: Tree, bias: Shape) -> Roles | NoChannels | None:
-    """The axes of a weight, or None if nothing settles them."""
+def _roles(path: str, shape: Shape, tree: Tree, bias: Shape) -> Roles | NoChannels:
+    """The axes of a weight, or why they are unknown."""
     layer, name = last_names(path)
     if _UNCLEAR.search(name):
-        return None
+        return NoChannels.UNSETTLED
     known = _known(layer, name, len(shape))
     inner = _known(layer, name, len(shape) - 1)
-    found = _by_bias(shape, bias, inner, name)
-    if not found and bias[-1:] == (1,):  # Equinox convolutions: (out, 1, 1).
-        found = _by_bias(shape, _without_ones(bias), inner, name)
+    found = _by_bias(shape, bias, inner, name) or _by_bias(shape, _without_ones(bias), inner, name)
     if known and len(found) <= 1:
         fits = not bias or math.prod(shape[axis] for axis in known.outputs) == math.prod(bias)
-        is_stacked = bool(found) and bool(found[0].stack) and not fits
-        if not found or (fits and not is_stacked):
+        if not found or fits:
             is_square = len(shape) == 2 and shape[0] == shape[1]
             return NoChannels.CONTRADICTED if is_square and tree.has_transposed else known
     if len(found) == 1:
         return found[0]
-    if found or known:
-        return None
-    if _EINSUM.search(layer) or _EINSUM.search(name):
-        return None
+    if found or _EINSUM.search(layer) or _EINSUM.search(name):
+        return NoChannels.UNSETTLED
     if len(shape) == 2:
         return Roles((1,), (0,), is_default=True)
     is_image = bool(_IMAGE.search(layer)) or shape[0] <= 7
     if len(shape) == 4 and shape[0] == shape[1] and is_image and shape[0] <= 32:
         return Roles((2,), (3,)) if shape[3] == 1 < shape[2] else Roles((3,), (2,))
-    return None
+    return NoChannels.UNSETTLED
 
 
 def _known(layer: str, name: str, rank: int) -> Roles | None:
@@ -272,7 +265,7 @@ def _by_bias(shape: Shape, bias: Shape, inner: Roles | None, name: str) -> list[
     found = []
     if 0 < size < rank and bias == shape[-size:]:
         is_image = rank >= 4 and size == 1 and shape[0] == shape[1]
-        inputs = (rank - 2,) if rank == 2 or is_image else tuple(range(rank - size))
+        inputs = (rank - 2,) if is_image else tuple(range(rank - size))
         found.append(Roles(tuple(range(rank - size, rank)), inputs))
     elif size == 1 and bias[0] == shape[0]:
         found.append(Roles((0,), (1,)))
@@ -294,7 +287,7 @@ def _ends_with(shape: Shape, end: Shape) -> bool:
 
 
 def _without_ones(shape: Shape) -> Shape:
-    """A shape without trailing ones."""
+    """A shape without the trailing ones of the biases of Equinox convolutions: (out, 1, 1)."""
     while len(shape) > 1 and shape[-1] == 1:
         shape = shape[:-1]
     return shape

@@ -30,23 +30,19 @@ if TYPE_CHECKING:
     from cdb_jax.policy import Policy
 
 
-CONTIGUOUS = ("window", "chunk")  # Choices that keep a run of channels, and draw its place only.
+CONTIGUOUS = ("window", "chunk")  # They keep a contiguous block, so only its start is drawn.
 
 
-@compiled
-def draw_once(layout: channels.Layout, policy: Policy, step: jax.Array) -> Selection:
-    """`draw`, which runs as one compiled program outside `jit`."""
-    return draw(policy, layout, step)
-
-
-def draw(policy: Policy, layout: channels.Layout, step: jax.typing.ArrayLike) -> Selection:
+def draw(layout: channels.Layout, policy: Policy, step: jax.typing.ArrayLike) -> Selection:
     """Draws which channels of the layers of a layout learn in a step."""
     check_layers(policy, layout)
     groups = _draw_groups(policy, layout, _settings_at(policy, jnp.asarray(step)))
-    if policy.freezes_others:
-        frozen = (leaf for leaf in layout.leaves if is_frozen(policy, leaf))
-        groups += whole_group(frozen, Mode.FROZEN)
+    frozen = (leaf for leaf in layout.leaves if is_frozen(policy, leaf))
+    groups += whole_group(frozen, Mode.FROZEN)
     return Selection(tuple(groups), policy, layout, policy.freezes_others)
+
+
+draw_once = compiled(draw)  # Outside `jit`, it runs as one compiled program.
 
 
 def is_frozen(policy: Policy, leaf: channels.Leaf) -> bool:
@@ -64,9 +60,9 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
                 f"window_groups={groups} does not divide the {layer.channels} channels of "
                 f"{layer.path!r}; use a divisor, or exempt the leaf."
             )
-    depths: dict[str, channels.Leaf] = {}
+    first_of_block: dict[str, channels.Leaf] = {}
     for layer in layout.layers:
-        first = depths.setdefault(block_of(policy, layer), layer)
+        first = first_of_block.setdefault(block_of(policy, layer), layer)
         if first.stack_shape != layer.stack_shape:
             raise ValueError(
                 f"blocks={policy.blocks!r}: {first.path!r} and {layer.path!r} are in one block but "
@@ -77,20 +73,20 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
         channels.check_matches("blocks", policy.blocks, [layer.path for layer in layout.layers])
     if policy.layer_choice != "exact":
         return
-    total = sum(layer.depth for layer in depths.values())
-    if depths and policy.layers_picked > total:
+    total = sum(layer.depth for layer in first_of_block.values())
+    if first_of_block and policy.layers_picked > total:
         raise ValueError(
             f"num_layers={policy.num_layers} is more than this tree has: {total} (a block counts "
             "as one layer); use a smaller number. If layers are stacked in one array, tell "
             "the stack axis: Axes(..., stack=0) in channel_axes, or a preset's stack={'blocks': 0}."
         )
-    if layout.partial and depths and policy.layers_picked > 1:
+    if layout.partial and first_of_block and policy.layers_picked > 1:
         raise ValueError(
             f"num_layers={policy.num_layers} picks from the whole model, but this tree is only a "
             "part of it (it has MaskedNodes, or the policy has a root); use the whole tree, with "
             "the leaves that always learn in exempt, or num_layers=1."
         )
-    paths = set(depths)
+    paths = set(first_of_block)
     if isinstance(policy.layer_weights, str):
         if layout.partial and paths:
             raise ValueError(
@@ -142,11 +138,10 @@ def _arrangement(policy: Policy, rate: float | jax.Array, size: int) -> Arrangem
 
 def expected_shares(policy: Policy, layout: channels.Layout) -> dict[str, float | None]:
     """The share of each layer that learns in an average step, by path; None if it is not fixed."""
-    layers = sorted(layout.layers, key=lambda layer: (layer.channels, layer.path))
     if not isinstance(policy.rate, float) or not isinstance(policy.layer_rate, float):
-        return dict.fromkeys([layer.path for layer in layers])
+        return dict.fromkeys([layer.path for layer in layout.layers])
     shares: dict[str, float | None] = {}
-    for layer, chance in zip(layers, _chances(policy, layers), strict=True):
+    for layer, chance in zip(layout.layers, _chances(policy, layout.layers), strict=True):
         groups = policy.window_groups or 1
         kept = num_kept(policy.rate, layer.channels // groups)
         masked = 1.0 - policy.layer_rate * (1.0 - int(kept) * groups / layer.channels)
@@ -316,7 +311,7 @@ def _scales(
     ones = jnp.ones(survival.shape, jnp.float32)
     if policy.rescale == "realized":
         return _inverse(jnp.mean(kept.keep, axis=1, dtype=jnp.float32)), ones
-    # With rate 1, whole layers are frozen, and those that learn make up for it.
+    # At rate 1, masked layers are frozen as a whole, and the layers that learn are scaled instead.
     when_whole = jnp.where(rate >= 1.0, _inverse(survival), ones)
     return _inverse(jnp.asarray(kept.probability, jnp.float32)), when_whole
 

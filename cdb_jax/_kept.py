@@ -228,11 +228,10 @@ class KeptPart:
 
     def with_places(self, held: jax.Array) -> KeptPart:
         """A part of the same size in the places that a vector holds."""
-        leaves = jax.tree.leaves(self.places)
+        leaves, structure = jax.tree.flatten(self.places)
         stops = np.cumsum([x.size for x in leaves]).tolist()
         vectors = [held[stop - x.size : stop] for x, stop in zip(leaves, stops, strict=True)]
         places = [v.reshape(x.shape) for v, x in zip(vectors, leaves, strict=True)]
-        structure = jax.tree.structure(self.places)
         return dataclasses.replace(self, places=jax.tree.unflatten(structure, places))
 
     @property

@@ -227,13 +227,13 @@ def _parts_of(updates: Any, root: str) -> tuple[dict[str, list[Any]], list[str],
     """
 
     def is_empty(x: Any) -> bool:
-        return x is None or _is_masked(x)
+        return x is None or is_masked(x)
 
     arrays: dict[str, list[Any]] = collections.defaultdict(list)
     masked, absent = [], []
     for keys, x in jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_empty):
         path = canonical_path(keys, root)
-        if _is_masked(x):
+        if is_masked(x):
             masked.append(path)
         elif x is None:
             absent.append(path)
@@ -377,11 +377,6 @@ def _check_ids(paths: Sequence[str]) -> None:
             )
 
 
-def paths_of(tree: Any) -> list[str]:
-    """The canonical path of each leaf of a tree."""
-    return [canonical_path(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-
 def check_matches(name: str, patterns: Iterable[str], paths: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(covers(pattern, path) for path in paths):
@@ -399,7 +394,8 @@ def _shorten(paths: Collection[str], most: int = 12) -> str:
 # Specs: what the user says about a tree, as one spec per leaf.
 
 
-def _is_masked(x: Any) -> bool:
+def is_masked(x: Any) -> bool:
+    """Whether a node is what `optax.masked` puts in place of a leaf."""
     return isinstance(x, optax.MaskedNode)
 
 
@@ -427,7 +423,7 @@ def as_specs(channel_axes: ChannelAxes) -> AxisSpec | Rule | SpecTree:
     if callable(channel_axes) and jax.tree_util.all_leaves([channel_axes]):
         return channel_axes
     pairs = jax.tree_util.tree_leaves_with_path(channel_axes, is_leaf=_is_spec)
-    specs = {canonical_path(keys): spec for keys, spec in pairs if not _is_masked(spec)}
+    specs = {canonical_path(keys): spec for keys, spec in pairs if not is_masked(spec)}
     for path, spec in specs.items():
         _check_spec(spec, f"the tree of specs has {spec!r} at {path!r}")
     return SpecTree(tuple(specs.items()))

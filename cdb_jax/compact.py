@@ -162,11 +162,8 @@ def _are_kept(updates: Any, params: Any, root: str, selection: Given) -> bool:
     if isinstance(selection, Selection) and params is None:
         expected = {leaf.path: leaf.shape for leaf in selection.layout.leaves}
 
-    def is_masked(x: Any) -> bool:
-        return isinstance(x, optax.MaskedNode)
-
-    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_masked)
-    masked = {channels.canonical_path(keys, root) for keys, x in leaves if is_masked(x)}
+    leaves = jax.tree.leaves_with_path(updates, is_leaf=channels.is_masked)
+    masked = {channels.canonical_path(keys, root) for keys, x in leaves if channels.is_masked(x)}
     found: dict[str, Any] = dict.fromkeys(masked, "no array")
     found |= channels.shapes_by_path(updates, root)
     for path, shape in found.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -92,8 +92,10 @@ def drop_backward(
         raise ValueError("rate is missing: scale_by_keep=True divides by 1 - rate.")
     if kept is None:
         assert rate is not None
-        if is_exactly(rate, 0.0, 1.0):
-            return branch(*args) if rate == 0.0 else _constant(branch, args)
+        if is_exactly(rate, 0.0):
+            return branch(*args)
+        if is_exactly(rate, 1.0):
+            return jax.tree.map(jax.lax.stop_gradient, branch(*args))
         kept = draw_kept(rate, key, (), "rngs.drop_backward()")
     kept = _check_kept(kept)
     if not scale_by_keep:
@@ -200,10 +202,6 @@ def _varying(results: list[Any], kept: jax.Array) -> list[Any]:
 
 def _is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _constant(branch: Callable[..., Any], args: Sequence[Any]) -> Any:
-    return jax.tree.map(jax.lax.stop_gradient, branch(*args))
 
 
 def _check_kept(kept: Any) -> jax.Array:

@@ -55,8 +55,7 @@ class Backdrop(nn.Module):
         rate = check_call_rate(self.rate)
         needs_key = mask is None and not is_exactly(rate, 0.0)
         key = self.make_rng(self.rng_collection) if needs_key else None
-        settings = dict(axes=self.axes, sample_axes=self.sample_axes)
-        return backdrop(x, rate, key=key, mask=mask, **settings)
+        return backdrop(x, rate, key=key, mask=mask, axes=self.axes, sample_axes=self.sample_axes)
 
 
 class DropPath(nn.Module):
@@ -195,11 +194,11 @@ class DropBackward(nn.Module):
         settings: Any = dict(rate=rate, key=key, kept=kept, scale_by_keep=self.scale_by_keep)
 
         def lifted(function: Callable[..., Any], scope: Any, *args: Any) -> Any:
-            def inner(scope_of: Any, repack: Any, variables: Any, rngs: Any) -> Any:
+            def inner(scope_fn: Any, repack_fn: Any, variables: Any, rngs: Any) -> Any:
                 def pure(variables: Any, *args: Any) -> Any:
-                    scope = scope_of(variables, rngs)
+                    scope = scope_fn(variables, rngs)
                     results = function(scope, *args)
-                    return results, repack(scope)
+                    return results, repack_fn(scope)
 
                 if is_plain:
                     return pure(variables, *args)

@@ -184,16 +184,14 @@ def _of_parameters(f: Callable[..., Any], model: nnx.Module) -> tuple[Callable[.
 
 def _changes(given: Any, params: Any) -> Any:
     """The parameters with None in place of those that were given: results cost memory traffic."""
-    known = dict(jax.tree_util.tree_leaves_with_path(given))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: None if known.get(path) is x else x, params
-    )
+    known = dict(jax.tree.leaves_with_path(given))
+    return jax.tree.map_with_path(lambda path, x: None if known.get(path) is x else x, params)
 
 
 def _filled(given: Any, changed: Any) -> Any:
     """The inverse of `_changes`."""
-    known = dict(jax.tree_util.tree_leaves_with_path(given))
-    return jax.tree_util.tree_map_with_path(
+    known = dict(jax.tree.leaves_with_path(given))
+    return jax.tree.map_with_path(
         lambda path, x: known[path] if x is None else x, changed, is_leaf=lambda x: x is None
     )
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +32,6 @@ LayerWeights = Literal["uniform", "size"] | Mapping[str, float] | tuple[tuple[st
 OtherLayers = Literal["full", "frozen"]
 ChannelChoice = Literal["bernoulli", "exact", "window", "chunk"]
 Rescale = Literal["none", "expected", "realized"]
-
-_CHOICES = {
-    "layer_choice": ("bernoulli", "exact"),
-    "other_layers": ("full", "frozen"),
-    "channel_choice": ("bernoulli", "exact", "window", "chunk"),
-    "rescale": ("none", "expected", "realized"),
-}
 
 
 @jax.tree_util.register_pytree_node_class
@@ -141,8 +134,10 @@ class Policy:
     _arrays: ClassVar[tuple[str, ...]] = ()  # The settings that are leaves of the pytree.
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
+        check_choice("layer_choice", self.layer_choice, get_args(LayerChoice))
+        check_choice("other_layers", self.other_layers, get_args(OtherLayers))
+        check_choice("channel_choice", self.channel_choice, get_args(ChannelChoice))
+        check_choice("rescale", self.rescale, get_args(Rescale))
         if not isinstance(self.share_with_bias, bool):
             raise TypeError(f"share_with_bias must be a bool, got {self.share_with_bias!r}.")
         if not isinstance(self.root, str):
@@ -191,7 +186,10 @@ class Policy:
                     f"{name}={getattr(self, name)!r} needs {choice}="
                     f"{' or '.join(map(repr, needed))}, got {choice}={getattr(self, choice)!r}."
                 )
-        if self.channel_choice == "chunk" and not self._fits_chunks:
+        is_fraction = isinstance(self.rate, float) and (
+            self.rate == 1.0 or _draw.num_chunks(self.rate) is not None
+        )
+        if self.channel_choice == "chunk" and not is_fraction:
             raise ValueError(
                 f"rate={short(self.rate)}: channel_choice='chunk' keeps one of m chunks; use a "
                 "Python number 1 - 1/m, such as 0.5, 0.75 or 0.875, or channel_choice='window'."
@@ -201,12 +199,6 @@ class Policy:
                 f"layer_weights={self.layer_weights!r} picks a single layer, got num_layers="
                 f"{self.num_layers}; use layer_weights='uniform'."
             )
-
-    @property
-    def _fits_chunks(self) -> bool:
-        if not isinstance(self.rate, float):
-            return False
-        return self.rate == 1.0 or _draw.num_chunks(self.rate) is not None
 
     def select(self, params: Any, step: jax.typing.ArrayLike) -> Selection:
         """Draws which channels learn in a step.

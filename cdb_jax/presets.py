@@ -216,8 +216,8 @@ def by_epoch(
 ) -> optax.Schedule:
     """Turns a schedule of epochs into a schedule of steps, where epochs differ in length.
 
-    With larger batches in every `n`-th epoch, steps are no measure of how much of the training is
-    done. This passes the number of epochs, with a fraction, to `schedule`.
+    With larger batches in every `n`-th epoch, the number of steps does not show how much of the
+    training is done. This passes the number of epochs, with a fraction, to `schedule`.
 
     Args:
       schedule: a function of a float32 number of epochs.
@@ -338,7 +338,7 @@ def lisa(
     compute no other weight gradients. Only blocks that are stacked (scanned) save state: unrolled
     blocks have separate leaves, any of which may be picked, so each has full state.
 
-    The paper picks blocks at random and keeps embeddings and head on. We could not confirm how many
+    The paper picks blocks at random and always trains the embeddings and the head. We could not confirm how many
     blocks it picks, and for how many steps: `num_layers` and `hold` are examples to start from.
 
     Args:

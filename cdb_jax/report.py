@@ -247,10 +247,8 @@ def _bytes(tree: Any) -> int:
 
 
 def _row(leaf: channels.Leaf, policy: Policy) -> ChannelRow:
-    if leaf.layer is None:
-        return ChannelRow(
-            leaf.path, leaf.shape, (), (), None, "all", leaf.reason.value if leaf.reason else ""
-        )
+    if leaf.reason:
+        return ChannelRow(leaf.path, leaf.shape, (), (), None, "all", leaf.reason.value)
     note = "" if leaf.layer == leaf.path else f"follows {leaf.layer}"
     if leaf.is_default:
         note = "the last axis, by default"
@@ -284,9 +282,9 @@ def _summary(layout: channels.Layout, policy: Policy) -> str:
     if policy.layer_choice == "exact":
         noun = "blocks" if policy.blocks else "layers"
         # For a part of a model, the total is unknown.
-        every = sum(_draw.depth_of_blocks(policy, layout.layers).values())
+        total_layers = sum(_draw.depth_of_blocks(policy, layout.layers).values())
         picked = f"{noun} a step: {policy.layers_picked}"
-        picked += ", " if layout.partial else f" of {every}, "
+        picked += ", " if layout.partial else f" of {total_layers}, "
     what = f"rate {rate}, {policy.channel_choice} channels"
     if isinstance(policy.rate, float) and policy.rate == 0.0:
         what = "all channels"

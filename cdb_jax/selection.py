@@ -167,7 +167,7 @@ class Selection:
                 "or {'*': ...} for everything."
             )
         params = parameters_of(params)
-        paths = channels.paths_of(params)
+        paths = [channels.canonical_path(keys) for keys, _ in jax.tree.leaves_with_path(params)]
         channels.check_matches("chosen", chosen, paths)
         specs = _specs_of_chosen(channel_axes, chosen, paths)
         layout = channels.resolve(params, specs, only=tuple(chosen))
@@ -194,7 +194,6 @@ class Selection:
         float32, shape `(*stack, channels)`: 0 for a dropped channel, 1 or the factor of `rescale`
         for a kept one. A leaf that is frozen or learns as a whole has shape `(1,)`.
         """
-
         return _factors_once(self.layout, self.groups)
 
     @property
@@ -232,12 +231,8 @@ class Selection:
                  [0., 1., 0., 1.]], dtype=float32)}
         """
         leaves, treedef = jax.tree.flatten(tree)
-        layout = self.layout_of(tree)
+        layout = channels.same_layout(tree, self.layout)
         return jax.tree.unflatten(treedef, _mask_once((layout, rescale), self.groups, leaves))
-
-    def layout_of(self, tree: Any) -> channels.Layout:
-        """The leaves of a tree as this selection knows them; see `mask`."""
-        return channels.same_layout(tree, self.layout)
 
 
 def check_selection(selection: Any) -> Selection:
@@ -459,7 +454,7 @@ def _specs_of_chosen(
 
 
 def _is_whole(place: Any) -> bool:
-    """Whether all channels are chosen, by `...`, or none is."""
+    """Whether a choice is `...`, which means all channels, or empty."""
     return place is ... or np.size(place) == 0
 
 

@@ -8,13 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cdb_jax._checks import (
-    check_bool,
-    check_call_key,
-    check_call_rate,
-    is_exactly,
-    is_int,
-)
+from cdb_jax._checks import check_bool, check_call_key, check_call_rate, is_exactly, is_int
 from cdb_jax._scaling import scale
 
 

@@ -105,7 +105,7 @@ def channel_drop_back(
     References:
       ChannelDropBack, `arXiv 2411.10891 <https://arxiv.org/abs/2411.10891>`_, ICPR 2024.
     """
-    # All arguments, by name.
+    # Here, `locals()` holds exactly the arguments.
     policy = _as_policy(**locals())
 
     def init_fn(params: Any) -> ChannelDropBackState:
@@ -156,7 +156,7 @@ def layout_and_source(
     several = given if isinstance(given, (tuple, list)) else (given,)
     for selection in map(check_selection, several):
         if selection.policy is None or policy.draws_like(selection.policy):
-            return selection.layout_of(updates), selection
+            return channels.same_layout(updates, selection.layout), selection
     raise ValueError(
         "selection: it was drawn from another policy than that of channel_drop_back, "
         "freeze_dropped or compact, so each would drop different channels; use the same Policy "
@@ -173,7 +173,7 @@ def advance(
 
     Also returns the next count and the dropped fraction.
     """
-    selection = source if isinstance(source, Selection) else _draw.draw(source, layout, count)
+    selection = source if isinstance(source, Selection) else _draw.draw(layout, source, count)
     fraction = fraction_of(selection.groups, layout)
     return selection.groups, optax.safe_increment(count), fraction
 

@@ -324,10 +324,8 @@ def _resized(
     """Slices, pads and concatenations: other sizes along the same axes; size 1 is an index."""
     if eqn.primitive is primitives.concatenate_p and any(fact.is_data for fact in facts):
         return []  # Tokens, not weights.
-    old_shapes, new_shape = (
-        [shape_of(v) for v in eqn.invars],
-        shape_of(eqn.outvars[result]),
-    )
+    old_shapes = [shape_of(v) for v in eqn.invars]
+    new_shape = shape_of(eqn.outvars[result])
     origins = []
     for fact, old_shape in zip(facts, old_shapes, strict=True):
         for origin in fact.origins:

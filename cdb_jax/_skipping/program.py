@@ -100,7 +100,7 @@ def trace(call: Callable[[Any], Any], params: Any, selection: Selection, has_aux
     closed, shapes = jax.make_jaxpr(checked, return_shape=True)(params)
     jaxpr, consts = jaxprs.opened(closed)
     jaxpr = jaxpr.replace(constvars=(), invars=[*jaxpr.constvars, *jaxpr.invars])
-    layout = selection.layout_of(params)
+    layout = channels.same_layout(params, selection.layout)
     if any(leaf.convention for leaf in layout.layers):
         _check_names(layout, jaxpr, consts, jax.tree.leaves(params))
     return Traced(
