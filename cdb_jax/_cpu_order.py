@@ -25,7 +25,7 @@ SLOW_IN_CONDITIONALS: Primitives = (dot_general_p, conv_general_dilated_p)
 
 
 def reordered(f: Callable[..., Any], slow: Primitives) -> Callable[..., Any]:
-    """Returns `f`, but on CPU, operations named in `slow` get their axes in the order that is fast.
+    """Returns `f`, but on CPU, the primitives in `slow` get their axes in the order that is fast.
 
     Nested `jit` and `jax.checkpoint` join the operations around them. So use this for gradients
     that need no gradient themselves, and not where XLA could merge what a checkpoint recomputes
@@ -58,25 +58,23 @@ def _evaluate(
 
     for eqn in program.eqns:
         operands = [read(v) for v in eqn.invars]
-        if _is_slow(eqn, slow):
-            results = [_IN_ORDER[eqn.primitive](eqn, *operands)]
-        elif eqn.primitive in (jit_p, remat_p) and _has_slow(eqn.params["jaxpr"], slow):
-            results = _evaluate(*jaxprs.opened(eqn.params["jaxpr"]), operands, slow)
-        else:
+        if not _is_slow(eqn, slow):
             results = jaxprs.apply(eqn, program, operands)
+        elif eqn.primitive in _IN_ORDER:
+            results = [_IN_ORDER[eqn.primitive](eqn, *operands)]
+        else:
+            results = _evaluate(*jaxprs.opened(eqn.params["jaxpr"]), operands, slow)
         values.update(zip(eqn.outvars, results, strict=True))
     return [read(v) for v in program.outvars]
 
 
 def _has_slow(program: Any, slow: Primitives) -> bool:
-    return any(
-        _is_slow(eqn, slow)
-        or (eqn.primitive in (jit_p, remat_p) and _has_slow(eqn.params["jaxpr"], slow))
-        for eqn in jaxprs.opened(program)[0].eqns
-    )
+    return any(_is_slow(eqn, slow) for eqn in jaxprs.opened(program)[0].eqns)
 
 
 def _is_slow(eqn: core.JaxprEqn, slow: Primitives) -> bool:
+    if eqn.primitive in (jit_p, remat_p):
+        return _has_slow(eqn.params["jaxpr"], slow)
     if eqn.primitive is dot_general_p and len(eqn.params["dimension_numbers"][0][0]) < 2:
         return False
     return eqn.primitive in slow

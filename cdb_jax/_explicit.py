@@ -42,8 +42,7 @@ def plain(array_type: Any) -> Any:
 def num_shards(sharding: NamedSharding, axes: tuple[int, ...]) -> int:
     """The number of shards along some axes of an array."""
     names = [sharding.spec[axis] for axis in axes if axis < len(sharding.spec)]
-    flat = [x for name in names for x in (name if isinstance(name, tuple) else (name,))]
-    return math.prod(sharding.mesh.shape[name] for name in flat if name is not None)
+    return math.prod(sharding.mesh.shape[name] for name in jax.tree.leaves(names))
 
 
 def part_spec(array: Any, channel: tuple[int, ...], part: Part | None) -> PartitionSpec:
@@ -73,7 +72,5 @@ def call(f: Callable[..., Any], out_spec: Callable[[], Any], *args: Any) -> Any:
     mesh = mesh_of(args)
     if mesh is None:
         return f(*args)
-    sharding = jax.tree.map(
-        lambda x: NamedSharding(mesh, x), out_spec(), is_leaf=lambda x: isinstance(x, PartitionSpec)
-    )
+    sharding = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out_spec())
     return jax.sharding.auto_axes(f, out_sharding=sharding)(*args)

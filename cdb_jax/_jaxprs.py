@@ -17,11 +17,14 @@ import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives
 
+from cdb_jax._compiling import Keyed
+
+ARRAYS = (jax.Array, np.ndarray, np.generic)
 Atom = core.Var | core.Literal  # What an equation reads.
 
 PRODUCTS = (primitives.dot_general_p, primitives.conv_general_dilated_p)
 
-# The names of operations on corresponding entries; operands without axes go with every entry.
+# The names of operations on corresponding entries; a scalar operand applies to every entry.
 ELEMENTWISE = frozenset(
     "abs add atan2 cbrt ceil clamp complex conj convert_element_type copy copy_p cos cosh div erf "
     "erf_inv exp exp2 expm1 floor imag integer_pow log log1p logistic max min mul name neg pow "
@@ -80,7 +83,7 @@ def type_of(v: Atom) -> jax.ShapeDtypeStruct:
 
 
 def shape_of(v: Atom) -> tuple[int, ...]:
-    """The shape of an array; empty for what is none, such as a token."""
+    """The shape of an array; `()` for anything else, such as a token."""
     return tuple(getattr(v.aval, "shape", ()))
 
 
@@ -134,7 +137,7 @@ def identity(x: Any) -> Hashable:
     """
     if isinstance(opened(x)[0], core.Jaxpr):
         jaxpr, consts = opened(x)
-        return _identity_of_program(jaxpr), tuple(map(_Same, consts))
+        return _identity_of_program(jaxpr), tuple(Keyed(id(c), c) for c in consts)
     if isinstance(x, (tuple, list)):
         return type(x), tuple(map(identity, x))
     if isinstance(x, dict):
@@ -142,7 +145,7 @@ def identity(x: Any) -> Hashable:
     try:
         hash(x)
     except TypeError:
-        return _Same(x)
+        return Keyed(id(x), x)  # Which keeps the object alive.
     return type(x), x  # 1 and True are equal.
 
 
@@ -171,16 +174,3 @@ def _identity_of_program(jaxpr: core.Jaxpr) -> Hashable:
         for eqn in jaxpr.eqns
     )
     return inputs, equations, tuple(named(v) for v in jaxpr.outvars)
-
-
-class _Same:
-    """Compares an object by identity, and keeps it alive."""
-
-    def __init__(self, x: Any):
-        self.x = x
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.x is other.x
-
-    def __hash__(self) -> int:
-        return id(self.x)

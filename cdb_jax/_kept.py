@@ -22,8 +22,6 @@ from cdb_jax._xla import alone_on_cpu
 from cdb_jax.policy import Policy
 from cdb_jax.selection import Arrangement, Group, Mode, Part, broadcastable, per_layer
 
-EntryAxes = Sequence[int | None]  # For each axis of an array, that of the leaf.
-
 
 class Place(NamedTuple):
     """Where the kept part of a leaf lies. All arrays are int32, so that one vector can hold them.
@@ -138,11 +136,11 @@ class Cut(NamedTuple):
             return x
         return _where_learns(place.learns, self.kept_leaf, x, jnp.zeros((), x.dtype))
 
-    def for_entry(self, shape: tuple[int, ...], axes: EntryAxes) -> Cut | None:
+    def for_entry(self, shape: tuple[int, ...], axes: Sequence[int | None]) -> Cut | None:
         """The cut of an entry of an optimizer state that belongs to the kept part.
 
-        None if the cut goes through axes that the entry does not have, so that its channels share
-        what it holds.
+        `axes` is `Slot.axes`. None if the entry lacks an axis that is cut, so that several channels
+        share its values.
         """
         if not set(self._cut_axes) <= set(axes):
             return None
@@ -266,17 +264,17 @@ class KeptPart:
 
         `kept` has leaves, by position, that have the kept channels only.
         """
-        parts: list[jax.Array | None] = []
+        gradients: list[jax.Array | None] = []
         for i, (cut, x) in enumerate(zip(self.cuts, leaves, strict=True)):
             if cut.is_frozen:
-                parts.append(None)
+                gradients.append(None)
             elif cut.is_whole:
-                parts.append(x)
+                gradients.append(x)
             elif i in kept:
-                parts.append(cut.take_layers(kept[i], self.places[cut.leaf.source]))
+                gradients.append(cut.take_layers(kept[i], self.places[cut.leaf.source]))
             else:
-                parts.append(cut.take(x, self.places[cut.leaf.source]))
-        return parts
+                gradients.append(cut.take(x, self.places[cut.leaf.source]))
+        return gradients
 
     def check(self, kept: Any) -> None:
         """Raises a ValueError if a tree does not have the shapes of the kept part."""

@@ -61,11 +61,8 @@ def find(
     `optax.masked`.) Raises a ValueError for an entry whose channels are unknown, and for an
     optimizer that is not supported.
     """
-    found = []
-    for entry in _entries_of(state_and_updates):
-        _check_entry(entry, wrapper)
-        found.append(_slot(entry, layout, dict(rules), wrapper))
-    return tuple(found)
+    checked = _checked_entries(state_and_updates, wrapper)
+    return tuple(_slot(entry, layout, dict(rules), wrapper) for entry in checked)
 
 
 @by_structure
@@ -75,9 +72,7 @@ def restarting(state_and_updates: tuple[Any, Any], wrapper: Wrapper) -> tuple[bo
     These are the entries that belong to parameters, and whatever the same NamedTuple holds, such as
     the count of Adam's bias correction. Counts of schedules are in a state of their own.
     """
-    found = list(_entries_of(state_and_updates))
-    for entry in found:
-        _check_entry(entry, wrapper)
+    found = list(_checked_entries(state_and_updates, wrapper))
     # With a single array as parameters, a count may look like an entry of it, so numbers alone do
     # not make a holder.
     holders = {
@@ -88,10 +83,12 @@ def restarting(state_and_updates: tuple[Any, Any], wrapper: Wrapper) -> tuple[bo
     return tuple(id(entry.holder) in holders for entry in found)
 
 
-def _entries_of(state_and_updates: tuple[Any, Any]) -> Iterator[Entry]:
+def _checked_entries(state_and_updates: tuple[Any, Any], wrapper: Wrapper) -> Iterator[Entry]:
     state, updates = state_and_updates
     treedef: Any = jax.tree.structure(updates)
-    return entries(state, jax.tree.unflatten(treedef, range(treedef.num_leaves)))
+    for entry in entries(state, jax.tree.unflatten(treedef, range(treedef.num_leaves))):
+        _check_entry(entry, wrapper)
+        yield entry
 
 
 _OUTSIDE = object()

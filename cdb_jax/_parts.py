@@ -136,7 +136,7 @@ def move(
 
 
 def _find(ascending: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where each of the wanted numbers stands in an ascending vector, and whether it does."""
+    """The index of each wanted number in an ascending vector, and whether it occurs there."""
     # One comparison compiles faster than a search, and is cheap unless the layer is wide. The
     # search is unrolled, since a loop for each layer would launch many kernels on a GPU.
     method = "compare_all" if ascending.size * wanted.size <= 2**20 else "scan_unrolled"

@@ -142,9 +142,8 @@ def compact(
             part.check(updates)
         gradients = part.mask(updates if are_kept else part.take(updates))
         kept_params = None if params is None else part.take(params)
-        fresh = inner.init(
-            _without_missing(gradients, gradients if params is None else kept_params)
-        )
+        template = gradients if params is None else kept_params
+        fresh = inner.init(_without_missing(gradients, template))
         _check_shapes(part, fresh, state)
 
         inner_state = begin(part, gradients, fresh, state)

@@ -18,7 +18,6 @@ from cdb_jax._scaling import scale_gradient, varying_with
 from cdb_jax.stochastic_depth import draw_kept, keep_probability
 
 CALL_NAME = "cdb_jax_drop_backward"  # Of the call in a traced program.
-_ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 def drop_backward(
@@ -39,10 +38,10 @@ def drop_backward(
     .. math:: y = x + f(x), \qquad \bar x = \bar y + b \, \bar y f'(x), \qquad b \in \{0, 1\}.
 
     A dropped branch computes nothing in the backward pass, which is in a conditional. As shapes are
-    static, both store the same for it: the results of products and convolutions, from which a kept
-    branch computes the rest again. If the branch uses `jax.checkpoint` or `checkpoint_name` itself,
-    that decides. Under `vmap` with different draws, nothing is saved, as conditionals become
-    selections. Forward-mode derivatives are not defined.
+    static, a dropped branch stores as much as a kept one: the results of products and convolutions,
+    from which a kept branch computes the rest again. If the branch uses `jax.checkpoint` or
+    `checkpoint_name` itself, that decides. Under `vmap` with different draws, nothing is saved, as
+    conditionals become selections. Forward-mode derivatives are not defined.
 
     A gradient of zero does not freeze weights: an optimizer with momentum or weight decay still
     moves them. The functions take arrays only; for models of Flax, use `cdb_jax.nnx.DropBackward`
@@ -114,7 +113,7 @@ def drop_backward(
 def differentiated_if(kept: jax.Array, branch: Callable[..., Any], *args: Any) -> Any:
     """`branch(*args)`, which is treated as a constant in the backward pass unless it is kept."""
     leaves, treedef = jax.tree.flatten(args)
-    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, _ARRAYS)}
+    arrays = {i: x for i, x in enumerate(leaves) if isinstance(x, jaxprs.ARRAYS)}
 
     def of_arrays(arrays: dict[int, Any]) -> Any:
         filled = [arrays.get(i, x) for i, x in enumerate(leaves)]
@@ -146,7 +145,10 @@ def _any_equation(program: core.Jaxpr, matches: Callable[[core.JaxprEqn], bool])
 
 
 def _decides_what_is_stored(eqn: core.JaxprEqn) -> bool:
-    """Whether the user did, or JAX cannot: complex numbers fail in a checkpoint with a policy."""
+    """Whether the user chose what an equation stores, or a checkpoint with a policy would fail.
+
+    It fails with complex numbers.
+    """
     if eqn.primitive is remat_p or eqn.primitive.name == "name":  # Of `checkpoint_name`.
         return True
     dtypes = [getattr(v.aval, "dtype", np.bool_) for v in eqn.outvars]

@@ -150,7 +150,7 @@ def _fwd(
 
 
 def _bwd(call: _Call, residuals: _Residuals, dx: jax.Array) -> tuple[Any, ...]:
-    _, _, consts, blocks = residuals
+    indices, inputs, consts, blocks = residuals
 
     def through_block(carry: Any, kept: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
         dx, dconsts, dblocks = carry
@@ -166,10 +166,9 @@ def _bwd(call: _Call, residuals: _Residuals, dx: jax.Array) -> tuple[Any, ...]:
 
     zeros = jax.tree.map(jnp.zeros_like, (consts, blocks))
     (dx, dconsts, dblocks), _ = jax.lax.scan(
-        through_block, (dx, *zeros), (residuals.indices, residuals.inputs), reverse=True
+        through_block, (dx, *zeros), (indices, inputs), reverse=True
     )
-    none = jax.tree.map(lambda x: None, residuals.indices)
-    return none, _floats(dconsts), _floats(dblocks), dx
+    return None, _floats(dconsts), _floats(dblocks), dx
 
 
 _run.defvjp(_fwd, _bwd)

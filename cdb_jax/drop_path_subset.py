@@ -82,11 +82,11 @@ def drop_path_subset(
     if rate == 1.0:
         return jax.tree.map(jnp.zeros_like, jax.eval_shape(branch, *args))
     kept = samples.draw(key)
-    y = branch(*jax.tree.map(lambda x: samples.take(x, kept), args))
+    y = branch(*jax.tree.map(lambda x: samples.in_each_shard(_take, x, kept), args))
     samples.check_result(y)
     if scale_by_keep:
         y = scale(y, samples.total / samples.num_kept)
-    return samples.put(y, kept)
+    return samples.in_each_shard(_put, y, kept)
 
 
 class _Kept(NamedTuple):
@@ -167,13 +167,7 @@ class _Samples(NamedTuple):
         slots = jnp.maximum(jnp.cumsum(is_kept, axis=1, dtype=jnp.int32) - 1, 0)
         return _Kept(indices, is_kept, slots)
 
-    def take(self, x: jax.Array, kept: _Kept) -> jax.Array:
-        return self._in_each_shard(_take, x, kept)
-
-    def put(self, x: jax.Array, kept: _Kept) -> jax.Array:
-        return self._in_each_shard(_put, x, kept)
-
-    def _in_each_shard(
+    def in_each_shard(
         self, f: Callable[[jax.Array, _Kept], jax.Array], x: jax.Array, kept: _Kept
     ) -> jax.Array:
         def mapped(x: jax.Array, kept: _Kept) -> jax.Array:
@@ -186,7 +180,7 @@ class _Samples(NamedTuple):
 
 
 # JAX would transpose one of these to a scatter into zeros, which takes memory for both. As each is
-# the transpose of the other, neither needs more than a gather, which joins the operations around.
+# the transpose of the other, each needs a gather only, which XLA fuses with what is around it.
 
 
 @jax.custom_vjp

@@ -132,10 +132,8 @@ def freeze_dropped(
         touched = touched_leaves(source, layout, steps)
         frozen_steps, frozen_entries = _freeze((layout, owners), keep, touched, pairs)
         inner_state = _filled(state_treedef, frozen_entries, new)
-        return (
-            _filled(treedef, frozen_steps, steps),
-            FreezeDroppedState(count, fraction, inner_state),
-        )
+        new_state = FreezeDroppedState(count, fraction, inner_state)
+        return _filled(treedef, frozen_steps, steps), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -197,9 +195,8 @@ def _where(
     named = [axis for axis in axes if axis is not None]
     mask = jnp.any(mask, axis=[axis for axis in range(mask.ndim) if axis not in named])
     mask = jnp.transpose(mask, [sorted(named).index(axis) for axis in named])
-    return jnp.where(
-        jnp.expand_dims(mask, [i for i, axis in enumerate(axes) if axis is None]), x, y
-    )
+    mask = jnp.expand_dims(mask, [i for i, axis in enumerate(axes) if axis is None])
+    return jnp.where(mask, x, y)
 
 
 def _filled(treedef: Any, some: Sequence[Any], others: Sequence[Any]) -> Any:

@@ -338,8 +338,9 @@ def lisa(
     compute no other weight gradients. Only blocks that are stacked (scanned) save state: unrolled
     blocks have separate leaves, any of which may be picked, so each has full state.
 
-    The paper picks blocks at random and always trains the embeddings and the head. We could not confirm how many
-    blocks it picks, and for how many steps: `num_layers` and `hold` are examples to start from.
+    The paper picks blocks at random and always trains the embeddings and the head. We could not
+    confirm how many blocks it picks, and for how many steps: `num_layers` and `hold` are examples
+    to start from.
 
     Args:
       key: as in `Policy`.

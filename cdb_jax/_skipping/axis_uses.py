@@ -94,20 +94,19 @@ class Fact(NamedTuple):
 
 
 def find(
-    program: Any, weights: Collection[int], constants: Collection[int] = ()
+    program: core.Jaxpr, weights: Collection[int], constants: Collection[int] = ()
 ) -> dict[int, Uses]:
     """The uses of weights, by position among the inputs of a program.
 
     Inputs that are neither weights nor constants, such as masks of weights, are data.
     """
-    jaxpr, _ = jaxprs.opened(program)
     uses, facts = {}, []
-    for i, shape in enumerate(map(shape_of, jaxpr.invars)):
+    for i, shape in enumerate(map(shape_of, program.invars)):
         if i in weights:
             uses[i] = Uses(tuple(set() for _ in shape), set(), set(), shape)
             facts.append(_weight(i, shape))
         else:
-            facts.append(_plain(shape, is_data=i not in constants))
+            facts.append(Fact((), is_data=i not in constants, varies=_all_axes(shape)))
     _Finder(uses).program(program, facts)
     return uses
 
@@ -118,10 +117,6 @@ def _weight(leaf: int, shape: tuple[int, ...]) -> Fact:
     axes = tuple((Factor(frozenset([axis]), size),) for axis, size in enumerate(shape))
     origins = (Origin(leaf, axes),) if is_followed else ()
     return Fact(origins, False, _all_axes(shape))
-
-
-def _plain(shape: Sequence[int], is_data: bool) -> Fact:
-    return Fact((), is_data, _all_axes(shape))
 
 
 def _all_axes(shape: Sequence[int]) -> frozenset[int]:
@@ -141,7 +136,7 @@ class _Finder:
 
         def known(v: jaxprs.Atom) -> Fact:
             if isinstance(v, core.Literal) or v not in facts:  # A constant.
-                return _plain(shape_of(v), is_data=False)
+                return Fact((), is_data=False, varies=_all_axes(shape_of(v)))
             return facts[v]
 
         for eqn in jaxpr.eqns:
@@ -155,9 +150,7 @@ class _Finder:
         reads_weight = any(fact.origins for fact in facts)
         is_product = eqn.primitive in jaxprs.PRODUCTS and is_data and reads_weight
         is_activation = is_product or any(fact.is_activation for fact in facts)
-        otherwise = [
-            _plain(shape_of(v), is_data)._replace(is_activation=is_activation) for v in eqn.outvars
-        ]
+        otherwise = [Fact((), is_data, _all_axes(shape_of(v)), is_activation) for v in eqn.outvars]
         name = eqn.primitive.name
         if name == "optimization_barrier":
             return facts
@@ -227,7 +220,7 @@ class _Finder:
             for origin in fact.origins:
                 self.use(origin, 0, Use.STACK)
         carried = [_as_data(fact) for fact in facts[num_consts:first]]
-        sliced = [_without_axis(fact, 0) for fact in facts[first:]]
+        sliced = [_sliced(fact) for fact in facts[first:]]
         self.program(eqn.params["jaxpr"], [*facts[:num_consts], *carried, *sliced])
         return list(map(_as_data, otherwise))
 
@@ -242,9 +235,10 @@ def _either(facts: Sequence[Fact]) -> Fact:
     return Fact(tuple(origins), True, varies, any(fact.is_activation for fact in facts))
 
 
-def _without_axis(fact: Fact, removed: int) -> Fact:
-    origins = tuple(x._replace(axes=x.axes[:removed] + x.axes[removed + 1 :]) for x in fact.origins)
-    varies = frozenset(axis - (axis > removed) for axis in fact.varies if axis != removed)
+def _sliced(fact: Fact) -> Fact:
+    """An operand of a loop over its first axis, as one iteration sees it."""
+    origins = tuple(x._replace(axes=x.axes[1:]) for x in fact.origins)
+    varies = frozenset(axis - 1 for axis in fact.varies if axis > 0)
     return fact._replace(origins=origins, varies=varies)
 
 
@@ -299,7 +293,7 @@ def _reshaped(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Or
 
 
 def _regrouped(flat: list[Factor], shape: tuple[int, ...]) -> tuple[tuple[Factor, ...], ...] | None:
-    """Deals factors in row-major order to the axes of a new shape; None if that cuts one oddly."""
+    """Deals factors, in row-major order, to the axes of a new shape; None if one would be cut."""
     flat, axes = list(flat), []
     for size in shape:
         group: list[Factor] = []
@@ -362,22 +356,22 @@ def _kept(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin
 
 
 def _elementwise(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
-    """A weight stays one if it is combined with weights and constants, or is scaled by data.
+    """Which operands are still weights in the result.
 
-    Data may only scale it: the data that a scale or a bias is applied to varies along all of the
-    axes of the weight, and the result is data.
+    A weight may be combined with weights and constants, and be scaled by data that does not vary
+    along all of its axes. Otherwise it is itself a scale or a bias, and the result is data.
     """
     shape = shape_of(eqn.outvars[0])
     data = [fact for fact in facts if fact.is_data]
     origins = []
     for fact in facts:
         for origin in (_spread(x, shape) for x in fact.origins):
-            own = {axis for axis, fs in enumerate(origin.axes) if any(f.axes for f in fs)}
-            own &= _all_axes(shape)
+            varying = {axis for axis, fs in enumerate(origin.axes) if any(f.axes for f in fs)}
+            varying &= _all_axes(shape)
             scaled = eqn.primitive in (primitives.mul_p, primitives.div_p)
-            if all(x is fact or (scaled and own - x.varies) for x in data):
+            if all(x is fact or (scaled and varying - x.varies) for x in data):
                 origins.append(origin)
-            elif own == _all_axes(shape):  # Noise, or a mask that is drawn for each step.
+            elif varying == _all_axes(shape):  # Noise, or a mask that is drawn for each step.
                 finder.uses[origin.leaf].unknown.add(eqn.primitive.name)
             elif scaled and all(x.is_activation for x in data):
                 finder.uses[origin.leaf].scales.add(eqn.primitive.name)

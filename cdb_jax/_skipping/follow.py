@@ -217,9 +217,9 @@ def _pieces(jaxpr: core.Jaxpr, steps: Mapping[int, Step]) -> list[Piece]:
         if index in steps:
             pieces.append(Piece(steps[index], eqns[0].invars, eqns[0].outvars))
             continue
-        made = [v for eqn in eqns for v in eqn.outvars]
+        made = dict.fromkeys(v for eqn in eqns for v in eqn.outvars)
         inside = Counter(v for eqn in eqns for v in eqn.invars if jaxprs.is_variable(v))
-        inputs = [v for v in inside if v not in set(made)]
+        inputs = [v for v in inside if v not in made]
         outputs = [v for v in made if reads[v] > inside[v]]
         function = jaxprs.as_function(eqns, inputs, outputs, jaxpr)
         pieces.append(Piece(functools.partial(_run, function), inputs, outputs))
@@ -302,17 +302,12 @@ def _product(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Step |
         weights = facts[side].weights
         if not weights:
             continue
-        found: list[products.Product] = []
-        obstacle = None
-        for weight in weights:
-            product = _product_with(eqn, op, side, weight, context)
-            if isinstance(product, Obstacle):
-                obstacle = product
-            else:
-                found.append(product)
-        if obstacle:
-            context.used_otherwise([facts[side]], *obstacle)
+        outcomes = [_product_with(eqn, op, side, weight, context) for weight in weights]
+        obstacles = [x for x in outcomes if isinstance(x, Obstacle)]
+        if obstacles:
+            context.used_otherwise([facts[side]], *obstacles[-1])
             continue
+        found = [x for x in outcomes if isinstance(x, products.Product)]
         flops = context.repeats * jaxprs.product_flops(eqn)
         context.products.extend(
             _Used(x, round(flops * _share(x, shape_of(eqn.invars[side])))) for x in weights
@@ -354,9 +349,8 @@ def _multiply(
     for product, weight, change in zip(found, weights, w.changes, strict=True):
         assert change is not None
         if weight.is_whole:
-            change = change._replace(
-                z=product.target.take(change.z, weight.channel, weight.stack, change.place)
-            )
+            z = product.target.take(change.z, weight.channel, weight.stack, change.place)
+            change = change._replace(z=z)
         changes.append(change)
     needed = True if needs is None else flags.any(needs)
     return [Value(products.multiply(tuple(found), x.array, w.array, changes, needed))]
@@ -412,7 +406,8 @@ class _MoveStep(NamedTuple):
             if change is None:  # The weight reaches no product.
                 moved.append(None)
                 continue
-            if old.is_whole and not new.box:  # Only joined weights have no equation of their own.
+            # A whole weight goes through the equation itself, unless that joins it with others.
+            if old.is_whole and not new.box:
                 (z,) = self._compute([change.z, *arrays[1:]])
             else:
                 target, out = self.targets[new.leaf], self.eqn.outvars[0].aval
@@ -436,10 +431,10 @@ class _MoveStep(NamedTuple):
             array = x.array
             if weights and (change := x.changes[0]):
                 (weight,), found = weights, change
-                target = self.targets[weight.leaf]
+                layer = weight.channel, weight.stack, self.targets[weight.leaf]
                 array = change.z
                 if not weight.is_whole:
-                    array = products.whole(x.array, change, weight.channel, weight.stack, target)
+                    array = products.whole(*layer, x.array, change.z, change.place)
             arrays.append(array)
         if found is None:  # The weight reaches no product.
             return [(None,) * len(x) for x in self.move.weights]
@@ -483,9 +478,9 @@ def _has_local_gradient(
     moved = [i for i, v in enumerate(given) if fact_of[v].weights]
 
     def gradient(inputs: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
-        def of_weights(*own: Any) -> list[Any]:
+        def of_weights(*weights: Any) -> list[Any]:
             filled = list(inputs)
-            for i, x in zip(moved, own, strict=True):
+            for i, x in zip(moved, weights, strict=True):
                 filled[i] = x
             return function(*filled)
 
@@ -651,8 +646,8 @@ def _run_scan(scan: _Scan, operands: Sequence[Value], flags: Flags) -> list[Valu
         inner = flags
         if scan.is_gated:
             learning = {
-                loop: _any_learns(own, known)
-                for fact, own, known in zip(scan.sliced, changes, outside[first:], strict=True)
+                loop: _any_learns(change, known)
+                for fact, change, known in zip(scan.sliced, changes, outside[first:], strict=True)
                 for loop in fact.needs
                 if isinstance(loop, Loop) and fact.weights
             }
@@ -707,8 +702,7 @@ def _per_iteration(change: products.Change, weight: moves.Weight, length: int) -
             return jnp.moveaxis(x, weight.stack.index(0), 0)
         return jnp.broadcast_to(x, (length, *x.shape))
 
-    place, mode = per_iteration(change.place), per_iteration(change.mode)
-    return products.Change(change.z, place, mode)
+    return change._replace(place=per_iteration(change.place), mode=per_iteration(change.mode))
 
 
 _CallRule = Callable[[core.JaxprEqn, list[Fact], _Context], Found]

@@ -33,8 +33,8 @@ class Operation(NamedTuple):
     params: tuple[tuple[str, Any], ...]
 
     @classmethod
-    def of_equation(cls, eqn: core.JaxprEqn, **changes: Any) -> Operation:
-        return cls(eqn.primitive, tuple((eqn.params | changes).items()))
+    def of_equation(cls, eqn: core.JaxprEqn) -> Operation:
+        return cls(eqn.primitive, tuple(eqn.params.items()))
 
     def replace(self, **changes: Any) -> Operation:
         return self._replace(params=tuple((dict(self.params) | changes).items()))
@@ -54,25 +54,23 @@ class Target(NamedTuple):
     part: Part | None
 
     @property
-    def is_compact(self) -> bool:
-        """Whether nothing outside the kept part ever has a gradient."""
-        return self.part is not None and Mode.FULL not in self.modes
+    def compact_part(self) -> Part | None:
+        """The part outside which nothing ever has a gradient; None if there is no such part."""
+        return None if Mode.FULL in self.modes else self.part
 
     def shape(self, shape: tuple[int, ...], channel: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the gradient of a weight."""
-        if self.part is None or not self.is_compact:
-            return tuple(shape)
-        return self.part.shape(shape, channel)
+        return self.compact_part.shape(shape, channel) if self.compact_part else tuple(shape)
 
     def spec(self, w: Any, channel: Axes) -> PartitionSpec:
         """The explicit sharding of the gradient of a weight."""
-        return explicit.part_spec(w, channel, self.part if self.is_compact else None)
+        return explicit.part_spec(w, channel, self.compact_part)
 
     def take(self, w: jax.Array, channel: Axes, stack: Axes, place: jax.Array) -> jax.Array:
         """The part of a weight that has a gradient."""
-        if self.part is None or not self.is_compact:
+        part = self.compact_part
+        if part is None:
             return w
-        part = self.part
 
         def take(w: jax.Array, place: jax.Array) -> jax.Array:
             return parts.take(w, channel, stack, part, place)
@@ -245,9 +243,8 @@ class Change(NamedTuple):
     """What accompanies a weight at run time.
 
     Attributes:
-      z: an array of the shape of the weight's gradient, `Target.shape`, whose values do not matter.
-        It receives the gradient. Or the whole weight, if operations other than changes of its
-        layout made it.
+      z: receives the gradient. Usually an array of the shape `Target.shape` whose values do not
+        matter, but the whole weight if operations other than changes of its layout made it.
       place: where the kept part lies.
       mode: what the layer does in this step.
     """
@@ -282,32 +279,27 @@ def gate(
     return _apply(_Call.of(op, (lhs, rhs), needed, ()), lhs, rhs, (), needed)
 
 
-def whole(w: jax.Array, change: Change, channel: Axes, stack: Axes, target: Target) -> jax.Array:
-    """A weight whose gradient goes to `change.z`."""
-    return _whole((channel, stack, target), w, change.z, change.place)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _whole(
-    static: tuple[Axes, Axes, Target], w: jax.Array, z: jax.Array, place: jax.Array
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def whole(
+    channel: Axes, stack: Axes, target: Target, w: jax.Array, z: jax.Array, place: jax.Array
 ) -> jax.Array:
+    """A weight whose gradient goes to `z`; see `Change`."""
     return w
 
 
 def _whole_fwd(
-    static: tuple[Axes, Axes, Target], w: jax.Array, z: jax.Array, place: jax.Array
+    channel: Axes, stack: Axes, target: Target, w: jax.Array, z: jax.Array, place: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     return w, place
 
 
 def _whole_bwd(
-    static: tuple[Axes, Axes, Target], place: jax.Array, dw: jax.Array
+    channel: Axes, stack: Axes, target: Target, place: jax.Array, dw: jax.Array
 ) -> tuple[Any, ...]:
-    channel, stack, target = static
     return None, target.take(dw, channel, stack, place), None
 
 
-_whole.defvjp(_whole_fwd, _whole_bwd)
+whole.defvjp(_whole_fwd, _whole_bwd)
 
 
 def _ordered(side: int, operand: Any, other: Any) -> tuple[Any, Any]:
@@ -382,7 +374,7 @@ def _apply_bwd(call: _Call, residuals: _Residuals, dy: Any) -> tuple[Any, ...]:
         other = residuals.operands[1 - side]
         if other is not None:
             if call.needed[side]:
-                gradients[side] = Gradient(call.op, side, call.types[side]).compute(dy, other)
+                gradients[side] = _transposed(call.op, side, call.types[side], (), dy, other)
             else:
                 gradients[side] = _gradient_if(call, side, residuals.needed[side], dy, other)
     changes = tuple(
@@ -397,11 +389,10 @@ def _gradient_if(
 ) -> jax.Array:
     """The gradient of an operand if it is needed, which is known only at run time."""
     operand_type = call.types[side]
-    plain = call.op, operand_type
+    op, plain_type = call.op, operand_type
     if explicit.mesh_of(dy, other):
-        plain = call.op.without_sharding, explicit.plain(operand_type)
-    gradient = Gradient(plain[0], side, plain[1])
-    compute = functools.partial(gradient.compute, slow=cpu_order.SLOW_IN_CONDITIONALS)
+        op, plain_type = op.without_sharding, explicit.plain(operand_type)
+    compute = functools.partial(_transposed, op, side, plain_type, cpu_order.SLOW_IN_CONDITIONALS)
 
     def computed(needed: jax.Array, dy: jax.Array, other: jax.Array) -> jax.Array:
         return _if(needed, compute, operand_type, dy, other)
@@ -468,9 +459,9 @@ def _kept_gradient(
     )
     kept_shape = part.shape(w_type.shape, product.w_channel)
     kept_type = jax.typeof(jnp.zeros_like(dy, w_type.dtype, kept_shape))  # Varies like `dy`.
-    gradient = Gradient(product.part_op, product.side, kept_type)
-    dw = gradient.compute(kept_dy, kept_x, _slow(product))
-    if product.target.is_compact:
+    operation = product.part_op, product.side, kept_type
+    dw = _transposed(*operation, _slow(product), kept_dy, kept_x)
+    if product.target.compact_part:
         return dw
     return parts.put(dw, w_type.shape, product.w_channel, product.w_stack, part, place)
 
@@ -478,29 +469,11 @@ def _kept_gradient(
 def _full_gradient(
     product: Product, w_type: Any, x: jax.Array, dy: jax.Array, place: jax.Array
 ) -> jax.Array:
-    gradient = Gradient(product.op, product.side, w_type)
     x, dy = Box.cut(x, product.x_box), Box.cut(dy, product.y_box)
-    return gradient.compute(dy, x, _slow(product))
+    return _transposed(product.op, product.side, w_type, _slow(product), dy, x)
 
 
 # Gradients of an operand, which JAX finds by transposing the product.
-
-
-class Gradient(NamedTuple):
-    """The gradient of the operand at position `side`. Static."""
-
-    op: Operation
-    side: int
-    operand_type: Any
-
-    def compute(
-        self, dy: jax.Array, other: jax.Array, slow: tuple[core.Primitive, ...] = ()
-    ) -> jax.Array:
-        """The gradient, given the cotangent of the product and the other operand.
-
-        On CPU, operations named in `slow` get their axes in the order that is fast there.
-        """
-        return _transposed(self, slow, dy, other)
 
 
 def _if(flag: jax.Array, f: Any, out_type: Any, *operands: jax.Array) -> jax.Array:
@@ -518,17 +491,24 @@ def _slow(product: Product) -> tuple[core.Primitive, ...]:
     return cpu_order.SLOW_IN_CONDITIONALS if len(product.target.modes) > 1 else cpu_order.SLOW
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)  # Once for equal products.
 def _transposed(
-    gradient: Gradient, slow: tuple[core.Primitive, ...], dy: jax.Array, other: jax.Array
+    op: Operation,
+    side: int,
+    operand_type: Any,
+    slow: tuple[core.Primitive, ...],
+    dy: jax.Array,
+    other: jax.Array,
 ) -> jax.Array:
-    """`Gradient.compute`, traced once for equal products."""
+    """The gradient of the operand at position `side`, given that of the product and the other one.
 
-    def product(x: Any, other: Any) -> jax.Array:
-        return gradient.op(*_ordered(gradient.side, x, other))
+    On CPU, the primitives in `slow` get their axes in the order that is fast there.
+    """
 
     def transposed(dy: jax.Array, other: jax.Array) -> jax.Array:
-        transpose = jax.linear_transpose(lambda x: product(x, other), gradient.operand_type)
-        return transpose(dy)[0]
+        def product(x: Any) -> jax.Array:
+            return op(*_ordered(side, x, other))
+
+        return jax.linear_transpose(product, operand_type)(dy)[0]
 
     return cpu_order.reordered(transposed, slow)(dy, other)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.extend import core
 
@@ -19,8 +18,6 @@ from cdb_jax._kept import KeptPart
 from cdb_jax._skipping import axis_uses, follow, moves, products, roles
 from cdb_jax._xla import alone_on_cpu
 from cdb_jax.selection import Arrangement, Group, Mode, Selection, mask_leaves, per_layer
-
-_ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 def run(
@@ -129,11 +126,11 @@ def _check_names(
 
 
 def _as_result(x: Any) -> Any:
-    return x if isinstance(x, _ARRAYS) else _Static(x)
+    return x if isinstance(x, jaxprs.ARRAYS) else _Static(x)
 
 
 def _check_value(value: Any) -> jax.Array:
-    if isinstance(value, (float, *_ARRAYS)):
+    if isinstance(value, (float, *jaxprs.ARRAYS)):
         x = jnp.asarray(value)
         if x.shape == () and jnp.issubdtype(x.dtype, jnp.floating):
             return x
@@ -239,7 +236,7 @@ class _Plan(NamedTuple):
     @property
     def is_kept_only(self) -> bool:
         """Whether products give the gradient of the kept channels, and there is no other."""
-        return self.is_skipped and self.has_zeros and self.target.is_compact
+        return self.is_skipped and self.has_zeros and self.target.compact_part is not None
 
     def change_of(self, weight: Any) -> jax.Array:
         """Zeros that receive the gradient that products compute."""
@@ -350,7 +347,7 @@ def _put_back(
     expanded = {
         i: (x, drawn.place, drawn.slots)
         for i, x in kept.items()
-        if plans[i].target.is_compact and (drawn := plans[i].drawn)
+        if plans[i].target.compact_part and (drawn := plans[i].drawn)
     }
     if not expanded:
         return kept
@@ -358,7 +355,7 @@ def _put_back(
     def put(operands: dict[int, tuple[Any, ...]]) -> dict[int, jax.Array]:
         full = {}
         for i, (x, place, slots) in operands.items():
-            leaf, part = plans[i].leaf, plans[i].target.part
+            leaf, part = plans[i].leaf, plans[i].target.compact_part
             assert part is not None
             full[i] = parts.put(x, leaf.shape, leaf.channel, leaf.stack, part, place, slots)
         return full
