@@ -4,7 +4,7 @@ All variants are traced and compiled in turns in one process. Ratios are to the 
 same round; shown is their median over the rounds, and their range. `CPU time` counts all threads of
 the process, so it hardly depends on what else runs; `time` is what you wait.
 
-    python benchmarks/compile_time.py                                # twenty minutes, 2 cores
+    python benchmarks/compile_time.py                                # half an hour, 2 cores
     python benchmarks/compile_time.py --steps vit_s/16:64:64 --rounds 3
 
 Prints a Markdown table and writes `results/compile-time-<device>.json`. Needs jax, flax, optax,
@@ -64,8 +64,7 @@ def compare(task: Task, chosen: list[Variant], rounds: int) -> list[dict[str, An
         row: dict[str, Any] = {"task": task.name, "variant": name, "rounds": rounds}
         for key in full[0]:
             ratios = [x[key] / base[key] for x, base in zip(times, full, strict=True)]
-            row[key] = float(np.median(ratios))
-            row[f"{key}_range"] = [min(ratios), max(ratios)]
+            row[key] = [float(np.median(ratios)), min(ratios), max(ratios)]
         row["full_seconds"] = float(np.median([base["total"] for base in full]))
         rows.append(row)
         print(row, flush=True)
@@ -78,8 +77,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| --- " * 6 + "|",
     ]
     for row in rows:
-        cells = [f"{row[x]:.2f} [{row[f'{x}_range'][0]:.2f}, {row[f'{x}_range'][1]:.2f}]"
-                 for x in ("trace", "compile", "total", "total_cpu")]  # fmt: skip
+        ratios = [row[key] for key in ("trace", "compile", "total", "total_cpu")]
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*x) for x in ratios]
         lines.append("| " + " | ".join([row["task"], row["variant"], *cells]) + " |")
     return "\n".join(lines)
 

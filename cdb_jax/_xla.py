@@ -54,11 +54,11 @@ class _Block(NamedTuple):
 def unstack(
     matrices: Sequence[jax.Array], stacks: Sequence[Sequence[tuple[int, ...]]]
 ) -> list[list[jax.Array]]:
-    """Cuts each matrix into blocks of rows, and has XLA compute each matrix only once.
+    """Cuts each matrix into blocks of rows, which XLA computes only once.
 
     Fused into parameter-sized loops, a draw would be repeated for each weight of a channel, and
     every layer would be a separate loop to compile: four times the compilation time of AdamW on a
-    ViT-B. On a GPU, only the cuts themselves are fused, because each would be a kernel otherwise.
+    ViT-B.
 
     The CPU compiler compiles equal loops only once, but slices from different rows are different
     loops. So on CPU, a block of one row is not sliced but picked by comparing row numbers with a
@@ -85,11 +85,16 @@ def unstack(
         return alone_on_cpu(_cut(blocks, _pick, matrices))
 
     def elsewhere(matrices: Sequence[jax.Array]) -> list[jax.Array]:
-        drawn = [x if x.ndim == 1 else jax.lax.optimization_barrier(x) for x in matrices]
-        # The compiler for GPUs joins slices whose starts it reads from one vector into one kernel,
-        # and so would store all activations from which they are taken until the last one is there.
+        # Of indices, only the matrix is computed once, because each cut would be a kernel on a GPU.
+        # Masks and starts of windows are cut first: loops that read one matrix are joined there, so
+        # all gradients would be stored until the last one is known.
+        are_indices = [x.ndim > 1 and x.dtype == jnp.int32 for x in matrices]
+        drawn = [
+            jax.lax.optimization_barrier(x) if is_index else x
+            for x, is_index in zip(matrices, are_indices, strict=True)
+        ]
         return [
-            jax.lax.optimization_barrier(rows) if matrices[block.matrix].ndim == 1 else rows
+            rows if are_indices[block.matrix] else jax.lax.optimization_barrier(rows)
             for block, rows in zip(blocks, _cut(blocks, _slice, drawn), strict=True)
         ]
 

@@ -204,6 +204,7 @@ POINTS = ("accuracy_difference", "difference")
 INTERVALS = dict.fromkeys(POINTS, "{:+.2f} [{:+.2f}, {:+.2f}]")
 INTERVALS |= dict.fromkeys(("nll_difference", "ece_difference"), "{:+.3f} [{:+.3f}, {:+.3f}]")
 SHARES = ("step_time", "time_to_accuracy", "time_against_baseline", "flops_against_baseline")
+SHARES += ("total",)  # Of tracing and compiling.
 INTERVALS |= dict.fromkeys(SHARES, "{:.2f} [{:.2f}, {:.2f}]")
 
 

@@ -33,7 +33,7 @@ from report import correct, difference, finals, header, p_text
 from run import read
 from tasks import TASKS
 from time_to_accuracy import MARGIN, finite, three, time_steps, to_baseline
-from trial import Program, Settings, compiled, peak
+from trial import Program, Settings, functions, peak
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -89,7 +89,8 @@ def costs_of(jobs: dict[str, Job], rounds: int) -> dict[str, Costs]:
 
 def state_bytes(program: Program) -> int:
     """Bytes of parameters, gradient and optimizer state."""
-    state = jax.eval_shape(compiled(program).initial, Settings(0, 0.0, 0.0).arrays())
+    (initial, _, _), _ = functions(program)
+    state = jax.eval_shape(initial, Settings(0, 0.0, 0.0).arrays())
     parameters, moments = (
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
         for tree in (state.params, state.opt_state)
