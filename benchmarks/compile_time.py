@@ -1,14 +1,14 @@
 """How long a training step takes to trace and to compile with skipping, against the full step.
 
 All variants are traced and compiled in turns in one process. Ratios are to the full step of the
-same round; shown is their median over the rounds, and their range. `CPU time` counts all threads of
-the process, so it hardly depends on what else runs; `time` is what you wait.
+same round; shown is their median over the rounds, and their range. CPU time counts all threads of
+the process, so it hardly depends on what else runs.
 
     python benchmarks/compile_time.py                                # half an hour, 2 cores
     python benchmarks/compile_time.py --steps vit_s/16:64:64 --rounds 3
 
-Prints a Markdown table and writes `results/compile-time-<device>.json`. Needs jax, flax, optax,
-numpy.
+Prints a Markdown table and writes `results/compile-time-<device>.json`, where rows of other steps
+taken on the same machine with the same versions, stay. Needs jax, flax, optax, numpy.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from overhead import parse_step, publish, results_file  # Sets the path.
+from overhead import parse_step, publish, results_file, with_earlier  # Sets the path.
 from skipping import Task, Variant, variants
 
 STEPS = ("vit_s/16:64:64", "resnet18:64:8", "resnet50:64:8")
@@ -98,6 +98,7 @@ def main() -> None:
         task = Task(name, size, batch, args.optimizer, "float32")
         chosen = [x for x in variants([0.5], [0.5]) if x.name in args.variants]
         rows += compare(task, chosen, args.rounds)
+    rows = with_earlier(args.output, rows)
     publish(args.output, table(rows), rows)
 
 

@@ -294,6 +294,15 @@ def publish(output: Path, text: str, rows: list[dict[str, Any]], **settings: Any
     print(f"\n{report['machine']}\n{report['versions']}\nwritten to {output}")
 
 
+def with_earlier(output: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of other tasks in a file from this machine and these versions, and the new rows."""
+    report = {"machine": machine(), "versions": versions()}
+    before = json.loads(output.read_text()) if output.exists() else {}
+    measured = {row["task"] for row in rows}
+    is_same = report.items() <= before.items()
+    return [x for x in before["rows"] if x["task"] not in measured] + rows if is_same else rows
+
+
 def versions() -> dict[str, str]:
     packages = (jax, flax, optax, np, cdb_jax)
     return {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages}

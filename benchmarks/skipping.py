@@ -15,7 +15,6 @@ on the same machine with the same versions, stay. Needs jax, flax, optax, numpy.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from overhead import machine, parse_step, publish, results_file, versions  # Sets the path.
+from overhead import parse_step, publish, results_file, with_earlier  # Sets the path.
 
 import cdb_jax
 from models import create
@@ -262,12 +261,8 @@ def main() -> None:
         for optimizer in args.optimizers:
             task = Task(name, size, batch, optimizer, args.dtype)
             rows += compare(task, variants(args.rates, args.layer_rates), args.rounds)
-    report = {"machine": machine(), "versions": versions()}
     output = args.output or results_file("skipping")
-    before = json.loads(output.read_text()) if output.exists() else {}
-    if report.items() <= before.items():
-        measured = {row["task"] for row in rows}
-        rows = [row for row in before["rows"] if row["task"] not in measured] + rows
+    rows = with_earlier(output, rows)
     publish(output, table(rows), rows)
 
 

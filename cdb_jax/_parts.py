@@ -65,11 +65,11 @@ def put(
     stack: Axes,
     part: Part,
     place: jax.Array,
-    slots: jax.Array | None = None,
+    kept_index: jax.Array | None = None,
 ) -> jax.Array:
     """The inverse of `take`: an array of the given shape, with zeros outside the kept part.
 
-    `slots` is that of `Group`, for scattered channels; without it, each layer takes a search.
+    `kept_index` is that of `Group`, for scattered channels; without it, each layer takes a search.
     """
     if not channel:
         return x
@@ -77,11 +77,13 @@ def put(
         inner_shape = tuple(size for axis, size in enumerate(shape) if axis != stack[0])
         inner = _without(stack[0], channel), _without(stack[0], stack[1:])
 
-        def put_into_layer(x: jax.Array, place: jax.Array, slots: jax.Array | None) -> jax.Array:
-            return put(x, inner_shape, *inner, part, place, slots)
+        def put_into_layer(
+            x: jax.Array, place: jax.Array, kept_index: jax.Array | None
+        ) -> jax.Array:
+            return put(x, inner_shape, *inner, part, place, kept_index)
 
         axes = (stack[0], 0, 0)
-        return jax.vmap(put_into_layer, in_axes=axes, out_axes=stack[0])(x, place, slots)
+        return jax.vmap(put_into_layer, in_axes=axes, out_axes=stack[0])(x, place, kept_index)
     x, axis, order = _merge(x, channel, part.blocks, part.kept)
     match part.arrangement:
         case Arrangement.WINDOW:
@@ -90,10 +92,10 @@ def put(
             x = _put_run(x, axis, part.size, place)
         case Arrangement.SCATTERED:
             # A gather: unlike a scatter, it fuses into the optimizer.
-            if slots is None:
+            if kept_index is None:
                 nearest, is_kept = _find(place, jnp.arange(part.size, dtype=jnp.int32))
-                slots = jnp.where(is_kept, nearest, np.int32(part.size))
-            x = jnp.take(x, slots, axis=axis, mode="fill", fill_value=0)
+                kept_index = jnp.where(is_kept, nearest, np.int32(part.size))
+            x = jnp.take(x, kept_index, axis=axis, mode="fill", fill_value=0)
     return _split(x, shape, order)
 
 

@@ -88,13 +88,13 @@ class Group:
     part: Part | None = dataclasses.field(metadata=dict(static=True))
 
     @property
-    def slots(self) -> jax.Array:
-        """Where scattered kept channels are stored: int32, shape `(rows, channels)`.
+    def kept_index(self) -> jax.Array:
+        """The index of each channel among the kept ones of its layer; `channels` if it is dropped.
 
-        For a kept channel, its index among those of its layer; for a dropped one, `channels`.
+        int32, shape `(rows, channels)`.
         """
-        slots = jnp.cumsum(self.keep, axis=1, dtype=jnp.int32) - 1
-        return jnp.where(self.keep, slots, np.int32(self.keep.shape[1]))
+        index = jnp.cumsum(self.keep, axis=1, dtype=jnp.int32) - 1
+        return jnp.where(self.keep, index, np.int32(self.keep.shape[1]))
 
 
 @jax.tree_util.register_dataclass

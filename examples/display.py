@@ -145,7 +145,7 @@ def percent(values: np.ndarray, sign: str = "") -> str:
 def show_report(out: Console, report: ChannelReport) -> None:
     """Prints what a method can drop; in a list if the terminal is too narrow for the table."""
     lines = str(report).splitlines()
-    if not out.is_terminal or len(lines[1]) <= out.width:
+    if not out.is_terminal or len(lines[1]) <= out.width:  # The rule below the headings.
         out.print(*lines, sep="\n", soft_wrap=True)
         return
     header, *rows = report.cells

@@ -261,12 +261,16 @@ def test_scattered_channels_of_wide_layers(size):
     np.testing.assert_array_equal(take(full, (1,), (), part, jnp.asarray(place)), x)
 
 
-def test_put_by_slots_equals_put_by_a_search():
-    """`Group.slots` has where the kept part stores each channel of each layer."""
+def test_put_by_index_equals_put_by_a_search():
+    """`Group.kept_index` says where the kept part of each layer stores a channel."""
     keep = jnp.array([[1, 0, 0, 1, 0], [0, 1, 1, 0, 0], [0, 0, 1, 0, 1]], bool)
     places = jnp.array([[0, 3], [1, 2], [2, 4]], jnp.int32)
-    slots = Group(jnp.ones(3, jnp.int32), keep, None, places, (), (Mode.PARTIAL,), None).slots
-    np.testing.assert_array_equal(slots, [[0, 5, 5, 1, 5], [5, 0, 1, 5, 5], [5, 5, 0, 5, 1]])
+    kept_index = Group(
+        jnp.ones(3, jnp.int32), keep, None, places, (), (Mode.PARTIAL,), None
+    ).kept_index
+    np.testing.assert_array_equal(kept_index, [[0, 5, 5, 1, 5], [5, 0, 1, 5, 5], [5, 5, 0, 5, 1]])
     x = jnp.arange(1.0, 13.0).reshape(2, 3, 2)
     axes = (2, 3, 5), (2,), (1,), Part(1, 5, 2, SCATTERED)
-    np.testing.assert_array_equal(parts.put(x, *axes, places, slots), parts.put(x, *axes, places))
+    np.testing.assert_array_equal(
+        parts.put(x, *axes, places, kept_index), parts.put(x, *axes, places)
+    )

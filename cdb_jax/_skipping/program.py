@@ -205,12 +205,12 @@ class _Drawn(NamedTuple):
 
     Attributes:
       mode: the `Mode`.
-      place, slots: as in `Group`; `slots` is None unless the kept channels are scattered.
+      place, kept_index: as in `Group`; `kept_index` is None unless the kept channels are scattered.
     """
 
     mode: jax.Array
     place: jax.Array
-    slots: jax.Array | None
+    kept_index: jax.Array | None
 
 
 class _Plan(NamedTuple):
@@ -329,14 +329,14 @@ def _drawn(groups: Sequence[Group]) -> dict[str, _Drawn]:
     scattered = [
         group for group in groups if group.part and group.part.arrangement is Arrangement.SCATTERED
     ]
-    slots = per_layer(scattered, "slots")
+    kept_index = per_layer(scattered, "kept_index")
     drawn = {}
     for layer in (layer for group in groups for layer in group.layers):
         path = layer.path
         if path in modes or path in places:
             mode = modes.get(path, jnp.full(layer.stack_shape, Mode.PARTIAL, jnp.int32))
             place = places.get(path, jnp.zeros_like(mode))
-            drawn[path] = _Drawn(mode, place, slots.get(path))
+            drawn[path] = _Drawn(mode, place, kept_index.get(path))
     return drawn
 
 
@@ -345,7 +345,7 @@ def _put_back(
 ) -> dict[int, jax.Array]:
     """Expands the gradients of kept parts to the shapes of their weights."""
     expanded = {
-        i: (x, drawn.place, drawn.slots)
+        i: (x, drawn.place, drawn.kept_index)
         for i, x in kept.items()
         if plans[i].target.compact_part and (drawn := plans[i].drawn)
     }
@@ -354,10 +354,10 @@ def _put_back(
 
     def put(operands: dict[int, tuple[Any, ...]]) -> dict[int, jax.Array]:
         full = {}
-        for i, (x, place, slots) in operands.items():
+        for i, (x, place, kept_index) in operands.items():
             leaf, part = plans[i].leaf, plans[i].target.compact_part
             assert part is not None
-            full[i] = parts.put(x, leaf.shape, leaf.channel, leaf.stack, part, place, slots)
+            full[i] = parts.put(x, leaf.shape, leaf.channel, leaf.stack, part, place, kept_index)
         return full
 
     # This is best done in the loops of the optimizer, where it costs no memory traffic. On CPU, the
