@@ -14,7 +14,7 @@ layer, so the number of operations does not grow with the depth of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -52,16 +52,30 @@ def is_frozen(policy: Policy, leaf: channels.Leaf) -> bool:
 
 
 def check_layers(policy: Policy, layout: channels.Layout) -> None:
-    """Raises a ValueError if `window_groups` or `layer_weights` do not fit the layers of a tree."""
+    """Raises a ValueError if groups, blocks, counts or weights of layers do not fit a tree."""
+    _check_window_groups(policy, layout.layers)
+    first_of_block = _first_of_blocks(policy, layout.layers)
+    if not layout.partial:
+        channels.check_matches("blocks", policy.blocks, [layer.path for layer in layout.layers])
+    if policy.layer_choice == "exact":
+        _check_num_layers(policy, layout, first_of_block.values())
+        _check_layer_weights(policy, layout, set(first_of_block))
+
+
+def _check_window_groups(policy: Policy, layers: Sequence[channels.Leaf]) -> None:
     groups = policy.window_groups or 1
-    for layer in layout.layers:
+    for layer in layers:
         if layer.channels % groups and policy.channel_choice in CONTIGUOUS:
             raise ValueError(
                 f"window_groups={groups} does not divide the {layer.channels} channels of "
                 f"{layer.path!r}; use a divisor, or exempt the leaf."
             )
+
+
+def _first_of_blocks(policy: Policy, layers: Sequence[channels.Leaf]) -> dict[str, channels.Leaf]:
+    """The first layer of each block, by the block's path."""
     first_of_block: dict[str, channels.Leaf] = {}
-    for layer in layout.layers:
+    for layer in layers:
         first = first_of_block.setdefault(block_of(policy, layer), layer)
         if first.stack_shape != layer.stack_shape:
             raise ValueError(
@@ -69,24 +83,28 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
                 f"stack {first.stack_shape} and {layer.stack_shape} layers; use a pattern that "
                 "separates them, or the same stack axes for both."
             )
-    if not layout.partial:
-        channels.check_matches("blocks", policy.blocks, [layer.path for layer in layout.layers])
-    if policy.layer_choice != "exact":
-        return
-    total = sum(layer.depth for layer in first_of_block.values())
-    if first_of_block and policy.layers_picked > total:
+    return first_of_block
+
+
+def _check_num_layers(
+    policy: Policy, layout: channels.Layout, firsts: Collection[channels.Leaf]
+) -> None:
+    total = sum(layer.depth for layer in firsts)
+    if firsts and policy.layers_picked > total:
         raise ValueError(
             f"num_layers={policy.num_layers} is more than this tree has: {total} (a block counts "
-            "as one layer); use a smaller number. If layers are stacked in one array, tell "
+            "as one layer); use a smaller number. If layers are stacked in one array, specify "
             "the stack axis: Axes(..., stack=0) in channel_axes, or a preset's stack={'blocks': 0}."
         )
-    if layout.partial and first_of_block and policy.layers_picked > 1:
+    if layout.partial and firsts and policy.layers_picked > 1:
         raise ValueError(
             f"num_layers={policy.num_layers} picks from the whole model, but this tree is only a "
             "part of it (it has MaskedNodes, or the policy has a root); use the whole tree, with "
             "the leaves that always learn in exempt, or num_layers=1."
         )
-    paths = set(first_of_block)
+
+
+def _check_layer_weights(policy: Policy, layout: channels.Layout, paths: set[str]) -> None:
     if isinstance(policy.layer_weights, str):
         if layout.partial and paths:
             raise ValueError(
@@ -96,12 +114,12 @@ def check_layers(policy: Policy, layout: channels.Layout) -> None:
             )
         return
     weighted = set(dict(policy.layer_weights))
-    for path in sorted(paths - weighted):
-        raise ValueError(f"layer_weights has no weight for the layer {path!r}; add one.")
-    for path in () if layout.partial else sorted(weighted - paths):
+    if unweighted := paths - weighted:
+        raise ValueError(f"layer_weights has no weight for the layer {min(unweighted)!r}; add one.")
+    if (unknown := weighted - paths) and not layout.partial:
         raise ValueError(
-            f"layer_weights has a weight for {path!r}, but the tree has no such layer; its layers "
-            f"are {sorted(paths)}."
+            f"layer_weights has a weight for {min(unknown)!r}, but the tree has no such layer; its "
+            f"layers are {sorted(paths)}."
         )
 
 

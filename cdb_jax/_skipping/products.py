@@ -141,6 +141,34 @@ class Product(NamedTuple):
         )
 
 
+class DotAxes(NamedTuple):
+    """The axes of a `dot_general`'s operands by their role, from the weight's point of view.
+
+    Each field but `side` has the axes of the first and of the second operand.
+    """
+
+    side: int  # Which operand the weight is.
+    contract: Sequence[tuple[int, ...]]
+    batch: Sequence[tuple[int, ...]]
+    free: Sequence[tuple[int, ...]]
+
+    def x_axes(self, w_axes: Sequence[int]) -> tuple[int, ...]:
+        """Axes of x that correspond to batch or contracted axes of the weight."""
+        w, x = self.side, 1 - self.side
+        w_order = (*self.batch[w], *self.contract[w])
+        x_order = (*self.batch[x], *self.contract[x])
+        return tuple(x_order[w_order.index(axis)] for axis in w_axes)
+
+    def y_axes(self, w_axes: Sequence[int]) -> tuple[int, ...]:
+        """Axes of the result that correspond to batch or free axes of the weight."""
+        # A result has the batch axes first, then the free axes of the first and second operand.
+        y_order = [*self.batch[self.side], *self.free[self.side]]
+        num_batch = len(self.batch[0])
+        offset = len(self.free[0]) if self.side == 1 else 0
+        places = [y_order.index(axis) for axis in w_axes]
+        return tuple(place if place < num_batch else place + offset for place in places)
+
+
 def dot_product(
     op: Operation,
     side: int,
@@ -153,50 +181,37 @@ def dot_product(
     """Describes a `dot_general` with a weight, or says why it is not skipped."""
     contract, batch = dict(op.params)["dimension_numbers"]
     free = [
-        [axis for axis in range(ranks[s]) if axis not in (*contract[s], *batch[s])] for s in (0, 1)
+        tuple(axis for axis in range(ranks[s]) if axis not in (*contract[s], *batch[s]))
+        for s in (0, 1)
     ]
-    # A result has the batch axes first, then the free axes of the first and the second operand.
-    first_free = len(batch[0]) + (len(free[0]) if side == 1 else 0)
+    axes = DotAxes(side, contract, batch, free)
     is_outer = set(channel) <= set(free[side]) and set(stack) <= {*batch[side], *free[side]}
     if not is_outer and any(axis not in batch[side] for axis in stack):
         return Obstacle(Reason.STACK_IN_ONE_PRODUCT)
     if stack and target.modes != (Mode.PARTIAL,):
         return Obstacle(Reason.STACK_IN_ONE_BATCH)
-
-    def in_x(axes: Sequence[int]) -> tuple[int, ...]:
-        """Axes of x that go with batch axes, or axes that are summed over, of the weight."""
-        own, others = (*batch[side], *contract[side]), (*batch[1 - side], *contract[1 - side])
-        return tuple(others[own.index(axis)] for axis in axes)
-
-    def in_y(axes: Sequence[int]) -> tuple[int, ...]:
-        """Axes of the result that go with batch axes, or free axes, of the weight."""
-        order = [*batch[side], *free[side]]
-        skipped = first_free - len(batch[side])
-        places = [order.index(axis) for axis in axes]
-        return tuple(i if i < len(batch[side]) else i + skipped for i in places)
-
     y_box = x_box = None
     if box and box.axis not in contract[side]:
-        y_box = box._replace(axis=in_y([box.axis])[0])
+        y_box = box._replace(axis=axes.y_axes([box.axis])[0])
     if box and box.axis not in free[side]:
-        x_box = box._replace(axis=in_x([box.axis])[0])
+        x_box = box._replace(axis=axes.x_axes([box.axis])[0])
     product = Product(
         *(op, op, side, target),
         w_channel=channel,
         w_stack=stack,
-        y_stack=in_y(stack),
-        x_stack=() if is_outer else in_x(stack),
+        y_stack=axes.y_axes(stack),
+        x_stack=() if is_outer else axes.x_axes(stack),
         x_part=target.part,
         w_box=box,
         x_box=x_box,
         y_box=y_box,
     )
     if set(channel) <= set(free[side]):
-        return product._replace(y_channel=in_y(channel))
+        return product._replace(y_channel=axes.y_axes(channel))
     if set(channel) <= set(contract[side]):
-        return product._replace(x_channel=in_x(channel))
+        return product._replace(x_channel=axes.x_axes(channel))
     if set(channel) <= set(batch[side]):
-        return product._replace(x_channel=in_x(channel), y_channel=in_y(channel))
+        return product._replace(x_channel=axes.x_axes(channel), y_channel=axes.y_axes(channel))
     return Obstacle(Reason.MIXED_CHANNELS)
 
 
