@@ -52,16 +52,16 @@ def seconds(task: Task, variant: Variant | None) -> dict[str, float]:
 
 
 def compare(task: Task, chosen: list[Variant], rounds: int) -> list[dict[str, Any]]:
-    found: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in chosen}
-    full = []
+    every = [None, *chosen]  # None is the full step.
+    found: list[list[dict[str, float]]] = [[] for _ in every]
     seconds(task, None)  # What only the first trace of a process does is done.
     for i in range(rounds):
-        full.append(seconds(task, None))
-        for j in np.random.default_rng(i).permutation(len(chosen)):
-            found[chosen[j].name].append(seconds(task, chosen[j]))
+        for j in np.random.default_rng(i).permutation(len(every)):
+            found[j].append(seconds(task, every[j]))
+    full, *others = found
     rows = []
-    for name, times in found.items():
-        row: dict[str, Any] = {"task": task.name, "variant": name, "rounds": rounds}
+    for variant, times in zip(chosen, others, strict=True):
+        row: dict[str, Any] = {"task": task.name, "variant": variant.name, "rounds": rounds}
         for key in full[0]:
             ratios = [x[key] / base[key] for x, base in zip(times, full, strict=True)]
             row[key] = [float(np.median(ratios)), min(ratios), max(ratios)]
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=results_file("compile-time"))
     args = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)  # It would hide what is to be timed.
     rows = []
     for name, size, batch in args.steps:
         task = Task(name, size, batch, args.optimizer, "float32")

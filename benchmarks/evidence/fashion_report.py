@@ -11,7 +11,8 @@ Three answers for each method, from the runs of `fashion.py`:
 - the memory of parameters, gradient and optimizer state, and the peak of a step that updates in
   place.
 
-Writes `results/fashion-<device>.json`, two figures beside it, and the tables of `docs/evidence.md`.
+Writes `results/fashion-<device>.json`, four figures with the same name, and the tables of
+`docs/evidence.md`.
 """
 
 from __future__ import annotations
@@ -204,24 +205,37 @@ def draw(rows: Sequence[Row], file: Path, key: str, label: str) -> None:
 
     Left is cheaper. Within the grey band, accuracy differs by less than the margin.
     """
-    places = list(dict.fromkeys((row["task"], row["model"]) for row in rows))
+    figure, panels = panels_of(rows, height=3.9, margin=1.6)
     arms = list(dict.fromkeys(row["arm"] for row in rows))
+    for panel, own in panels:
+        draw_panel(panel, own, arms, key)
+        panel.set(xlabel=label, ylabel="difference in test accuracy (points)")
+    shown = {}
+    for panel, _ in panels:
+        shown |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(file)
+    pyplot.close(figure)
+
+
+def panels_of(
+    rows: Sequence[Row], *, height: float, margin: float
+) -> tuple[Any, list[tuple[Any, list[Row]]]]:
+    """A figure with a panel for each task and model, and the rows of each."""
+    places = list(dict.fromkeys((row["task"], row["model"]) for row in rows))
     columns = min(2, len(places))
     lines = -(-len(places) // columns)
     figure, axes = pyplot.subplots(
-        lines, columns, figsize=(max(9, 5.5 * columns), 3.9 * lines + 1), squeeze=False
+        lines, columns, figsize=(max(9, 5.5 * columns), height * lines + margin), squeeze=False
     )
+    panels = []
+    for panel, (task, model) in zip(axes.flat, places, strict=False):
+        panel.set_title(f"{MODEL_LABELS[model]}, {TASK_LABELS[task]}", fontsize="medium")
+        own = [row for row in rows if (row["task"], row["model"]) == (task, model)]
+        panels.append((panel, own))
     for panel in axes.flat[len(places) :]:
         panel.set_axis_off()
-    for panel, place in zip(axes.flat, places, strict=False):
-        own = [row for row in rows if (row["task"], row["model"]) == place]
-        draw_panel(panel, own, arms, key)
-        panel.set(xlabel=label, ylabel="points of test accuracy")
-        panel.set_title(f"{MODEL_LABELS[place[1]]}, {TASK_LABELS[place[0]]}", fontsize="medium")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(file)
-    pyplot.close(figure)
+    return figure, panels
 
 
 def draw_panel(panel: Any, rows: Sequence[Row], arms: Sequence[str], key: str) -> None:
@@ -234,7 +248,40 @@ def draw_panel(panel: Any, rows: Sequence[Row], arms: Sequence[str], key: str) -
         y, low, high = (100 * value for value in row["difference"])
         panel.plot([x, x], [low, high], color=color, linewidth=1.2)
         panel.plot([left, right], [y, y], color=color, linewidth=1.2)
-        panel.plot(x, y, marker, color=color, label=label_of(row["arm"]))
+        # Early stopping may lie on the baseline, which is a ring around it.
+        look = dict(markersize=12, fillstyle="none", zorder=3) if row["is_baseline"] else {}
+        panel.plot(x, y, marker, color=color, label=label_of(row["arm"]), **look)
+
+
+def draw_times(rows: Sequence[Row], file: Path) -> None:
+    """The time until each method has the baseline's accuracy; an arrow if it never has."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows if not row["is_baseline"]))
+    figure, panels = panels_of(rows, height=0.25 * len(arms) + 0.9, margin=0.4)
+    limits = 0.5, 1.3
+    for panel, own in panels:
+        panel.axvline(1.0, color="0.6", linewidth=1, zorder=0)
+        for row in own:
+            if not row["is_baseline"]:
+                draw_time(panel, arms.index(row["arm"]), row["time_against_baseline"], limits)
+        panel.set(xlim=limits, ylim=(len(arms) - 0.5, -0.5))
+        panel.set_yticks(range(len(arms)), [label_of(arm) for arm in arms], fontsize="small")
+        panel.set_xlabel("time to the baseline's accuracy, relative to the baseline")
+    figure.savefig(file)
+    pyplot.close(figure)
+
+
+def draw_time(
+    panel: Any, line: int, interval: Sequence[float], limits: tuple[float, float]
+) -> None:
+    reached = [value is not None and np.isfinite(value) for value in interval]
+    middle, low, high = (
+        value if there else limits[1] for value, there in zip(interval, reached, strict=True)
+    )
+    if reached[1]:
+        panel.plot([low, high], [line, line], color="C0", linewidth=1.2)
+    panel.plot(
+        middle, line, "o" if reached[0] else ">", color="C0" if reached[0] else "0.6", clip_on=False
+    )
 
 
 def main() -> None:
@@ -253,9 +300,11 @@ def main() -> None:
     for name, key, cost in (
         ("time", "step_time", "time of the run"),
         ("memory", "state", "parameters, gradient and state"),
+        ("peak", "peak", "peak memory of a step"),
     ):
         file = output.with_name(f"{output.stem}-{name}.png")
         draw(rows, file, key, f"{cost}, relative to AdamW alone")
+    draw_times(rows, output.with_name(f"{output.stem}-to-accuracy.png"))
     if output.resolve() == paths.BENCHMARKS / "results/fashion-cpu.json":
         PAGE.write_text(fill(PAGE.read_text(), tables(rows).get))
 

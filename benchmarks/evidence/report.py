@@ -271,7 +271,7 @@ def draw(rows: Sequence[Row], file: Path, title: str) -> None:
             axis.plot(mean, position, marker, color=color)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(panel.replace(", ", "\n", 1), fontsize="medium")
-        axis.set_xlabel("points of test accuracy")
+        axis.set_xlabel("difference in test accuracy (points)")
         axis.grid(axis="x", alpha=0.3)
     labels = [name.replace("CDB", "ChannelDropBack") for name in names]
     axes[0, 0].set_yticks(range(len(names)), labels)
