@@ -5,6 +5,8 @@ from __future__ import annotations
 import numbers
 import operator
 import sys
+import types
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,8 +15,8 @@ import numpy as np
 
 
 def short(x: Any) -> str:
-    """The `repr` of an argument, cut to 80 characters."""
-    text = repr(x)
+    """The `repr` of an argument on one line, cut to 80 characters."""
+    text = " ".join(repr(x).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -23,9 +25,10 @@ def check_rate(name: str, rate: Any, *, schedule: bool = True) -> Any:
     if callable(rate) and schedule:
         return rate
     if isinstance(rate, jax.Array):
-        if rate.shape != () or not jnp.issubdtype(rate.dtype, jnp.number):
+        is_real = any(jnp.issubdtype(rate.dtype, kind) for kind in (jnp.floating, jnp.integer))
+        if rate.shape != () or not is_real:
             raise TypeError(
-                f"{name} must be a scalar, got an array of shape {rate.shape} and dtype "
+                f"{name} must be a real scalar, got an array of shape {rate.shape} and dtype "
                 f"{rate.dtype}; use jax.vmap for several rates."
             )
         if not isinstance(rate, jax.core.Tracer):
@@ -35,13 +38,24 @@ def check_rate(name: str, rate: Any, *, schedule: bool = True) -> Any:
         rate = rate.item()
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
         kinds = "a number, an optax schedule or" if schedule else "a number or"
-        raise TypeError(f"{name} must be a drop probability: {kinds} a scalar array; got {rate!r}.")
+        raise TypeError(
+            f"{name} must be {probability(name)}: {kinds} a scalar array; got {short(rate)}."
+        )
     if not 0.0 <= float(rate) <= 1.0:  # False for NaN too.
+        mend = "use 0.3 to drop 30 % and 0.7 to keep 30 %"
+        if name == "layer_rate":
+            mend = "use 0.3 to mask each layer in 30 % of the steps"
         raise ValueError(
-            f"{name} must be a drop probability between 0 and 1, got {rate!r}; use 0.3 to drop "
-            "30 % and 0.7 to keep 30 %."
+            f"{name} must be {probability(name)} between 0 and 1, got {rate!r}; {mend}."
         )
     return float(rate)
+
+
+def probability(name: str) -> str:
+    """What a rate is the probability of, for messages."""
+    if name == "layer_rate":
+        return "the probability that a layer is masked"
+    return "a drop probability"
 
 
 def check_call_rate(rate: Any) -> float | jax.Array:
@@ -54,12 +68,15 @@ def check_static_rate(rate: Any) -> float:
     """Checks the rate of a function whose shapes depend on it."""
     rate = check_rate("rate", rate, schedule=False)
     if isinstance(rate, jax.core.Tracer):
-        raise TypeError(f"rate must be a float, not traced, because it sets shapes; got {rate}.")
+        raise TypeError(
+            "rate must be a Python number, because array shapes depend on it; got the traced "
+            f"array {rate}. Pass it as a static argument."
+        )
     return float(rate)
 
 
 def is_exactly(rate: float | jax.Array, *values: float) -> bool:
-    """Whether a rate is known when the program is traced, and is one of `values`."""
+    """Whether a rate is a Python float, and equal to one of `values`."""
     return isinstance(rate, float) and rate in values
 
 
@@ -87,6 +104,10 @@ def check_positive(name: str, value: Any) -> int:
 def check_patterns(name: str, patterns: Any) -> tuple[str, ...]:
     if isinstance(patterns, str):
         raise TypeError(f"{name} must be a tuple of path patterns; write {name}=({patterns!r},).")
+    if not isinstance(patterns, Iterable):
+        raise TypeError(
+            f"{name} must be a tuple of path patterns, got {patterns!r}; use {name}=() for none."
+        )
     patterns = tuple(patterns)
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -104,8 +125,9 @@ def check_step(step: Any) -> Any:
             f"step must be an int or an integer scalar, got {short(step)}; count the steps, or use "
             "cdb_jax.selection_count(opt_state)."
         )
-    if not isinstance(step, (int, np.integer)):
+    if isinstance(step, jax.Array):  # Reading it would wait for the device.
         return step
+    step = int(step)
     if not 0 <= step < 2**32:
         raise ValueError(f"step={step} is not in [0, 2**32); count steps from 0.")
     return np.asarray(step, np.int32 if step < 2**31 else np.uint32)
@@ -119,7 +141,8 @@ def check_call_key(key: Any, source: str) -> jax.Array:
         jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
     )
     if not is_key:
-        raise TypeError(f"key must be a JAX key, got {key!r}; use jax.random.key(0).")
+        mend = source if _is_rngs(key) else "jax.random.key(0)"
+        raise TypeError(f"key must be a JAX key, got {short(key)}; use {mend}.")
     return key
 
 
@@ -134,7 +157,9 @@ def check_policy_key(key: Any) -> tuple[int, int] | jax.Array:
             "key is missing; pass an int or a JAX key, such as key=0 or key=jax.random.key(0). "
             "With the same key, training draws the same channels after a restart."
         )
-    if isinstance(key, tuple) and len(key) == 2 and all(isinstance(word, int) for word in key):
+    if isinstance(key, tuple) and len(key) == 2 and all(map(is_int, key)):
+        if any(not 0 <= word < 2**32 for word in key):
+            raise ValueError(f"key={key} holds a word that is not in [0, 2**32); use key=0.")
         return key  # The words of another policy.
     if isinstance(key, (jax.Array, np.ndarray)):
         if isinstance(key, jax.core.Tracer):
@@ -147,9 +172,8 @@ def check_policy_key(key: Any) -> tuple[int, int] | jax.Array:
     except TypeError:
         seed = None
     if seed is None:
-        raise TypeError(
-            f"key must be an int or a JAX key, got {key!r}; use key=0 or key=jax.random.key(0)."
-        )
+        mend = "key=rngs.params()" if _is_rngs(key) else "key=0 or key=jax.random.key(0)"
+        raise TypeError(f"key must be an int or a JAX key, got {short(key)}; use {mend}.")
     if not 0 <= seed < 2**64:
         raise ValueError(f"key={seed} is not in [0, 2**64); use a seed in that range.")
     return seed >> 32, seed & 0xFFFFFFFF
@@ -180,13 +204,46 @@ def _threefry_words(key: jax.Array | np.ndarray) -> jax.Array:
     return jax.random.key_data(reduced)
 
 
+def _kind(x: Any) -> str:
+    return "an array" if isinstance(x, jax.Array) else f"a {type(x).__name__}"
+
+
+def check_branch(branch: Any, call: str) -> None:
+    """Raises a TypeError for the result of a branch in place of the branch; `call` is the mend."""
+    if not callable(branch):
+        raise TypeError(
+            f"branch must be a function, got {_kind(branch)}; pass the branch and its arguments, "
+            f"as in {call}, not its result."
+        )
+
+
+def check_pair(result: Any) -> tuple[Any, Any]:
+    """Returns what a function with auxiliary data returned; raises a TypeError if it is no pair."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            f"has_aux=True: fun must return a pair (value, aux), got {_kind(result)}; return "
+            "(value, aux), or leave has_aux out."
+        )
+    return result
+
+
 def _is_module(x: Any) -> bool:
     nnx = sys.modules.get("flax.nnx")  # If there is a Flax NNX model, it is loaded.
     return nnx is not None and isinstance(x, nnx.Module)
 
 
+def _is_rngs(x: Any) -> bool:
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(x, (nnx.Rngs, nnx.RngStream))
+
+
 def parameters_of(tree: Any) -> Any:
     """Returns the tree with each Flax NNX model replaced by the state of its `nnx.Param`s."""
+    if isinstance(tree, (type, types.FunctionType)):
+        raise TypeError(
+            f"params is a class or function, {tree.__qualname__}; pass an instance, or a tree of "
+            "arrays."
+        )
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return tree

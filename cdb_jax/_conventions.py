@@ -1,8 +1,8 @@
 """Finds the channels of a parameter by its name, its shape, and the shape of its bias.
 
 Names settle what shapes cannot: a kernel of shape (3, 8, 8) may be a 1-D convolution, a stack of
-three dense layers, or a dense layer over inputs of shape (3, 8). What neither settles is left
-alone, and an error if it is much of a model.
+three dense layers, or a dense layer over inputs of shape (3, 8). A leaf that neither settles is
+left alone, but it is an error if such leaves make up much of a model.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class NoChannels(enum.Enum):
     NO_VALUES = "no floating-point values"
     SPEC_IS_NONE = "channel_axes says None"
     FEW_DIMENSIONS = "fewer than two dimensions"
+    FEW_BESIDES_STACK = "fewer than two dimensions besides the stack axis"
     VECTOR = "all axes but one have size 1"
     BIAS = "a bias"
     SCALE = "a scale"
@@ -51,11 +52,11 @@ _BIASES = ("bias", "b", "beta", "offset")
 _WEIGHTS = ("kernel", "weight", "w")
 _TABLES = ("embedding", "embeddings", "table", "input_embedding")
 _BOXED = ("kernel", "weight", "bias")
-_WRAPPERS = ("value", "data_array", "array", "args")  # Of arrays in boxes.
+_WRAPPERS = ("value", "data_array", "array", "args")  # Attributes in which boxes keep arrays.
 
 
 class Roles(NamedTuple):
-    """The axes of a weight; `is_default` if only its number of axes shows them."""
+    """The axes of a weight. `is_default`: whether only the number of axes determined them."""
 
     outputs: Axes
     inputs: Axes
@@ -118,7 +119,7 @@ class Tree:
             *prefix, name = _unwrapped(path)
             if name in _BIASES:
                 self._biases["/".join(prefix)] = shape
-        # Whether kernels are (output, input), which only those that are not square show.
+        # Whether kernels are (output, input). Only a kernel that is not square can reveal this.
         self.has_transposed = any(map(self._contradicts, shapes, shapes.values()))
 
     def _contradicts(self, path: str, shape: Shape) -> bool:
@@ -171,6 +172,8 @@ def channel_axes(
     """
     rest = [axis for axis in range(len(shape)) if axis not in stack]
     inner = tuple(shape[axis] for axis in rest)
+    if len(inner) < 2:
+        return few_dimensions(stack)
     reason = _without_channels(path, inner, tree)
     if reason:
         return reason
@@ -187,10 +190,13 @@ def channel_axes(
     return Found(channel, stack, roles.is_default)
 
 
+def few_dimensions(stack: Axes) -> NoChannels:
+    """Why a leaf without two dimensions, not counting a stack, has no channels."""
+    return NoChannels.FEW_BESIDES_STACK if stack else NoChannels.FEW_DIMENSIONS
+
+
 def _without_channels(path: str, shape: Shape, tree: Tree) -> NoChannels | None:
     layer, name = last_names(path)
-    if len(shape) < 2:
-        return NoChannels.FEW_DIMENSIONS
     if tree.is_bias(path, shape):
         return NoChannels.BIAS
     if name == "scale":
@@ -236,7 +242,7 @@ def _roles(path: str, shape: Shape, tree: Tree, bias: Shape) -> Roles | NoChanne
 
 
 def _known(layer: str, name: str, rank: int) -> Roles | None:
-    """The axes of a weight of a name that is known.
+    """The axes of a weight whose name is known; None for any other name.
 
     The kernel of a grouped convolution holds the inputs of one group, so each of its input channels
     stands for one channel of every group.
@@ -294,7 +300,7 @@ def _without_ones(shape: Shape) -> Shape:
 
 
 def message(direction: str, complaint: str, lines: Sequence[str], most: int = 4) -> str:
-    """An error message about leaves, one line for each; its first line is what to do."""
+    """Returns an error message that says what to do, and then lists leaves, one on each line."""
     side = "" if direction == "output" else ', channels="input"'
     listing = "".join(f"    {line}\n" for line in lines[:most])
     if len(lines) > most:
@@ -302,6 +308,6 @@ def message(direction: str, complaint: str, lines: Sequence[str], most: int = 4)
     return (
         f"channel_axes=cdb_jax.infer_channel_axes(loss_fn, params, batch{side}) finds the "
         f"{direction} channels{complaint}\n{listing}"
-        "Or name their axes, in a dict from path to cdb_jax.Axes or a rule (path, leaf) -> Axes; "
-        "None leaves an array alone."
+        "Alternatively, set channel_axes to a dict from path to cdb_jax.Axes, or to a rule "
+        "(path, leaf) -> Axes; None leaves an array alone."
     )

@@ -25,11 +25,11 @@ SLOW_IN_CONDITIONALS: Primitives = (dot_general_p, conv_general_dilated_p)
 
 
 def reordered(f: Callable[..., Any], slow: Primitives) -> Callable[..., Any]:
-    """Returns `f`, but on CPU, the primitives in `slow` get their axes in the order that is fast.
+    """Returns `f`; on CPU, the primitives in `slow` get their axes in the order that is fast.
 
-    Nested `jit` and `jax.checkpoint` join the operations around them. So use this for gradients
-    that need no gradient themselves, and not where XLA could merge what a checkpoint recomputes
-    with the forward pass: the branch of a conditional is safe.
+    Nested calls of `jit` and `jax.checkpoint` are inlined. Use this only for gradients that are not
+    differentiated again, and only where XLA cannot merge what a checkpoint recomputes with the
+    forward pass, as in a branch of a conditional.
     """
 
     def call(*args: Any) -> Any:
@@ -102,7 +102,7 @@ def dot_in_order(eqn: core.JaxprEqn, lhs: jax.Array, rhs: jax.Array) -> jax.Arra
 
 
 def convolution_in_order(eqn: core.JaxprEqn, x: jax.Array, w: jax.Array) -> jax.Array:
-    """A convolution with axes (batch, ..., features) and (..., in, out), the order of XLA's CPU."""
+    """A convolution with axes (batch, ..., features) and (..., in, out), which is fast on CPU."""
     x_spec, kernel_spec, y_spec = eqn.params["dimension_numbers"]
     rank = x.ndim
     axes = (0, rank - 1, *range(1, rank - 1))

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cdb_jax import channels
+from cdb_jax._checks import probability, short
 from cdb_jax._compiling import compiled
 from cdb_jax.channels import NoChannels
-from cdb_jax.selection import Arrangement, Group, Mode, Part, Selection, whole_group
+from cdb_jax.selection import Arrangement, Group, Mode, Part, Selection, positions_of, whole_group
 
 if TYPE_CHECKING:
     from cdb_jax.policy import Policy
@@ -46,7 +47,7 @@ draw_once = compiled(draw)  # Outside `jit`, it runs as one compiled program.
 
 
 def is_frozen(policy: Policy, leaf: channels.Leaf) -> bool:
-    """Whether a leaf without channels is frozen because only one layer learns in a step."""
+    """Whether a leaf without channels is frozen because only the picked layers learn."""
     learns = leaf.reason in (NoChannels.EXEMPT, NoChannels.NO_VALUES)
     return policy.freezes_others and leaf.layer is None and not learns
 
@@ -80,8 +81,8 @@ def _first_of_blocks(policy: Policy, layers: Sequence[channels.Leaf]) -> dict[st
         if first.stack_shape != layer.stack_shape:
             raise ValueError(
                 f"blocks={policy.blocks!r}: {first.path!r} and {layer.path!r} are in one block but "
-                f"stack {first.stack_shape} and {layer.stack_shape} layers; use a pattern that "
-                "separates them, or the same stack axes for both."
+                f"have stacks of shapes {first.stack_shape} and {layer.stack_shape}; use a pattern "
+                "that separates them, or the same stack axes for both."
             )
     return first_of_block
 
@@ -92,8 +93,8 @@ def _check_num_layers(
     total = sum(layer.depth for layer in firsts)
     if firsts and policy.layers_picked > total:
         raise ValueError(
-            f"num_layers={policy.num_layers} is more than this tree has: {total} (a block counts "
-            "as one layer); use a smaller number. If layers are stacked in one array, specify "
+            f"num_layers={policy.num_layers} is more than the {total} layers of this tree (a block "
+            "counts as one); use a smaller number. If layers are stacked in one array, specify "
             "the stack axis: Axes(..., stack=0) in channel_axes, or a preset's stack={'blocks': 0}."
         )
     if layout.partial and firsts and policy.layers_picked > 1:
@@ -208,6 +209,8 @@ class _Settings(NamedTuple):
 
 
 def _settings_at(policy: Policy, step: jax.Array) -> _Settings:
+    if step.dtype.itemsize < 4:  # `hold` need not fit into it.
+        step = step.astype(jnp.int32)
     hold = jnp.asarray(policy.hold, step.dtype)
     period, first_step = step // hold, step - step % hold
     words = policy.key if isinstance(policy.key, jax.Array) else np.array(policy.key, np.uint32)
@@ -221,14 +224,25 @@ def _settings_at(policy: Policy, step: jax.Array) -> _Settings:
 
 
 def _rate_at(name: str, rate: Any, step: jax.Array) -> float | jax.Array:
-    """Returns a Python number as it is, the value of a schedule at the step, arrays in float32."""
+    """Returns a number as it is, a schedule's value at the step, or an array as float32."""
     if not callable(rate):
         return rate if isinstance(rate, float) else jnp.asarray(rate, jnp.float32)
-    value = rate(step)
+    try:
+        value = rate(step)
+    except jax.errors.JAXTypeError as error:  # For example, a Python `if`.
+        raise TypeError(
+            f"{name}: the schedule must work with traced steps; use jnp.where instead of `if`, "
+            "jnp instead of math and np, or an optax schedule."
+        ) from error
+    if not isinstance(value, (int, float, np.generic, np.ndarray, jax.Array)):
+        raise TypeError(
+            f"{name}: the schedule returned {short(value)}; return {probability(name)}, a number "
+            "or a scalar array."
+        )
     is_known = not isinstance(value, jax.core.Tracer)
     if jnp.shape(value) != () or (is_known and not 0.0 <= float(value) <= 1.0):
         raise ValueError(
-            f"{name}: the schedule returned {value}; return a drop probability between 0 and 1."
+            f"{name}: the schedule returned {value}; return {probability(name)} between 0 and 1."
         )
     return float(value) if isinstance(value, (int, float)) else jnp.asarray(value, jnp.float32)
 
@@ -238,7 +252,7 @@ class _Rows(NamedTuple):
 
     Attributes:
       layers: the leaves.
-      may_be_masked: which rows may be masked in this step: all, or one.
+      may_be_masked: which rows may be masked in this step: all, or those that "exact" picked.
       chance: for each row, the probability that it may be masked.
       mask_words: random words that decide whether a layer is masked, shape `(rows,)`.
       offset_words: random words for the place of a window or chunk, shape `(rows,)`.
@@ -471,7 +485,7 @@ def _choose_channels(
     if policy.channel_choice == "exact":
         kept = num_kept(rate, width)
         keep = _smallest(channel_words, kept)
-        place = _positions(keep, kept) if isinstance(kept, int) else None
+        place = positions_of(keep, kept) if isinstance(kept, int) else None
         return _Kept(keep, kept / width, place)
 
     size = width // (policy.window_groups or 1)
@@ -494,10 +508,3 @@ def _smallest(words: jax.Array, kept: int | jax.Array) -> jax.Array:
     below, equal = words < last, words == last
     room = kept - jnp.sum(below, axis=1, keepdims=True, dtype=jnp.int32)
     return below | (equal & (jnp.cumsum(equal, axis=1, dtype=jnp.int32) <= room))
-
-
-def _positions(keep: jax.Array, kept: int) -> jax.Array:
-    """The positions of the kept channels of each row, in ascending order: int32, `(rows, kept)`."""
-    width = keep.shape[1]
-    channel = np.arange(width, dtype=np.int32)[None]
-    return jnp.sort(jnp.where(keep, channel, np.int32(width)), axis=1)[:, :kept]

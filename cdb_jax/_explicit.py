@@ -1,8 +1,8 @@
 """Arrays with explicit shardings (`AxisType.Explicit`), which are part of their types.
 
-Operations on parts of such arrays may have no sharding that follows from their operands, which is
-an error. So XLA finds all shardings inside these operations, and their result is sharded like the
-whole array as far as that fits the part.
+JAX raises an error if the sharding of a result does not follow from the operands, which can happen
+for parts of such arrays. Inside the operations here, XLA chooses the shardings instead, and the
+result is sharded like the whole array where that is possible for the part.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def num_shards(sharding: NamedSharding, axes: tuple[int, ...]) -> int:
 
 
 def part_spec(array: Any, channel: tuple[int, ...], part: Part | None) -> PartitionSpec:
-    """The spec of a part of an array; channels stay sharded if each shard keeps as many."""
+    """The spec of a part of an array; channels stay sharded if all shards keep equally many."""
     sharding = _sharding_of(array)
     shards = num_shards(sharding, channel)
     if part is not None and (len(channel) > 1 or part.blocks % shards):

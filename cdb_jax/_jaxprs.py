@@ -1,8 +1,8 @@
 """Evaluates parts of a traced program.
 
-Only this package depends on how JAX represents programs. The representation is documented in
-`jax.extend.core`, except for the parameters of primitives and for what `scopes_of` reads;
-`tests/test_following.py` fails if one of these changes.
+This module, `_cpu_order` and `_skipping` contain nearly all code that depends on how JAX represents
+programs. `jax.extend.core` documents the representation, except for the parameters of primitives
+and what `scopes_of` reads; `tests/test_following.py` fails if one of these changes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,21 @@ Atom = core.Var | core.Literal  # What an equation reads.
 
 PRODUCTS = (primitives.dot_general_p, primitives.conv_general_dilated_p)
 
-# The names of operations on corresponding entries; a scalar operand applies to every entry.
-ELEMENTWISE = frozenset(
-    "abs add atan2 cbrt ceil clamp complex conj convert_element_type copy copy_p cos cosh div erf "
-    "erf_inv exp exp2 expm1 floor imag integer_pow log log1p logistic max min mul name neg pow "
-    "real reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub "
-    "tan tanh pvary eq ne lt le gt ge is_finite and or not xor".split()
+_ELEMENTWISE = frozenset(
+    getattr(primitives, f"{name}_p")
+    for name in (
+        "abs add atan2 cbrt ceil clamp complex conj convert_element_type copy cos cosh div erf "
+        "erf_inv exp exp2 expm1 floor imag integer_pow log log1p logistic max min mul name neg pow "
+        "real reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient "
+        "sub tan tanh eq ne lt le gt ge is_finite and or not xor"
+    ).split()
 )
+_ELEMENTWISE_BY_NAME = ("copy_p", "pvary")  # JAX does not export these.
+
+
+def is_elementwise(primitive: core.Primitive) -> bool:
+    """Whether it works on corresponding entries; a scalar operand applies to every entry."""
+    return primitive in _ELEMENTWISE or primitive.name in _ELEMENTWISE_BY_NAME
 
 
 @contextlib.contextmanager
@@ -67,7 +75,7 @@ def apply(eqn: core.JaxprEqn, program: core.Jaxpr, operands: Sequence[Any]) -> l
 
 
 def product_flops(eqn: core.JaxprEqn) -> int:
-    """The floating-point operations of a product, and of its gradient for either operand."""
+    """The floating-point operations of a product; its gradient for either operand has as many."""
     lhs, rhs = (shape_of(v) for v in eqn.invars)
     out = math.prod(shape_of(eqn.outvars[0]))
     if eqn.primitive is primitives.dot_general_p:
@@ -145,8 +153,8 @@ def identity(x: Any) -> Hashable:
     try:
         hash(x)
     except TypeError:
-        return Keyed(id(x), x)  # Which keeps the object alive.
-    return type(x), x  # 1 and True are equal.
+        return Keyed(id(x), x)  # Holding the object prevents its id from being used again.
+    return type(x), x  # Without the type, 1 and True would have the same key.
 
 
 def _identity_of_program(jaxpr: core.Jaxpr) -> Hashable:

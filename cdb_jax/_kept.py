@@ -167,7 +167,7 @@ def _where_learns(
 
 
 def check_same_size(policy: Policy) -> None:
-    """Raises a TypeError or ValueError for a policy that does not keep as much in every step."""
+    """Raises a TypeError or ValueError for a policy whose selections may differ in size."""
     rate, layer_rate = policy.rate, policy.layer_rate
     if not isinstance(rate, float):
         raise TypeError(
@@ -262,7 +262,7 @@ class KeptPart:
     ) -> list[jax.Array | None]:
         """The part of each leaf, or None for what never learns.
 
-        `kept` has leaves, by position, that have the kept channels only.
+        `kept` maps the positions of some leaves to arrays that hold only the kept channels.
         """
         gradients: list[jax.Array | None] = []
         for i, (cut, x) in enumerate(zip(self.cuts, leaves, strict=True)):
@@ -284,9 +284,9 @@ class KeptPart:
             shapes = [tree.get(path, "no array") for tree in (found, expected)]
             if shapes[0] != shapes[1]:
                 raise ValueError(
-                    f"updates: for {path!r} they have {shapes[0]}, but this selection keeps "
-                    f"{shapes[1]}; pass the selection with which "
-                    "value_and_grad(..., kept_only=True) was called."
+                    f"updates: found {shapes[0]} at {path!r}, but this selection keeps "
+                    f"{shapes[1]}; pass the selection that you passed to "
+                    "value_and_grad(..., kept_only=True)."
                 )
 
     def mask(self, kept: Any) -> Any:
@@ -306,7 +306,7 @@ class KeptPart:
 
 
 def _cut(leaf: channels.Leaf, group: Group | None, max_layers: int) -> Cut:
-    """The cut of a leaf of whose stack at most `max_layers` layers learn in one step."""
+    """The cut of a leaf, if at most `max_layers` layers of a stack learn in one step."""
     if group is None or group.modes == (Mode.FULL,):
         return Cut(leaf)
     if group.modes == (Mode.FROZEN,):

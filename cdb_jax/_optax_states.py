@@ -15,6 +15,7 @@ import optax
 from cdb_jax import channels
 from cdb_jax._checks import short
 from cdb_jax._compiling import by_structure
+from cdb_jax.policy import Policy
 
 Shape = tuple[int, ...]
 SlotAxes = Callable[[str, Shape | None, Shape], tuple[int | None, ...] | None]
@@ -67,10 +68,10 @@ def find(
 
 @by_structure
 def restarting(state_and_updates: tuple[Any, Any], wrapper: Wrapper) -> tuple[bool, ...]:
-    """Whether each leaf of a state begins again when the optimizer gets other parameters.
+    """Whether each leaf of a state starts over when other channels are selected.
 
-    These are the entries that belong to parameters, and whatever the same NamedTuple holds, such as
-    the count of Adam's bias correction. Counts of schedules are in a state of their own.
+    Entries that belong to parameters do, and so does whatever the same NamedTuple holds, such as
+    the count of Adam's bias correction. Schedules keep their counts in a separate state.
     """
     found = list(_checked_entries(state_and_updates, wrapper))
     # With a single array as parameters, a count may look like an entry of it, so numbers alone do
@@ -200,13 +201,13 @@ def _axes(
     if not shape or not is_float or (leaf is not None and leaf.layer is None):
         return None  # A count, a key, or a number for the whole tree.
     name = type(entry.holder).__name__
-    mend = f"give slot_axes={{{name}: rule}}"
+    mend = f"pass slot_axes={{{name}: rule}}"
     if any(hasattr(node, "_fields") for x in entries(entry.holder) for node in x.nodes[1:]):
         mend = f"put the wrapper with the state {name} around {wrapper}, not inside"
     owner = "no parameter" if leaf is None else f"{leaf.path!r} of shape {leaf.shape}"
     raise ValueError(
-        f"inner: its state has an entry {entry.path!r} of shape {shape}, which belongs to {owner}, "
-        f"so which of its axes hold channels is unknown; {mend}. {_INSTEAD[wrapper]}."
+        f"inner: the entry {entry.path!r} of its state has shape {shape} and belongs to {owner}, "
+        f"so its channel axes are unknown; {mend}. {_INSTEAD[wrapper]}."
     )
 
 
@@ -259,17 +260,17 @@ def check_inner(inner: Any, wrapper: Wrapper) -> None:
     if isinstance(inner, optax.MultiSteps):
         raise TypeError(_several_updates(optax.MultiStepsState, wrapper))
     if not isinstance(inner, optax.GradientTransformation):
+        mend = "; the policy is the second argument" if isinstance(inner, Policy) else ""
         raise TypeError(
-            f"inner must be an optimizer such as optax.adamw(1e-3), got {short(inner)}; the "
-            "policy is the second argument."
+            f"inner must be an optimizer such as optax.adamw(1e-3), got {short(inner)}{mend}."
         )
 
 
 def _several_updates(state_class: type, wrapper: Wrapper) -> str:
     wrapped = _AROUND[state_class].format(f"cdb_jax.{wrapper}(inner, policy)")
     return (
-        f"inner: {state_class.__name__.removesuffix('State')} takes one step in several updates, "
-        f"and each would drop different channels; put it around {wrapper}: {wrapped}."
+        f"inner: {state_class.__name__.removesuffix('State')} combines several updates, and each "
+        f"would drop different channels; put it around {wrapper}: {wrapped}."
     )
 
 
@@ -309,7 +310,7 @@ def check_updates(proposed: Any, updates: Any, root: str, wrapper: Wrapper) -> N
             f"wrapper that does so around {wrapper}, for example "
             f"optax.lookahead(cdb_jax.{wrapper}(inner, policy), 5, 0.5)."
         )
-    channels.check_parameters(updates, proposed, root)  # An optimizer keeps their shapes.
+    channels.check_parameters(updates, proposed, root, "inner returns")
 
 
 def check_states(new: Any, old: Any, wrapper: Wrapper) -> None:

@@ -184,9 +184,10 @@ def _put_run(x: jax.Array, axis: int, size: int, start: jax.Array) -> jax.Array:
 def _move_window(
     x: jax.Array, fill: jax.Array, axis: int, size: int, before: jax.Array, after: jax.Array
 ) -> jax.Array:
-    """A window for another start, by pads and slices; `fill` has what was not in it.
+    """Moves a window to another start; entries that it did not hold before come from `fill`.
 
-    A gather would do, but the CPU compiler transposes arrays, and all that depends on them, for it.
+    This takes pads and slices. A gather would also work, but for a gather, the CPU compiler
+    transposes the arrays and everything that depends on them.
     """
     kept = x.shape[axis]
     # Where a window wraps around, its last channels are stored behind its first ones.
@@ -199,12 +200,12 @@ def _move_window(
     source = channel - shift_before
     was_kept = (source >= jnp.maximum(first_before, 0)) & (source < kept)
 
-    def shifted(low: int, high: int, by: jax.Array) -> jax.Array:
-        """`x[i + by]` for each position i, for shifts of at least `-low` and at most `high`."""
+    def shifted(low: int, high: int, shift: jax.Array) -> jax.Array:
+        """`x[i + shift]` for each position i; `shift` is at least `-low` and at most `high`."""
         pad = [(0, 0, 0)] * x.ndim
         pad[axis] = (low, high, 0)
         padded = lax.pad(x, jnp.zeros((), x.dtype), pad)
-        return _slice(padded, low + jnp.clip(by, -low, high), kept, axis)
+        return _slice(padded, low + jnp.clip(shift, -low, high), kept, axis)
 
     for chosen, y in (  # No pad occurs twice, so that each fuses into its slice.
         (is_first & was_first, x),

@@ -85,9 +85,9 @@ def unstack(
         return alone_on_cpu(_cut(blocks, _pick, matrices))
 
     def elsewhere(matrices: Sequence[jax.Array]) -> list[jax.Array]:
-        # Of indices, only the matrix is computed once, because each cut would be a kernel on a GPU.
-        # Masks and starts of windows are cut first: loops that read one matrix are joined there, so
-        # all gradients would be stored until the last one is known.
+        # A matrix of indices is computed once as a whole, because each cut would be a kernel on a
+        # GPU. Masks and starts of windows are cut first: XLA joins loops that read the same matrix,
+        # so all gradients would be stored until the last one is known.
         are_indices = [x.ndim > 1 and x.dtype == jnp.int32 for x in matrices]
         drawn = [
             jax.lax.optimization_barrier(x) if is_index else x

@@ -25,9 +25,9 @@ def backdrop(
 ) -> jax.Array:
     r"""Returns `x`, and multiplies its gradient by a random mask in the backward pass.
 
-    The mask m varies along `axes` and is constant along all others. Each of its n entries is
-    dropped with probability `rate`, and the mask is divided by its mean, so that the gradient keeps
-    its size:
+    The mask m varies along `axes` (and `sample_axes`) and is constant along all others. Each of its
+    n entries along `axes` is dropped with probability `rate`, and the mask is divided by their
+    mean, so that the gradient keeps its size:
 
     .. math:: y = x, \qquad \bar x = \frac{m}{\frac1n \sum_i m_i} \odot \bar y.
 

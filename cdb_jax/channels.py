@@ -30,7 +30,7 @@ _MOST_UNSETTLED = 0.1  # The fraction of the weights that may be left alone with
 class Convention:
     """Finds channels by the names and shapes of parameters and biases.
 
-    An object rather than a function, because `optax.inject_hyperparams` treats every callable
+    It is an object rather than a function because `optax.inject_hyperparams` treats every callable
     argument as a schedule.
     """
 
@@ -61,13 +61,16 @@ class Axes:
     Examples:
       >>> import cdb_jax
       >>> cdb_jax.Axes(-1, stack=0)  # a scanned dense kernel (layers, in, out)
-      Axes(channel=-1, stack=0)
+      cdb_jax.Axes(channel=-1, stack=0)
       >>> cdb_jax.Axes(cdb_jax.output_channels, stack=0)  # a subtree of scanned blocks
-      Axes(channel=cdb_jax.output_channels, stack=0)
+      cdb_jax.Axes(channel=cdb_jax.output_channels, stack=0)
     """
 
     channel: Ints | Convention
     stack: Ints = ()
+
+    def __repr__(self) -> str:
+        return f"cdb_jax.Axes(channel={self.channel!r}, stack={self.stack!r})"
 
 
 AxisSpec = int | tuple[int, ...] | Axes | Convention | None
@@ -98,7 +101,7 @@ class Leaf(NamedTuple):
       stack: the axes along which layers are stacked.
       layer: the path whose selection applies: the leaf's path, or for a bias that follows its
         kernel, the kernel's path. None for a leaf without channels.
-      reason: why it has no channels; None if it has.
+      reason: why it has no channels; None if it has some.
       convention: the convention that looks for its channels; None if a spec gives them.
       is_default: whether the convention had nothing to go by but the number of axes.
     """
@@ -176,6 +179,7 @@ def resolve(
     only: Sequence[str] | None = None,
     share_with_bias: bool = False,
     root: str = "",
+    may_be_empty: bool = False,
 ) -> Layout:
     """Finds the layers of a tree and the channel axes of each.
 
@@ -187,14 +191,19 @@ def resolve(
       only: path patterns that limit the search; None for no limit.
       share_with_bias: whether a bias is dropped with the kernel of its layer.
       root: path of `updates` within the model it was cut from.
+      may_be_empty: whether to accept a tree in which no leaf has channels.
 
     Raises:
-      ValueError: if a spec does not fit the tree, a pattern matches nothing, name and rank do not
-        settle the channels of a kernel, two leaves share a path, or nothing can be dropped.
+      TypeError, ValueError: if a spec is malformed or does not fit the tree, a pattern matches
+        nothing, names and shapes do not determine the channels of many weights, two leaves share a
+        path, or nothing can be dropped.
     """
     only = None if only is None else tuple(only)
     rules = _Rules(as_specs(channel_axes), tuple(exempt), only, share_with_bias, root)
-    return _resolve(updates, rules)
+    layout = _resolve(updates, rules)
+    if layout.leaves and not layout.layers and not layout.partial and not may_be_empty:
+        raise ValueError(_nothing_to_drop(rules, layout.leaves))
+    return layout
 
 
 @by_structure
@@ -215,8 +224,6 @@ def _resolve(updates: Any, rules: _Rules) -> Layout:
         leaves = [_follow_kernel(leaf, by_path, masked) for leaf in leaves]
     layout = Layout(tuple(leaves), rules.root, is_partial)
     _check_ids([layer.path for layer in layout.layers])
-    if leaves and not layout.layers and not is_partial:
-        raise ValueError(_nothing_to_drop(rules, leaves))
     return layout
 
 
@@ -281,7 +288,9 @@ def same_layout(tree: Any, layout: Layout) -> Layout:
     return Layout(tuple(leaves), layout.root, layout.partial)
 
 
-def check_parameters(updates: Any, params: Any, root: str) -> None:
+def check_parameters(
+    updates: Any, params: Any, root: str, source: str = "its parameter has"
+) -> None:
     """Raises a ValueError if the shape of an update differs from that of its parameter."""
 
     def shapes(tree: Any) -> list[Any]:
@@ -293,21 +302,25 @@ def check_parameters(updates: Any, params: Any, root: str) -> None:
     for path, shape in shapes_by_path(updates, root).items():
         if shape != expected.get(path, shape):
             raise ValueError(
-                f"the update of {path!r} has shape {shape}, but its parameter has shape "
-                f"{expected[path]}, so its channels are unknown. {_mend_of(shape, expected[path])}"
+                f"updates: {path!r} has shape {shape}, but {source} shape {expected[path]}, so its "
+                "channels are unknown. "
+                f"{_shape_advice(shape, expected[path])}"
             )
 
 
-def _mend_of(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    mend = "First apply the transformation that gives updates the shapes of the parameters"
+def _shape_advice(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    advice = "First apply the transformation that gives updates the shapes of the parameters"
     if shape[1:] == expected:
         return (
-            f"{mend}; for per-example gradients: optax.chain("
+            f"{advice}; for per-example gradients: optax.chain("
             "optax.contrib.differentially_private_aggregate(...), cdb_jax.channel_drop_back(...))."
         )
     if len(shape) == len(expected):
-        return f"{mend}; after value_and_grad(..., kept_only=True), only cdb_jax.compact does."
-    return f"{mend}."
+        return (
+            f"{advice}. Only cdb_jax.compact accepts the gradients of value_and_grad(..., "
+            "kept_only=True)."
+        )
+    return f"{advice}."
 
 
 def shapes_by_path(tree: Any, root: str) -> dict[str, tuple[int, ...]]:
@@ -379,11 +392,27 @@ def _check_ids(paths: Sequence[str]) -> None:
 
 def check_matches(name: str, patterns: Iterable[str], paths: Sequence[str]) -> None:
     for pattern in patterns:
-        if not any(covers(pattern, path) for path in paths):
+        if not _matches_any(pattern, paths):
             raise ValueError(
                 f"{name}: the pattern {pattern!r} matches none of the paths {_shorten(paths)}; "
-                "correct it or remove it."
+                f"{_pattern_advice(pattern, paths)}."
             )
+
+
+def _matches_any(pattern: str, paths: Sequence[str]) -> bool:
+    return any(covers(pattern, path) for path in paths)
+
+
+def _pattern_advice(pattern: str, paths: Sequence[str]) -> str:
+    """What to write in place of a pattern that matches nothing."""
+    better, notes = pattern.removeprefix("params/"), ""
+    if better != pattern:
+        notes += "; a leading params is left out"
+    if better.endswith("/"):
+        better, notes = better.rstrip("/"), f"{notes}; drop the slash at the end"
+    if not _matches_any(better, paths):
+        better, notes = f"*/{better}", f" to match it at any depth{notes}"
+    return f"use {better!r}{notes}" if _matches_any(better, paths) else "correct it or remove it"
 
 
 def _shorten(paths: Collection[str], most: int = 12) -> str:
@@ -483,7 +512,7 @@ def _check_settled(leaves: Sequence[Leaf]) -> None:
         is_odd = size <= _MOST_UNSETTLED * (settled + size) or (len(unsettled) == 1 and settled)
         if not is_odd or any(leaf.reason is NoChannels.CONTRADICTED for leaf in unsettled):
             lines = [f"{leaf.path!r} of shape {leaf.shape}" for leaf in unsettled]
-            complaint = ", which names and shapes do not show for"
+            complaint = ", which names and shapes do not determine for:"
             raise ValueError(conventions.message(convention.direction, complaint, lines))
 
 
@@ -515,7 +544,7 @@ def _resolve_leaf(path: str, x: Any, rules: _Rules, tree: conventions.Tree) -> L
         found, stack = by_name.channel, by_name.stack
         leaf = leaf._replace(is_default=by_name.is_default)
     elif len(leaf.shape) - len(stack) < 2 and not is_for_leaf and axes.channel != ():
-        return leaf._replace(reason=NoChannels.FEW_DIMENSIONS)
+        return leaf._replace(reason=conventions.few_dimensions(stack))
     else:
         found = _normalise(axes.channel, leaf)
     if set(found) & set(stack):

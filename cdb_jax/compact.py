@@ -27,7 +27,8 @@ class CompactState(NamedTuple):
     Attributes:
       count: number of steps taken, which is the step of the next selection: int32, a scalar.
       dropped_fraction: `Selection.dropped_fraction` of the last step: float32, a scalar.
-      held: where the channels lie that the inner state belongs to: int32, one vector for the tree.
+      held: the positions of the channels that the inner state belongs to: int32, one vector for the
+        whole tree.
       inner_state: the state of the inner optimizer for the kept part of each leaf.
     """
 
@@ -57,29 +58,33 @@ def compact(
     kept part only. Leaves without channels, such as biases and normalisation, have full state. With
     a quarter of the channels, AdamW's moments take a quarter of the memory.
 
-    Gradients may come from anywhere. Those of `cdb_jax.value_and_grad(loss, kept_only=True)` have
-    the size of the kept part. Pass them to `update` with the same `selection`, and with `params`.
-    No other optimizer takes them: if one channel is kept, it broadcasts its gradient over all of
-    them, without an error. Put everything that moves parameters into `inner`; wrappers around
-    `compact` need gradients of full size.
+    Gradients of full size may come from any function. Those of
+    `cdb_jax.value_and_grad(loss, kept_only=True)` have the size of the kept part; pass them to
+    `update` with the same `selection` and with `params`. Never pass them to another optimizer: if
+    only one channel is kept, its gradient is broadcast to all channels without an error. Put
+    everything that moves parameters into `inner`; wrappers around `compact` need gradients of full
+    size.
 
     Args:
       inner: the optimizer, which may be a chain. Put `optax.MultiSteps` around `compact`, not
         inside it, and then use gradients of full size.
-      policy: a `Policy` that keeps the same number of channels in every step: a rate that is a
-        Python number, `layer_rate=1`, and a `channel_choice` other than "bernoulli". No `rescale`.
-        With `layer_choice="exact"` and `other_layers="frozen"`, a leaf that stacks layers has state
-        for as many of them as can learn at once; a leaf that is a single layer has full state.
-      on_switch: what happens when other channels are selected. "carry" keeps the moments of
-        channels that are kept again; those of others start as in `inner.init`. Adam's bias
-        correction does not start again, so the first steps of these are up to six times as long.
-        "reset" reinitialises the optimizer: all moments, and the count of their bias correction.
-        Schedules that count for themselves, as in `optax.adamw(schedule)`, always go on.
+      policy: a `Policy` that keeps the same number of channels in every step. It needs a rate that
+        is a Python number, `layer_rate=1`, `rescale="none"`, and a `channel_choice` other than
+        "bernoulli" unless the rate is 0 or 1. `layer_choice="exact"` needs `other_layers="frozen"`;
+        a leaf that stacks layers then has state for as many of them as can learn at once, and a
+        leaf that is a single layer has state even while it is frozen.
+      on_switch: what happens when the selection changes. "carry" keeps the moments of channels that
+        stay selected; the moments of the others start as in `inner.init`. Adam's bias correction
+        does not restart, so the first updates of newly selected channels are too large: up to 6.6
+        times, for a constant gradient and the default betas. "reset" reinitialises the optimizer:
+        all moments, and the count of their bias correction. Schedules with their own count, as in
+        `optax.adamw(schedule)`, continue in both cases.
       slot_axes: with "carry", as in `freeze_dropped`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `CompactState`. Its `update` takes a
-      `selection` like that of `channel_drop_back`.
+      `selection` like that of `channel_drop_back`; one made by `Selection.of` must keep as many
+      channels of each layer as the policy.
 
     Raises:
       TypeError, ValueError: for a bad argument here; when `init` or `update` gets a tree that does
@@ -114,7 +119,7 @@ def compact(
 
     def init_fn(params: Any) -> CompactState:
         count, fraction = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-        if not jax.tree.leaves(params):  # `optax.tree.map_params` looks where parameters go.
+        if not jax.tree.leaves(params):  # `optax.tree.map_params` passes an empty placeholder.
             return CompactState(count, fraction, jnp.zeros(0, jnp.int32), inner.init(params))
         layout = policy.layout(params)
         groups, _, _ = _advance(layout, policy, count)
@@ -144,7 +149,8 @@ def compact(
         kept_params = None if params is None else part.take(params)
         template = gradients if params is None else kept_params
         fresh = inner.init(_without_missing(gradients, template))
-        _check_shapes(part, fresh, state)
+        is_chosen = isinstance(source, Selection) and source.policy is None
+        _check_shapes(part, fresh, state, is_chosen)
 
         inner_state = begin(part, gradients, fresh, state)
         proposed, new_state = inner.update(gradients, inner_state, kept_params, **extra_args)
@@ -163,7 +169,7 @@ def _are_kept(updates: Any, params: Any, root: str, selection: Given) -> bool:
 
     leaves = jax.tree.leaves_with_path(updates, is_leaf=channels.is_masked)
     masked = {channels.canonical_path(keys, root) for keys, x in leaves if channels.is_masked(x)}
-    found: dict[str, Any] = dict.fromkeys(masked, "no array")
+    found: dict[str, Any] = dict.fromkeys(masked, "unknown (a MaskedNode)")
     found |= channels.shapes_by_path(updates, root)
     for path, shape in found.items():
         if shape == expected.get(path, shape):
@@ -171,10 +177,11 @@ def _are_kept(updates: Any, params: Any, root: str, selection: Given) -> bool:
         missing = [noun for noun, x in (("selection", selection), ("params", params)) if x is None]
         if missing:
             raise ValueError(
-                f"{missing[0]}: the gradient of {path!r} has {shape}, but its parameter has "
-                f"{expected[path]}. Gradients of value_and_grad(..., kept_only=True) need both: "
-                "tx.update(grads, state, params, selection=selection). (Linen's "
-                "TrainState.apply_gradients passes no selection on; call state.tx.update.)"
+                f"{missing[0]} is missing: the shape of the gradient of {path!r} is {shape}, but "
+                f"that of its parameter is {expected[path]}. Gradients of value_and_grad(..., "
+                "kept_only=True) need params and selection: "
+                "tx.update(grads, state, params, selection=selection). (Flax's "
+                "TrainState.apply_gradients does not pass on a selection; call state.tx.update.)"
             )
         return True
     return False
@@ -202,12 +209,12 @@ def _check_no_function(extra_args: Mapping[str, Any]) -> None:
 _advance = compiled(advance)
 
 
-# The inner state with which a step begins. Each function takes the part that learns in this step,
-# the gradients of that part, what `inner.init` returns for it, and the state.
+# `_reset` and `_carry` return the inner state with which a step begins. They take the part that
+# learns in this step, the gradients of that part, what `inner.init` returns for it, and the state.
 
 
 def _reset(part: KeptPart, gradients: Any, fresh: Any, state: CompactState) -> Any:
-    """Reinitialises the optimizer if other channels learn now."""
+    """Reinitialises the optimizer if the selection has changed."""
     restarting = slots.restarting((state.inner_state, gradients), "compact")
     (new, _), (old, treedef) = slots.flatten(fresh), slots.flatten(state.inner_state)
     has_switched = jnp.any(part.held != state.held)
@@ -221,7 +228,7 @@ def _reset(part: KeptPart, gradients: Any, fresh: Any, state: CompactState) -> A
 def _carry(
     rules: slots.Rules, part: KeptPart, gradients: Any, fresh: Any, state: CompactState
 ) -> Any:
-    """Moves what belongs to channels that learn again, if other channels learn now."""
+    """Moves the entries of channels that stay selected, if the selection has changed."""
     owners = slots.find((state.inner_state, gradients), part.kept_layout, rules, "compact")
     (new, _), (old, treedef) = slots.flatten(fresh), slots.flatten(state.inner_state)
     cuts = [cut for cut in part.cuts if not cut.is_frozen]
@@ -264,18 +271,26 @@ def check_policy_fits(policy: Policy, on_switch: OnSwitch = "carry") -> None:
         )
 
 
-def _check_shapes(part: KeptPart, fresh: Any, state: CompactState) -> None:
+def _check_shapes(part: KeptPart, fresh: Any, state: CompactState, is_chosen: bool) -> None:
     """Raises a ValueError if the state has other shapes than the part that learns now."""
+    trees = state._replace(held=part.held, inner_state=fresh), state
     new, old = (
         {entry.path: getattr(entry.nodes[-1], "shape", None) for entry in slots.entries(tree)}
-        for tree in (state._replace(held=part.held, inner_state=fresh), state)
+        for tree in trees
     )
-    for path, shape in old.items():
-        kept = new.get(path, shape)
-        if None not in (shape, kept) and shape != kept:
-            raise ValueError(
-                f"state: its entry {path!r} has shape {shape}, but the selection of this step "
-                f"keeps {kept}; every selection must keep as many channels of each layer as the "
-                "policy with which the state was made. Gradients of "
-                "value_and_grad(..., kept_only=True) need params and selection."
-            )
+    pairs = {path: (shape, new.get(path, shape)) for path, shape in old.items()}
+    differing = {path: x for path, x in pairs.items() if None not in x and x[0] != x[1]}
+    # A layer that is frozen has MaskedNodes in place of arrays.
+    new_treedef, old_treedef = (slots.flatten(tree)[1] for tree in trees)
+    if is_chosen and (differing or new_treedef != old_treedef):
+        raise ValueError(
+            "selection was made by Selection.of, and keeps another number of channels of some "
+            "layer than the policy of compact does; split the parameters, or use freeze_dropped."
+        )
+    for path, (shape, kept) in differing.items():
+        raise ValueError(
+            f"state: its entry {path!r} has shape {shape}, but the selection of this step keeps "
+            f"{kept}; every selection must keep as many channels of each layer as the policy with "
+            "which the state was made. Gradients of value_and_grad(..., kept_only=True) need "
+            "params and selection."
+        )

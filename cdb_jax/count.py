@@ -42,15 +42,16 @@ def selection_count(opt_state: Any) -> jax.Array:
     if not counts:
         raise ValueError(
             "opt_state holds no state of channel_drop_back, freeze_dropped or compact. If it comes "
-            "from a checkpoint, restore it into tx.init(params), to keep its types; without any of "
-            "these, count the steps yourself."
+            "from a checkpoint, restore it into tx.init(params) to keep its types. If the "
+            "optimizer has none of the three, count the steps yourself."
         )
+    for count in counts:
+        if count.shape:
+            raise ValueError(
+                f"opt_state: its count has shape {count.shape}, so it holds the states of several "
+                "optimizers; use jax.vmap(cdb_jax.selection_count), or index it."
+            )
     first, *others = counts
-    if first.shape:
-        raise ValueError(
-            f"opt_state: its count has shape {first.shape}, so it holds the states of several "
-            "optimizers; use jax.vmap(cdb_jax.selection_count), or index it."
-        )
     # Most states have one count, which is not read: that would wait for the device.
     known = {int(x) for x in counts if others and not isinstance(x, jax.core.Tracer)}
     if len(known) > 1:

@@ -10,14 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from jax.extend.core.primitives import remat_p
+from jax.extend.core.primitives import name_p, remat_p
 
 from cdb_jax import _cpu_order as cpu_order, _jaxprs as jaxprs
-from cdb_jax._checks import check_bool, check_call_rate, check_no_module, is_exactly
+from cdb_jax._checks import (
+    check_bool,
+    check_branch,
+    check_call_rate,
+    check_no_module,
+    is_exactly,
+)
 from cdb_jax._scaling import scale_gradient, varying_with
 from cdb_jax.stochastic_depth import draw_kept, keep_probability
 
-CALL_NAME = "cdb_jax_drop_backward"  # Of the call in a traced program.
+CALL_NAME = "cdb_jax_drop_backward"  # `value_and_grad` finds branches in a program by this name.
 
 
 def drop_backward(
@@ -30,36 +36,37 @@ def drop_backward(
 ) -> Any:
     r"""Returns `branch(*args)`, and drops the backward pass of the branch at random.
 
-    Use it for a residual branch, as in `x + drop_backward(branch, x, rate=0.5, key=key)`, with
-    another key for each branch, inside `jit`. The forward pass is exact. With probability `rate`,
-    the branch is treated as a constant in the backward pass: its weights have a gradient of zero,
-    and the gradient of `x` passes along the residual connection only:
+    Use it for a residual branch, as in `x + drop_backward(branch, x, rate=0.5, key=key)`. Call it
+    inside `jit`, with a different key for each branch. The forward pass is exact. With probability
+    `rate`, the branch is treated as a constant in the backward pass: its weights have a gradient of
+    zero, and the gradient of `x` passes only through the residual connection:
 
     .. math:: y = x + f(x), \qquad \bar x = \bar y + b \, \bar y f'(x), \qquad b \in \{0, 1\}.
 
-    A dropped branch computes nothing in the backward pass, which is in a conditional. As shapes are
-    static, a dropped branch stores as much as a kept one: the results of products and convolutions,
-    from which a kept branch computes the rest again. If the branch uses `jax.checkpoint` or
-    `checkpoint_name` itself, that decides. Under `vmap` with different draws, nothing is saved, as
-    conditionals become selections. Forward-mode derivatives are not defined.
+    The backward pass runs inside a conditional, so a dropped branch computes nothing there. Because
+    shapes are static, a dropped branch stores as much as a kept one: the results of products and
+    convolutions, from which a kept branch recomputes the rest. If the branch itself uses
+    `jax.checkpoint` or `checkpoint_name`, that decides what is stored. Under `vmap` with different
+    draws, no work is saved, because conditionals become selects. Forward-mode derivatives are not
+    defined.
 
     A gradient of zero does not freeze weights: an optimizer with momentum or weight decay still
-    moves them. The functions take arrays only; for models of Flax, use `cdb_jax.nnx.DropBackward`
-    or `cdb_jax.linen.DropBackward`.
+    moves them. `branch` must be a function of arrays; for Flax modules, use
+    `cdb_jax.nnx.DropBackward` or `cdb_jax.linen.DropBackward`.
 
     Args:
       branch: a function of arrays that returns an array, or a tree of arrays. It may close over
         others, such as its weights, which are differentiated too.
       *args: arguments of `branch`: arrays, trees of arrays, and settings such as bools.
       rate: probability that the backward pass is dropped, in [0, 1]; may be traced.
-      key: a JAX key for this call. Rates of exactly 0 and 1 need none.
+      key: a JAX key for this call. Optional if the rate is the number 0 or 1.
       kept: whether to keep the backward pass, a bool scalar, in place of a draw: an entry of what
         `kept_branches` returns. No key is needed then.
       scale_by_keep: whether to divide the gradient of a kept branch by `1 - rate`, so that the
         expected gradient is that of the branch. The paper does not.
 
     Returns:
-      `branch(*args)`, the same as without the function under `jit`.
+      The result of `branch(*args)`, exactly as `jit` computes it without `drop_backward`.
 
     Raises:
       TypeError, ValueError: for a bad rate, a missing key, or if neither a rate nor `kept` is
@@ -76,11 +83,7 @@ def drop_backward(
     References:
       DropBP, `arXiv 2402.17812 <https://arxiv.org/abs/2402.17812>`_.
     """
-    if not callable(branch):
-        raise TypeError(
-            f"branch must be a function, got {type(branch).__name__}; pass the branch and its "
-            "arguments, as in drop_backward(branch, x, rate=0.5, key=key), not its result."
-        )
+    check_branch(branch, "drop_backward(branch, x, rate=0.5, key=key)")
     check_no_module(args, "args holds", "cdb_jax.nnx.DropBackward")
     check_bool("scale_by_keep", scale_by_keep)
     if rate is not None:
@@ -133,7 +136,7 @@ def differentiated_if(kept: jax.Array, branch: Callable[..., Any], *args: Any) -
     def call(kept: jax.Array, operands: list[Any]) -> list[jax.Array]:
         return _gated(function, kept, operands)
 
-    call.__name__ = CALL_NAME  # By which `value_and_grad` finds the branch in a traced program.
+    call.__name__ = CALL_NAME
     results = jax.jit(call)(kept, [*consts, *arrays.values()])
     return jax.tree.unflatten(jax.tree.structure(types), results)
 
@@ -145,11 +148,11 @@ def _any_equation(program: core.Jaxpr, matches: Callable[[core.JaxprEqn], bool])
 
 
 def _decides_what_is_stored(eqn: core.JaxprEqn) -> bool:
-    """Whether the user chose what an equation stores, or a checkpoint with a policy would fail.
+    """Whether the user chose what an equation stores, or its results are complex.
 
-    It fails with complex numbers.
+    A checkpoint with a policy fails for complex numbers.
     """
-    if eqn.primitive is remat_p or eqn.primitive.name == "name":  # Of `checkpoint_name`.
+    if eqn.primitive in (remat_p, name_p):  # `name_p` is `checkpoint_name`.
         return True
     dtypes = [getattr(v.aval, "dtype", np.bool_) for v in eqn.outvars]
     return any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes)

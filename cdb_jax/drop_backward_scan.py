@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cdb_jax import _jaxprs as jaxprs
-from cdb_jax._checks import check_bool, check_call_key, check_static_rate
+from cdb_jax._checks import check_bool, check_branch, check_call_key, check_static_rate
 from cdb_jax._scaling import scale
 
 
@@ -25,10 +25,10 @@ def drop_backward_scan(
 ) -> jax.Array:
     r"""Runs `x = x + branch(block, x)` for stacked blocks, some without a backward pass.
 
-    It computes what `jax.lax.scan` over the blocks does. In the backward pass, exactly
-    :math:`k = \max(1, \mathrm{round}(L (1 - \mathrm{rate})))` random blocks of L take part, and the
-    others count as constants. As k is static, there is no conditional, and only the inputs of these
-    k blocks are stored. What a block computes inside is computed again, as under `jax.checkpoint`.
+    The result is that of `jax.lax.scan` over the blocks. In the backward pass, exactly
+    :math:`k = \max(1, \mathrm{round}(L (1 - \mathrm{rate})))` random blocks of the L take part;
+    the others count as constants. Because k is static, there is no conditional, and only the inputs
+    of these k blocks are stored. Values inside a block are recomputed, as under `jax.checkpoint`.
     Forward-mode and second derivatives are not defined. A gradient of zero does not freeze weights:
     an optimizer with momentum or weight decay still moves them.
 
@@ -39,7 +39,7 @@ def drop_backward_scan(
       x: the input of the first block.
       rate: the share of the blocks whose backward pass is dropped, in [0, 1]; 1 drops all. It sets
         shapes, so it cannot be traced.
-      key: a JAX key for this call. Rates of exactly 0 and 1 need none.
+      key: a JAX key for this call. Optional if the rate is the number 0 or 1.
       scale_by_keep: whether to multiply the gradient of a kept branch by L / k. The paper does not.
 
     Returns:
@@ -61,6 +61,7 @@ def drop_backward_scan(
     References:
       DropBP, `arXiv 2402.17812 <https://arxiv.org/abs/2402.17812>`_.
     """
+    check_branch(branch, "drop_backward_scan(branch, blocks, x, rate=0.5, key=key)")
     rate = check_static_rate(rate)
     check_bool("scale_by_keep", scale_by_keep)
     x = jnp.asarray(x)
@@ -123,8 +124,8 @@ def _block(blocks: list[Any], i: Any) -> list[Any]:
 
 
 class _Residuals(NamedTuple):
-    indices: jax.Array  # Of the kept blocks.
-    inputs: jax.Array  # Of the kept blocks, stacked.
+    indices: jax.Array  # The indices of the kept blocks, in ascending order.
+    inputs: jax.Array  # The inputs of the kept blocks, stacked.
     consts: list[Any]
     blocks: list[Any]
 
@@ -156,13 +157,14 @@ def _bwd(call: _Call, residuals: _Residuals, dx: jax.Array) -> tuple[Any, ...]:
         dx, dconsts, dblocks = carry
         i, x = kept
         _, vjp = jax.vjp(call.branch, consts, _block(blocks, i), x)
-        more, block, of_branch = vjp(scale(dx, call.factor) if call.factor != 1.0 else dx)
-        dconsts = jax.tree.map(_add, dconsts, more)
+        dy = scale(dx, call.factor) if call.factor != 1.0 else dx
+        branch_dconsts, dblock, branch_dx = vjp(dy)
+        dconsts = jax.tree.map(_add, dconsts, branch_dconsts)
         dblocks = [
             w if _is_float0(dw) else jax.lax.dynamic_update_index_in_dim(w, dw, i, 0)
-            for w, dw in zip(dblocks, block, strict=True)
+            for w, dw in zip(dblocks, dblock, strict=True)
         ]
-        return (dx + of_branch, dconsts, dblocks), None
+        return (dx + branch_dx, dconsts, dblocks), None
 
     zeros = jax.tree.map(jnp.zeros_like, (consts, blocks))
     (dx, dconsts, dblocks), _ = jax.lax.scan(
@@ -183,5 +185,5 @@ def _add(x: jax.Array, y: Any) -> jax.Array:
 
 
 def _floats(xs: list[jax.Array]) -> list[jax.Array | None]:
-    """Integers have no gradient."""
+    """Replaces the gradients of integers by None."""
     return [x if jnp.issubdtype(x.dtype, jnp.inexact) else None for x in xs]

@@ -12,6 +12,7 @@ import numpy as np
 from cdb_jax import _explicit as explicit
 from cdb_jax._checks import (
     check_bool,
+    check_branch,
     check_call_key,
     check_no_module,
     check_positive,
@@ -46,13 +47,13 @@ def drop_path_subset(
         The branch may close over arrays that have no samples, such as weights.
       rate: the share of the samples that is dropped, in [0, 1]; 1 drops all. It sets shapes, so it
         cannot be traced.
-      key: a JAX key for this call. Rates of exactly 0 and 1 need none.
+      key: a JAX key for this call. Optional if the rate is the number 0 or 1.
       sample_axis: the axis of the samples, in all arguments and in the result.
-      num_shards: the number of devices that share the samples. Each shard keeps the same number
-        of samples, so no device needs samples of another. Must divide B. Inside a `shard_map`, use
-        1, and fold `jax.lax.axis_index` into the key.
+      num_shards: the number S of devices that share the samples; it must divide the total number of
+        samples. Each shard keeps the same number of samples, so no device needs samples from
+        another. Inside a `shard_map`, use 1, and fold `jax.lax.axis_index` into the key.
       scale_by_keep: whether to multiply the result by B / k, so that its mean is that of the
-        branch. If not, you have to multiply the branch by `1 - rate` in evaluation.
+        branch. If False, multiply the branch in evaluation by k / B, which is `1 - rate` rounded.
 
     Returns:
       The result of the branch, with zeros for the dropped samples.
@@ -73,6 +74,7 @@ def drop_path_subset(
     References:
       DINOv2, `arXiv 2304.07193 <https://arxiv.org/abs/2304.07193>`_, whose released code does this.
     """
+    check_branch(branch, "drop_path_subset(branch, x, rate=0.5, key=key)")
     rate = check_static_rate(rate)
     check_bool("scale_by_keep", scale_by_keep)
     check_no_module(args, "args holds", "cdb_jax.nnx.DropPath and its method subset")
@@ -95,7 +97,7 @@ class _Kept(NamedTuple):
     Attributes:
       indices: the places of the kept samples, in ascending order.
       is_kept: whether each sample is kept.
-      slots: which of the kept samples each one is; any number for a dropped one.
+      slots: the position of each sample among the kept ones; arbitrary for a dropped one.
     """
 
     indices: jax.Array
@@ -104,7 +106,7 @@ class _Kept(NamedTuple):
 
 
 class _Samples(NamedTuple):
-    """Some samples of a batch, of which each shard keeps the same number."""
+    """The samples of a batch; every shard keeps the same number of them."""
 
     axis: int
     num_shards: int
@@ -116,8 +118,8 @@ class _Samples(NamedTuple):
         leaves = jax.tree.leaves(args)
         if not leaves or not all(isinstance(x, (jax.Array, np.ndarray)) for x in leaves):
             raise TypeError(
-                f"the arguments of the branch must be arrays of samples, got {short(args)}; close "
-                "over settings."
+                f"args must be arrays of samples, got {short(args)}; let the branch close over "
+                "everything else, such as settings."
             )
         check_positive("num_shards", num_shards)
         if not is_int(axis) or not all(-x.ndim <= axis < x.ndim for x in leaves):
@@ -129,8 +131,8 @@ class _Samples(NamedTuple):
         sizes = sorted({x.shape[axis] for x in leaves})
         if len(sizes) != 1:
             raise ValueError(
-                f"sample_axis={axis}: the arguments of the branch have {sizes} samples; pass "
-                "arrays with one number of samples, and close over all others."
+                f"sample_axis={axis}: all args must have the same number of samples, got {sizes} "
+                "samples; let the branch close over arrays without samples."
             )
         total = sizes[0]
         if total % num_shards or not total:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -68,6 +69,8 @@ def drop_path_rates(
     """
     check_positive("depth", depth)
     check_choice("mode", mode, get_args(RateMode))
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
+        raise TypeError(f"budget must be a number of branches, got {budget!r}.")
     maximum = check_rate("maximum", maximum, schedule=False)
     costs = np.ones(depth) if costs is None else _numbers("costs", costs, depth)
     if not np.all(costs > 0):
@@ -169,14 +172,14 @@ def drop_backward_sensitivities(
 
     .. math:: s_l = \sum_i \left(\lVert g_i \rVert - \lVert g_i^{(l)} \rVert\right)^2.
 
-    DropBP measures such changes after a tenth of the training, and sets the rates by them; see
+    DropBP measures such changes after a tenth of the training and derives the rates from them; see
     `drop_path_rates(..., mode="sense", costs=...)`. Summing over parameters is a choice of this
-    library. It takes `depth + 1` gradients.
+    library. The measurement computes `depth + 1` gradients.
 
     Args:
       gradient: a function `gradient(kept, *args, **kwargs)` that returns a gradient, a tree of
-        arrays. `kept`, bool of shape `(depth,)`, says which branches to keep: pass its entries to
-        `drop_backward(..., kept=kept[l])`. It is compiled.
+        arrays. It is compiled with `jax.jit`. `kept` is a bool array of shape `(depth,)` that says
+        which branches to keep: pass its entries to `drop_backward(..., kept=kept[l])`.
       depth: number of branches.
       *args: other arguments of `gradient`.
       **kwargs: other arguments of `gradient`, by name.
@@ -240,6 +243,8 @@ def kept_branches(
     """
     check_choice("choice", choice, get_args(BranchChoice))
     key = check_call_key(key, "rngs.drop_backward()")
+    if isinstance(rates, Sequence) and any(isinstance(x, jax.core.Tracer) for x in rates):
+        rates = jnp.stack([jnp.asarray(x, jnp.float32) for x in rates])
     if not isinstance(rates, jax.core.Tracer):
         rates = np.asarray(rates, np.float32)
         if not np.all((rates >= 0) & (rates <= 1)):

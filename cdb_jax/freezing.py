@@ -13,7 +13,14 @@ from cdb_jax import _optax_states as slots, channels
 from cdb_jax._compiling import compiled
 from cdb_jax.policy import Policy, check_policy
 from cdb_jax.selection import Selection, broadcastable, kept_channels
-from cdb_jax.transform import Given, advance, check_state, layout_and_source, touched_leaves
+from cdb_jax.transform import (
+    Given,
+    advance,
+    check_fits,
+    check_state,
+    layout_and_source,
+    touched_leaves,
+)
 
 
 class FreezeDroppedState(NamedTuple):
@@ -68,8 +75,9 @@ def freeze_dropped(
       takes a `selection` like that of `channel_drop_back`, and passes it on to `inner`.
 
     Raises:
-      TypeError, ValueError: for a bad argument here; when updates are first seen, for a tree that
-        does not fit the policy, or an entry whose channels are unknown (the memory of L-BFGS).
+      TypeError, ValueError: for a bad argument; when `init` or `update` gets a tree that does not
+        fit the policy, or `update` a state entry whose channels are unknown, such as the memory of
+        L-BFGS.
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp, optax
@@ -95,6 +103,7 @@ def freeze_dropped(
     rules = slots.checked_rules(slot_axes or {})
 
     def init_fn(params: Any) -> FreezeDroppedState:
+        check_fits(policy, params)
         count, fraction = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
         return FreezeDroppedState(count, fraction, inner.init(params))
 

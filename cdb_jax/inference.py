@@ -21,28 +21,29 @@ def infer_channel_axes(
     channels: Literal["output", "input"] = "output",
     **kwargs: Any,
 ) -> InferredAxes:
-    """Finds the channel axes of every weight from how a loss uses it, whatever its name.
+    """Finds the channel axes of every weight from how a loss uses it.
 
     In a product, the free axes of a weight are its output channels, and the axes that are summed
-    over are its input channels; axes of a batch, of a loop and of an index stack several layers. A
-    table that is only looked up has its features as output channels. A weight in no product
-    (normalisation, biases, position embeddings) is left alone.
+    over are its input channels. Axes that are batched, looped over or indexed stack several layers.
+    The output channels of a table that is only looked up are its features. A weight that is in no
+    product (normalisation, biases, position embeddings) is left alone, and so is one whose name
+    says that it is a position embedding or a token.
 
     Args:
       fun: the loss, `fun(params, *args, **kwargs)`. It may return a pair with auxiliary data. It is
         traced, not run.
       params: the parameters: a tree of arrays or `jax.ShapeDtypeStruct`. For a Flax NNX model, use
         `cdb_jax.nnx.infer_channel_axes`.
-      *args: the other arguments; arrays may be `jax.ShapeDtypeStruct` too. Pass the batch here. If
-        there is a batch, arrays that `fun` closes over are taken for constants, such as masks.
+      *args: the other arguments; arrays may be `jax.ShapeDtypeStruct` too. Pass the batch here, so
+        that arrays that `fun` closes over, such as masks, can be treated as constants.
       channels: which channels to find, "output" or "input".
       **kwargs: other arguments by name.
 
     Returns:
-      A dict from the path of each leaf to its `Axes`, or to None if it has no channels. Where the
-      loss does not settle a leaf, its entry is a convention, `output_channels` or
-      `input_channels`, which goes by its name. Use the dict as `channel_axes`. It prints as
-      the code that makes it, so you can keep it in a configuration.
+      A dict from the path of each leaf to its `Axes`, or to None if it has no channels. If the loss
+      does not determine the axes of a leaf, its entry is the convention `output_channels` or
+      `input_channels`, which uses its name and shape. Use the dict as `channel_axes`. Its `repr` is
+      the code that creates it after `import cdb_jax`, so you can keep it in a configuration file.
 
     Raises:
       TypeError, ValueError: for a bad argument.
@@ -53,8 +54,9 @@ def infer_channel_axes(
       >>> def loss(params, tokens):
       ...     x = params["table"][tokens]
       ...     return jnp.mean(jnp.einsum("bi,ihd->bhd", x, params["q"]) + params["b"][None])
-      >>> cdb_jax.infer_channel_axes(loss, params, jax.ShapeDtypeStruct((5,), jnp.int32))
-      {'b': None, 'q': Axes(channel=(1, 2), stack=()), 'table': Axes(channel=1, stack=())}
+      >>> found = cdb_jax.infer_channel_axes(loss, params, jax.ShapeDtypeStruct((5,), jnp.int32))
+      >>> found["q"], found["table"], found["b"]
+      (cdb_jax.Axes(channel=(1, 2), stack=()), cdb_jax.Axes(channel=1, stack=()), None)
     """
     check_choice("channels", channels, ("output", "input"))
     api.check_function(fun)
@@ -75,10 +77,11 @@ def _uses(
 
     keyed = jax.tree_util.tree_leaves_with_path(params)
     is_float = [hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact) for _, x in keyed]
-    in_params = len(api.split_arrays(params)[0])
-    weights = [i for i, x in enumerate(arrays[:in_params]) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    param_arrays, _ = api.split_arrays(params)
+    weights = [i for i, x in enumerate(param_arrays) if jnp.issubdtype(x.dtype, jnp.inexact)]
     jaxpr, _ = jaxprs.opened(jax.make_jaxpr(call)(arrays))
-    if len(arrays) == in_params:  # The batch is among the constants, so none can be told from it.
+    # If the batch is not an argument, any constant may hold it, so all constants become inputs.
+    if len(arrays) == len(param_arrays):
         jaxpr = jaxpr.replace(constvars=(), invars=[*jaxpr.invars, *jaxpr.constvars])
     found = iter(axis_uses.find(jaxpr, weights).values())
     return {

@@ -10,7 +10,7 @@ import jax
 from flax import linen as nn
 from flax.core import lift
 
-from cdb_jax._checks import check_bool, check_call_rate, is_exactly, short
+from cdb_jax._checks import check_bool, check_branch, check_call_rate, is_exactly, short
 from cdb_jax.backdrop import backdrop
 from cdb_jax.drop_backward import drop_backward
 from cdb_jax.drop_path_subset import drop_path_subset
@@ -49,7 +49,7 @@ class Backdrop(nn.Module):
         deterministic: bool | None = None,
         mask: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
-        """Returns `x`; a `mask` replaces the random one, for diagnosis."""
+        """Returns `x`. For diagnosis, `mask` replaces the random mask, even in evaluation mode."""
         if mask is None and nn.merge_param("deterministic", self.deterministic, deterministic):
             return x
         rate = check_call_rate(self.rate)
@@ -108,13 +108,14 @@ class DropPath(nn.Module):
 
         Args:
           branch: a module, or a function of arrays that may call modules.
-          *args: arrays, of which the branch gets the kept samples.
+          *args: arrays of samples; the branch gets only the kept samples.
           num_shards: the number of devices that share the batch.
           deterministic: as in a call.
 
         Raises:
           ValueError: if `sample_axis` is None.
         """
+        check_branch(branch, "drop.subset(branch, x)")
         if self.sample_axis is None:
             raise ValueError(
                 "sample_axis=None: subset() needs the axis of the samples; use sample_axis=0."
@@ -174,14 +175,15 @@ class DropBackward(nn.Module):
     ) -> Any:
         """Returns `branch(*args)`.
 
-        Variables, such as batch statistics, change as without the layer.
+        Variables, such as batch statistics, are updated as if the layer were not there.
 
         Args:
           branch: a module, a method of a module such as `self.attend`, or a function whose first
             argument is a module, such as `self`; it may call submodules, and create them.
-          *args: arguments of the branch: arrays and settings, after a module for a function.
-          kept: whether to keep the backward pass, in place of a draw: an entry of what
-            `kept_branches` returns. It has no meaning in evaluation.
+          *args: arguments of the branch: arrays and settings. If the branch is a function, pass its
+            module first.
+          kept: an entry of what `kept_branches` returns, which decides whether to keep the backward
+            pass, so that nothing is drawn. It is ignored in evaluation mode.
           deterministic: whether the layer is in evaluation mode.
         """
         function, module, args = _with_module(branch, args)

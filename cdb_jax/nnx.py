@@ -12,7 +12,7 @@ import optax
 from flax import errors, nnx
 
 from cdb_jax import inference, report
-from cdb_jax._checks import check_bool, check_call_rate, is_exactly
+from cdb_jax._checks import check_bool, check_branch, check_call_rate, check_pair, is_exactly
 from cdb_jax._skipping import api
 from cdb_jax.backdrop import backdrop, check_axes
 from cdb_jax.drop_backward import drop_backward
@@ -27,7 +27,7 @@ _UPDATE = "cdb_jax.value_and_grad"  # The context in which models are updated.
 
 
 def value_and_grad(
-    f: Callable[..., Any],
+    fun: Callable[..., Any],
     argnums: Argnum | Sequence[Argnum] = 0,
     has_aux: bool = False,
     *,
@@ -35,23 +35,25 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`nnx.value_and_grad` that computes only the part of the gradient that a selection keeps.
 
-    Like `nnx.value_and_grad`, it propagates what `f` changes in its models, such as batch
+    Like `nnx.value_and_grad`, it propagates what `fun` changes in its models, such as batch
     statistics and RNG state.
 
     Args:
-      f: a function of models and arrays that returns a float scalar, or a pair with auxiliary data.
+      fun: a function of models and arrays that returns a float scalar, or with `has_aux` a pair of
+        such a scalar and auxiliary data.
       argnums: the position of the model, or tree of models, to differentiate; an `nnx.DiffState`
         for variables other than `nnx.Param`; or several of these.
-      has_aux: whether `f` returns a pair.
+      has_aux: whether `fun` returns a pair.
       kept_only: as in `cdb_jax.value_and_grad`.
 
     Returns:
-      A function of the arguments of `f` and of the keyword argument `selection`, a `Selection` for
-      the model, such as `policy.select(model, step)`. It returns the value, with the auxiliary data
-      if there is any, and the gradient: an `nnx.State` in place of each model.
+      A function of the arguments of `fun` and of the keyword argument `selection`, a `Selection`
+      for the model, such as `policy.select(model, step)`. It returns the value, with the auxiliary
+      data if there is any, and the gradient: an `nnx.State` in place of each model.
 
     Raises:
-      TypeError, ValueError: as for `cdb_jax.value_and_grad`, and if `f` adds variables to a model.
+      TypeError, ValueError: as for `cdb_jax.value_and_grad`, and if `fun` adds variables to a
+        model.
 
     Examples:
       >>> import cdb_jax.nnx, jax.numpy as jnp
@@ -66,12 +68,12 @@ def value_and_grad(
       Array([[0.25, 0.  , 0.  , 0.25],
              [0.25, 0.  , 0.  , 0.25]], dtype=float32)
     """
-    api.check_function(f)
+    api.check_function(fun)
     is_single = isinstance(argnums, (int, nnx.DiffState))
     several = [argnums] if isinstance(argnums, (int, nnx.DiffState)) else list(argnums)
     wanted = [nnx.DiffState(x, nnx.Param) if isinstance(x, int) else x for x in several]
 
-    @api.wraps(f)
+    @api.wraps(fun)
     @nnx.update_context(_UPDATE)
     def value_and_gradient(*args: Any, selection: Selection | None = None, **kwargs: Any) -> Any:
         call = _Call(args, kwargs, wanted)
@@ -83,8 +85,8 @@ def value_and_grad(
             with nnx.merge_context(_UPDATE, inner=True) as context:
                 models = call.merge(context, graph, given, rest)
             new_args, new_kwargs = call.arguments(models)
-            result = f(*new_args, **new_kwargs)
-            value, aux = result if has_aux else (result, None)
+            result = fun(*new_args, **new_kwargs)
+            value, aux = check_pair(result) if has_aux else (result, None)
             with nnx.split_context(_UPDATE) as context:
                 new_graph, new_params, new_rest = call.split(context, models)
             return value, (aux, new_graph, _changes(given, new_params), new_rest)
@@ -100,7 +102,7 @@ def value_and_grad(
 
 
 def grad(
-    f: Callable[..., Any],
+    fun: Callable[..., Any],
     argnums: Argnum | Sequence[Argnum] = 0,
     has_aux: bool = False,
     *,
@@ -110,13 +112,13 @@ def grad(
 
     With `has_aux`, it returns a pair of the gradient and the auxiliary data.
     """
-    return api.without_value(value_and_grad(f, argnums, has_aux, kept_only=kept_only), has_aux)
+    return api.without_value(value_and_grad(fun, argnums, has_aux, kept_only=kept_only), has_aux)
 
 
 def channel_report(
     model: nnx.Module,
     policy: Policy,
-    f: Callable[..., Any] | None = None,
+    fun: Callable[..., Any] | None = None,
     *args: Any,
     optimizer: optax.GradientTransformation | None = None,
     **kwargs: Any,
@@ -126,11 +128,11 @@ def channel_report(
     Args:
       model: the model.
       policy: the policy to explain.
-      f: a loss function `f(model, *args, **kwargs)`, which may return a pair with auxiliary data.
-        It is traced, not run.
-      *args: other arguments of `f`; arrays may be of type `jax.ShapeDtypeStruct`.
+      fun: a loss function `fun(model, *args, **kwargs)`, which may return a pair with auxiliary
+        data. It is traced, not run.
+      *args: other arguments of `fun`; arrays may be of type `jax.ShapeDtypeStruct`.
       optimizer: as in `cdb_jax.channel_report`.
-      **kwargs: other arguments of `f`, by name.
+      **kwargs: other arguments of `fun`, by name.
 
     Returns:
       A report with one row for each parameter.
@@ -145,20 +147,20 @@ def channel_report(
       >>> [(row.path, row.gradient) for row in report.rows]
       [('bias', 'in full'), ('kernel', 'skipped')]
     """
-    if f is None:
+    if fun is None:
         return report.channel_report(model, policy, optimizer=optimizer)
-    fun, params = _of_parameters(f, model)
-    return report.channel_report(params, policy, fun, *args, optimizer=optimizer, **kwargs)
+    of_params, params = _of_parameters(fun, model)
+    return report.channel_report(params, policy, of_params, *args, optimizer=optimizer, **kwargs)
 
 
 def infer_channel_axes(
-    f: Callable[..., Any],
+    fun: Callable[..., Any],
     model: nnx.Module,
     *args: Any,
     channels: Literal["output", "input"] = "output",
     **kwargs: Any,
 ) -> InferredAxes:
-    """`cdb_jax.infer_channel_axes` for a model and a loss `f(model, *args, **kwargs)`.
+    """`cdb_jax.infer_channel_axes` for a model and a loss `fun(model, *args, **kwargs)`.
 
     Examples:
       >>> import cdb_jax.nnx, jax.numpy as jnp
@@ -166,20 +168,20 @@ def infer_channel_axes(
       >>> model = nnx.Linear(2, 4, rngs=nnx.Rngs(0))
       >>> loss = lambda model, x: jnp.mean(model(x))
       >>> cdb_jax.nnx.infer_channel_axes(loss, model, jnp.ones((3, 2)))
-      {'bias': None, 'kernel': Axes(channel=1, stack=())}
+      {'bias': None, 'kernel': cdb_jax.Axes(channel=1, stack=())}
     """
-    fun, params = _of_parameters(f, model)
-    return inference.infer_channel_axes(fun, params, *args, channels=channels, **kwargs)
+    of_params, params = _of_parameters(fun, model)
+    return inference.infer_channel_axes(of_params, params, *args, channels=channels, **kwargs)
 
 
-def _of_parameters(f: Callable[..., Any], model: nnx.Module) -> tuple[Callable[..., Any], Any]:
+def _of_parameters(fun: Callable[..., Any], model: nnx.Module) -> tuple[Callable[..., Any], Any]:
     """A loss as a function of the parameters of a model, and these parameters."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
 
-    def fun(params: Any, *args: Any, **kwargs: Any) -> Any:
-        return f(nnx.merge(graph, params, rest, copy=True), *args, **kwargs)
+    def of_params(params: Any, *args: Any, **kwargs: Any) -> Any:
+        return fun(nnx.merge(graph, params, rest, copy=True), *args, **kwargs)
 
-    return fun, params
+    return of_params, params
 
 
 def _changes(given: Any, params: Any) -> Any:
@@ -231,7 +233,10 @@ class _Call:
         params = []
         for x, tree, state in zip(self._wanted, self._numbers, states, strict=True):
             if not state:
-                raise ValueError(f"argnums={x.argnum}: no variable matches {x.filter}.")
+                raise ValueError(
+                    f"argnums={x.argnum}: the argument has no variable that matches {x.filter}, or "
+                    "argnums lists it twice; list it once, or use another filter in nnx.DiffState."
+                )
             params.append(jax.tree.map(lambda i, state=state: state.get(i, nnx.State({})), tree))
         return graph, tuple(params), rest
 
@@ -253,7 +258,7 @@ class _Call:
 
 
 def _check_models(argnum: int, args: tuple[Any, ...]) -> None:
-    found = args[argnum : argnum + 1] if argnum >= 0 else ()
+    found = args[argnum] if -len(args) <= argnum < len(args) else None
     leaves = jax.tree.leaves(found, is_leaf=_is_model)
     if not leaves or not all(_is_model(x) for x in leaves):
         raise ValueError(
@@ -273,6 +278,11 @@ def _of_models(numbers: Sequence[int], variables: Any) -> Callable[[Any, Any], b
 Rngs = nnx.Rngs | nnx.RngStream
 
 
+def _check_rngs(rngs: Any) -> None:
+    if not isinstance(rngs, (nnx.Rngs, nnx.RngStream)):
+        raise TypeError(f"rngs must be nnx.Rngs, got {rngs!r}; use nnx.Rngs(0).")
+
+
 class _RandomLayer(nnx.Module):
     """A layer that acts only in training, with a rate, a mode and a source of keys.
 
@@ -285,8 +295,8 @@ class _RandomLayer(nnx.Module):
         self.rate = check_call_rate(rate)
         self.deterministic = deterministic
         self.rng_collection = rng_collection
-        if rngs is not None and not isinstance(rngs, (nnx.Rngs, nnx.RngStream)):
-            raise TypeError(f"rngs must be nnx.Rngs, got {rngs!r}; use nnx.Rngs(0).")
+        if rngs is not None:
+            _check_rngs(rngs)
         if is_exactly(self.rate, 0.0):
             rngs = None  # A rate of 0 must not change what other layers draw.
         elif isinstance(rngs, nnx.Rngs):
@@ -307,7 +317,10 @@ class _RandomLayer(nnx.Module):
             )
         if isinstance(source, nnx.Rngs):
             source = source[self.rng_collection]
-        return source if isinstance(source, jax.Array) else source()
+        if isinstance(source, jax.Array):
+            return source
+        _check_rngs(source)
+        return source()
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """Sets the mode; `nnx.view` calls this.
@@ -360,7 +373,7 @@ class Backdrop(_RandomLayer):
         rngs: Rngs | jax.Array | None = None,
         mask: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
-        """Returns `x`; a `mask` replaces the random one, for diagnosis."""
+        """Returns `x`. For diagnosis, `mask` replaces the random mask, even in evaluation mode."""
         if mask is None and self._is_evaluating(deterministic):
             return x
         key = self._key(rngs) if mask is None else None
@@ -444,6 +457,7 @@ class DropPath(_RandomLayer):
         Raises:
           ValueError: if the layer has a `sample_axis`, because some samples may need the branch.
         """
+        check_branch(branch, "drop.branch(branch, x)")
         if self.sample_axis is not None:
             raise ValueError(
                 f"sample_axis={self.sample_axis}: branch() computes the branch for all samples or "
@@ -468,7 +482,7 @@ class DropPath(_RandomLayer):
 
         Args:
           branch: a function that returns one array. It may call models.
-          *args: models, which are passed on, and arrays, of which the branch gets the kept samples.
+          *args: models and arrays of samples; the branch gets only the kept samples.
           num_shards: the number of devices that share the batch.
           deterministic: as in a call.
           rngs: as in a call.
@@ -476,6 +490,7 @@ class DropPath(_RandomLayer):
         Raises:
           ValueError: if `sample_axis` is None.
         """
+        check_branch(branch, "drop.subset(branch, x)")
         if self.sample_axis is None:
             raise ValueError(
                 "sample_axis=None: subset() needs the axis of the samples; use sample_axis=0."
@@ -544,18 +559,20 @@ class DropBackward(_RandomLayer):
     ) -> Any:
         """Returns `branch(*args)`.
 
-        Variables of models, such as batch statistics and RNG counts, change as without the layer;
-        other attributes do not. For keyword arguments of the branch, pass a function that has them.
+        Variables of models, such as batch statistics and RNG counts, are updated as if the layer
+        were not there; other attributes do not change. To pass keyword arguments to the branch,
+        wrap it in a function.
 
         Args:
           branch: a model, a method of a model, or a function of models and arrays. Pass the models
             that a function calls in `args`.
           *args: models and arrays.
-          kept: whether to keep the backward pass, in place of a draw: an entry of what
-            `kept_branches` returns. It has no meaning in evaluation.
-          deterministic: as for other layers, overrides the mode.
+          kept: an entry of what `kept_branches` returns, which decides whether to keep the backward
+            pass, so that nothing is drawn. It is ignored in evaluation mode.
+          deterministic: overrides the mode of the layer for this call.
           rngs: the source of keys for this call.
         """
+        check_branch(branch, "drop(branch, x)")
         if self._is_evaluating(deterministic):
             return branch(*args)
         key = self._key(rngs) if kept is None else None

@@ -76,8 +76,8 @@ class Policy:
         0.5 or 0.75, and a window in layers whose channels m does not divide. Here
         :math:`k = \max(1, \mathrm{round}((1 - \mathrm{rate})\, C))` of C channels, and 0 for
         `rate=1`. If the rate is an array or a schedule, k may differ by one.
-      window_groups: number g of equal groups of channels for "window" and "chunk"; every group
-        keeps the same window or chunk of k/g channels.
+      window_groups: number g of equal groups of channels for "window" and "chunk"; it must divide
+        C. Every group keeps the same window or chunk, whose size is k with C/g in place of C.
       rescale: what `channel_drop_back` divides the kept channels by. "none"; "expected", the
         probability that a channel of a masked layer learns: k/C, or :math:`1 - r + r^C` for
         "bernoulli" with rate r (the last term comes from layers that would lose every channel), and
@@ -158,7 +158,7 @@ class Policy:
         )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        # `jax.tree.map` may replace them by anything; they stay the leaves.
+        # Recorded by name, so that they stay leaves even if `jax.tree.map` replaces their values.
         arrays = (name for name, value in checked.items() if isinstance(value, jax.Array))
         object.__setattr__(self, "_arrays", tuple(arrays))
         self._check_combinations()
@@ -169,7 +169,7 @@ class Policy:
                 "rescale='realized' divides by the fraction of channels kept, but rate=1.0 keeps "
                 "none; use rescale='expected' or 'none'."
             )
-        if self.share_with_bias and self.channel_axes is channels.input_channels:
+        if self.share_with_bias and self.channel_axes == channels.input_channels:
             raise ValueError(
                 "share_with_bias=True with channel_axes=input_channels: a bias has no input "
                 "channels; use channel_axes=output_channels or share_with_bias=False."
@@ -196,8 +196,8 @@ class Policy:
             )
         if self.layers_picked > 1 and self.layer_weights != "uniform":
             raise ValueError(
-                f"layer_weights={self.layer_weights!r} picks a single layer, got num_layers="
-                f"{self.num_layers}; use layer_weights='uniform'."
+                f"layer_weights={self.layer_weights!r} needs num_layers=1, got num_layers="
+                f"{self.num_layers}; use layer_weights='uniform' to pick several layers."
             )
 
     def select(self, params: Any, step: jax.typing.ArrayLike) -> Selection:
@@ -214,7 +214,8 @@ class Policy:
           dtypes.
 
         Raises:
-          ValueError: if the policy does not fit the tree, or if `step` is negative.
+          TypeError, ValueError: if the policy does not fit the tree, or if `step` is not an integer
+            in [0, 2**32).
 
         Examples:
           >>> import cdb_jax, jax.numpy as jnp
@@ -248,7 +249,7 @@ class Policy:
 
     @property
     def drops_nothing(self) -> bool:
-        """Whether every channel is certain to learn in full in every step."""
+        """Whether every layer is certain to learn in full in every step."""
         rates = (self.rate, self.layer_rate)
         return not self.freezes_others and any(isinstance(x, float) and x == 0.0 for x in rates)
 
@@ -320,6 +321,9 @@ def _check_static_int(name: str, value: Any) -> int | None:
 
 
 def _check_hold(hold: Any) -> int | jax.Array:
-    if isinstance(hold, jax.Array) and jnp.issubdtype(hold.dtype, jnp.integer):
-        return hold  # A Python int that passed through `inject_hyperparams`.
-    return check_positive("hold", hold)
+    is_array = isinstance(hold, jax.Array) and jnp.issubdtype(hold.dtype, jnp.integer)
+    if not is_array or hold.shape:
+        return check_positive("hold", hold)
+    if not isinstance(hold, jax.core.Tracer):
+        check_positive("hold", int(hold))
+    return hold  # A Python int that passed through `inject_hyperparams`.

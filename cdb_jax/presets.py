@@ -121,20 +121,20 @@ def layer_drop_back(
     `freeze_dropped` does that, while `channel_drop_back` gives it a gradient of zero.
 
     In the epochs with dropping, that code also changes the learning rate (`every_nth_epoch`): it
-    doubles it, keeps it or divides it by `1 - layer_rate`. Its script for fine-tuning doubles the
-    batch there, so that these epochs have half as many steps; its other script can.
+    doubles it, keeps it or divides it by `1 - layer_rate`. The fine-tuning script doubles the batch
+    size in these epochs, so that they have half as many steps; the other script can do so too.
 
     The paper claims 17 to 24 % less training time. We could not confirm where that comes from: a
-    sheet that the authors published shows no saving at an unchanged batch, and about a sixth with
-    the doubled one. `cdb_jax.value_and_grad` does save at an unchanged batch, because it does not
-    compute the weight gradients of frozen tensors.
+    spreadsheet that the authors published shows no saving at an unchanged batch size, and about a
+    sixth at the doubled batch size. `cdb_jax.value_and_grad` does save time at an unchanged batch
+    size, because it does not compute the weight gradients of frozen tensors.
 
     Args:
       key: as in `Policy`.
       exempt: path patterns of tensors that always learn; in the authors' code the last two, such
         as `("head",)` for a last layer with its bias.
-      steps_per_epoch: number of steps in an epoch, at least 1, or a pair: in an epoch without
-        dropping, and in one with dropping, if that has larger batches.
+      steps_per_epoch: number of steps in an epoch, at least 1. If epochs with dropping have larger
+        batches, a pair: the number of steps without dropping, and the number with dropping.
       layer_rate: probability that a tensor is frozen in an epoch with dropping.
       every: the distance between epochs with dropping.
       stack: the axes along which layers are stacked, by path: `{"blocks": 0}` for blocks under a
@@ -294,8 +294,8 @@ def skip_update(
       rate: probability that a tensor skips an update.
       key: as in `Policy`.
       exempt: path patterns of leaves that are always updated, such as `("embed",)`; `()` for none.
-      by_column: whether each output channel of a weight has its own draw, a variant. Biases and
-        normalisation are always updated then.
+      by_column: whether each output channel of a weight has its own draw, which the paper does not
+        do. Biases and normalisation are then always updated.
 
     Returns:
       A `Policy`.
@@ -332,7 +332,7 @@ def lisa(
 ) -> Policy:
     """A few random blocks learn for some steps; embeddings and head always learn, as in LISA.
 
-    A leaf that is in neither `blocks`, `stack` nor `exempt` counts as a block of its own.
+    A leaf that `blocks`, `stack` and `exempt` do not cover counts as a separate block.
 
     Pass it to `compact` to keep optimizer state for these blocks only, and to `value_and_grad` to
     compute no other weight gradients. Only blocks that are stacked (scanned) save state: unrolled
@@ -399,10 +399,10 @@ def badam(
 ) -> Policy:
     """One block learns at a time, as in BAdam; with `compact`, only it has optimizer state.
 
-    Like `lisa` with a single block. Leaves outside of the blocks, such as embeddings and the head,
-    are blocks too unless they are `exempt`. As in the paper, start the optimizer again at each
-    switch. Blocks are drawn independently; we could not confirm the order and the number of steps
-    of the paper.
+    This is `lisa` with a single block. Leaves outside the blocks, such as embeddings and the head,
+    count as blocks too unless they are `exempt`. The paper restarts the optimizer at each switch:
+    use `on_switch="reset"`. Blocks are drawn independently; we could not confirm the order and the
+    number of steps that the paper uses.
 
     Args:
       key, blocks, stack: as in `lisa`.

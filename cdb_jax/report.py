@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from cdb_jax import _draw, channels
@@ -23,7 +24,8 @@ class ChannelRow(NamedTuple):
       path, shape, channel_axes, stack_axes, channels: as in the layout; `channels` is None if the
         leaf has none.
       kept: the number of channels that learn when the layer is masked; a tilde marks an average.
-      note: why a leaf has no channels, or which kernel a bias follows.
+      note: why the leaf has no channels, which kernel a bias follows, or how a convention found the
+        channels.
       gradient: how `value_and_grad` computes its gradient; empty without a loss function.
     """
 
@@ -72,7 +74,7 @@ class Savings(NamedTuple):
         if self.state_bytes:
             lines.append(_line("optimizer state", self.state_bytes, "B", "compact"))
             if self.obstacle:
-                lines.append(f"compact does not fit: {self.obstacle}")
+                lines.append(f"compact cannot be used: {self.obstacle}")
         return "\n".join(lines)
 
 
@@ -138,11 +140,11 @@ def channel_report(
     optimizer: optax.GradientTransformation | None = None,
     **kwargs: Any,
 ) -> ChannelReport:
-    """Shows which axis of each leaf holds its channels, or why it has none, and what that saves.
+    """Shows which axes of each leaf hold its channels, or why it has none, and what a policy saves.
 
-    With a loss function, it also shows how `cdb_jax.value_and_grad` computes each gradient:
-    "skipped" (the dropped part is not computed), or "masked only" (it is computed and set to zero)
-    with the reason.
+    With a loss function, it also shows how `cdb_jax.value_and_grad` computes each gradient: "in
+    full", "skipped" (the dropped part is not computed), "masked only" (it is computed and then set
+    to zero), followed by the reason, or "none: frozen".
 
     Args:
       params: the parameters as the optimizer gets them: a tree of arrays or `jax.ShapeDtypeStruct`.
@@ -160,7 +162,8 @@ def channel_report(
 
     Raises:
       TypeError, ValueError: as in training, for a policy that does not fit the tree or, with `fun`,
-        for a policy that cannot skip anything.
+        for a bad `fun`, or channel axes that contradict how it uses the weights. A policy that
+        cannot skip anything does not raise: the report then shows "masked only".
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp, optax
@@ -199,7 +202,7 @@ def channel_report(
         gradients = explain(fun, params, args, kwargs, selection)
         rows = [row._replace(gradient=x.text) for row, x in zip(rows, gradients, strict=True)]
         flops = _flops(policy, layout, gradients)
-    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    types = jax.tree.map(_type, params)
     savings = Savings(flops, *_memory(policy, types, optimizer))
     return ChannelReport(tuple(rows), _summary(layout, policy), savings)
 
@@ -242,6 +245,13 @@ _OPTIMIZER = "optimizer must be the one that would be inside compact, such as op
 _GRADIENT = optax.GradientTransformation(lambda params: params, lambda g, state, _: (g, state))
 
 
+def _type(x: Any) -> jax.ShapeDtypeStruct | None:
+    """The type of an array or a number; None for anything else, such as a function."""
+    if isinstance(x, (int, float, complex)):
+        return jax.ShapeDtypeStruct((), jnp.result_type(x))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else None
+
+
 def _bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -251,7 +261,8 @@ def _row(leaf: channels.Leaf, policy: Policy) -> ChannelRow:
         return ChannelRow(leaf.path, leaf.shape, (), (), None, "all", leaf.reason.value)
     note = "" if leaf.layer == leaf.path else f"follows {leaf.layer}"
     if leaf.is_default:
-        note = "the last axis, by default"
+        is_output = leaf.convention == channels.output_channels
+        note = f"the {'last' if is_output else 'second-to-last'} axis, by default"
     elif leaf.convention and policy.channel_axes != leaf.convention:
         note = "by name and shape"  # Among specs that say more, such as inferred ones.
     kept = _kept(policy, leaf.channels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from cdb_jax import _scaling, channels
 from cdb_jax._checks import check_choice, parameters_of, short
 from cdb_jax._compiling import compiled
 from cdb_jax._xla import unstack
+
+if TYPE_CHECKING:
+    from cdb_jax.policy import Policy
 
 
 class Mode(enum.IntEnum):
@@ -26,11 +29,11 @@ class Mode(enum.IntEnum):
 
 
 class Arrangement(enum.Enum):
-    """How the kept channels of a block lie, and what the place of a part is."""
+    """How the kept channels of a block are arranged, and what the place of a part holds."""
 
-    # A run that wraps around. The place is its first channel: int32, a scalar.
+    # A contiguous run that wraps around. The place is its first channel: an int32 scalar.
     WINDOW = "window"
-    # A run that does not. Its length divides the block, and the place is a multiple of it.
+    # One of the equal chunks of the block. The place is its first channel: an int32 scalar.
     CHUNK = "chunk"
     # Channels anywhere. The place holds their positions in ascending order: int32, `(kept,)`.
     SCATTERED = "scattered"
@@ -93,8 +96,18 @@ class Group:
 
         int32, shape `(rows, channels)`.
         """
-        index = jnp.cumsum(self.keep, axis=1, dtype=jnp.int32) - 1
-        return jnp.where(self.keep, index, np.int32(self.keep.shape[1]))
+        index = jnp.cumsum(self.keep, axis=-1, dtype=jnp.int32) - 1
+        return jnp.where(self.keep, index, np.int32(self.keep.shape[-1]))
+
+
+def positions_of(keep: jax.Array, kept: int) -> jax.Array:
+    """The positions of the kept channels of each row, in ascending order: int32, `(rows, kept)`.
+
+    If a row keeps fewer, its last entries are the number of channels.
+    """
+    width = keep.shape[1]
+    channel = np.arange(width, dtype=np.int32)[None]
+    return jnp.sort(jnp.where(keep, channel, np.int32(width)), axis=1)[:, :kept]
 
 
 @jax.tree_util.register_dataclass
@@ -104,8 +117,8 @@ class Selection:
 
     `Policy.select` draws a selection; `Selection.of` makes one from channels that you choose. Pass
     it to everything that takes part in the step: to `cdb_jax.value_and_grad`, and to the `update`
-    of an optimizer that contains `channel_drop_back` or `freeze_dropped`. A selection is a pytree
-    of small arrays, so it can be an argument or a result of any JAX transformation.
+    of an optimizer that contains `channel_drop_back`, `freeze_dropped` or `compact`. A selection is
+    a pytree of small arrays, so it can be an argument or a result of any JAX transformation.
 
     Attributes:
       groups: the layers, grouped by their number of channels.
@@ -115,9 +128,15 @@ class Selection:
     """
 
     groups: tuple[Group, ...]
-    policy: Any
+    policy: Policy | None
     layout: channels.Layout = dataclasses.field(metadata=dict(static=True))
     freezes_others: bool = dataclasses.field(metadata=dict(static=True))
+
+    def __repr__(self) -> str:
+        """One line, without waiting for arrays on a device."""
+        depth = sum(layer.depth for layer in self.layout.layers)
+        source = "with chosen channels" if self.policy is None else "of Policy(...)"
+        return f"Selection({depth} {'layer' if depth == 1 else 'layers'} {source})"
 
     @classmethod
     def of(
@@ -135,9 +154,10 @@ class Selection:
         Args:
           params: the parameters; only paths, shapes and dtypes are read.
           chosen: a dict from path or path pattern to the channels that learn: a list of ints, or an
-            int array of shape `(k,)`, or `(*stack, k)` for stacked layers. The array may be traced;
-            its channels must then be distinct and in range. An empty list freezes all leaves that
-            the pattern covers, and `...` lets them learn in full.
+            int array of shape `(k,)`, or `(*stack, k)` for stacked layers. Negative channels count
+            from the end. The array may be traced: repeated channels then count once, and those out
+            of range are left out (for `kept_only`, k channels must be left). An empty list freezes
+            all leaves that the pattern covers, and `...` lets them learn in full.
           channel_axes: which axes hold the channels of the leaves in `chosen`, as in `Policy`. The
             only axis of a vector holds its channels, unless a tree or a rule says otherwise.
           others: whether the other leaves learn in "full" or are "frozen".
@@ -166,12 +186,16 @@ class Selection:
                 "chosen={} names nothing; give at least one path, such as {'head/kernel': [0, 5]}, "
                 "or {'*': ...} for everything."
             )
+        for pattern, place in chosen.items():
+            _check_not_nested(pattern, place)
         params = parameters_of(params)
         paths = [channels.canonical_path(keys) for keys, _ in jax.tree.leaves_with_path(params)]
         channels.check_matches("chosen", chosen, paths)
+        for pattern, place in chosen.items():
+            _check_not_ragged(pattern, place)
         specs = _specs_of_chosen(channel_axes, chosen, paths)
-        layout = channels.resolve(params, specs, only=tuple(chosen))
-        places = _by_pattern(layout, chosen)
+        layout = channels.resolve(params, specs, only=tuple(chosen), may_be_empty=True)
+        places = _chosen_by_path(layout, chosen)
         groups, full, frozen = [], [], []
         for layer in layout.layers:
             place = places[layer.path]
@@ -191,8 +215,9 @@ class Selection:
     def factors(self) -> dict[str, jax.Array]:
         """The factor of each channel of each layer, by path.
 
-        float32, shape `(*stack, channels)`: 0 for a dropped channel, 1 or the factor of `rescale`
-        for a kept one. A leaf that is frozen or learns as a whole has shape `(1,)`.
+        Each array is float32 of shape `(*stack, channels)`: 0 for a dropped channel, and 1 or the
+        factor of `rescale` for a kept one. A leaf without channel axes, which is frozen or learns
+        as a whole, has shape `(1,)`.
         """
         return _factors_once(self.layout, self.groups)
 
@@ -241,7 +266,7 @@ def check_selection(selection: Any) -> Selection:
         return selection
     mend = ""
     if isinstance(selection, tuple):
-        mend = "; a tuple of selections, one for each mask, is for the optimizer's update"
+        mend = "; only the optimizer's update takes a tuple of selections"
     raise TypeError(
         f"selection must be a cdb_jax.Selection such as policy.select(params, step), got "
         f"{short(selection)}{mend}."
@@ -371,7 +396,7 @@ def whole_group(leaves: Iterable[channels.Leaf], mode: Mode) -> list[Group]:
 # Channels that the user chooses.
 
 
-def _by_pattern(layout: channels.Layout, chosen: Mapping[str, Any]) -> dict[str, Any]:
+def _chosen_by_path(layout: channels.Layout, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The channels that were chosen for each layer, by path."""
     found = {}
     for leaf in layout.leaves:
@@ -379,14 +404,16 @@ def _by_pattern(layout: channels.Layout, chosen: Mapping[str, Any]) -> dict[str,
         if not patterns:
             continue
         if len(patterns) > 1:
-            raise ValueError(f"chosen: {leaf.path!r} matches {patterns}; use only one of them.")
+            raise ValueError(
+                f"chosen: {leaf.path!r} matches several patterns, {patterns}; keep one of them."
+            )
         if leaf.reason is channels.NoChannels.NO_VALUES and _is_whole(chosen[patterns[0]]):
             continue  # It has nothing to differentiate.
         if leaf.reason:
             raise ValueError(
                 f"chosen: {leaf.path!r} of shape {leaf.shape} has no channels "
-                f"({leaf.reason.value}); use [] to freeze the whole leaf, ... to train it, or set "
-                "channel_axes."
+                f"({leaf.reason.value}); use [] to freeze the whole leaf or the Ellipsis `...` to "
+                "train it, or set channel_axes."
             )
         found[leaf.path] = chosen[patterns[0]]
     return found
@@ -398,15 +425,16 @@ def _chosen_group(layer: channels.Leaf, chosen: Any) -> Group:
     place = _checked_channels(layer, chosen)
     kept = place.shape[-1]
     place = jnp.broadcast_to(place, (*stack, kept)).reshape(layer.depth, kept)
-    mode = Mode.FROZEN if kept == 0 else Mode.FULL if kept == width else Mode.PARTIAL
+    is_traced = isinstance(place, jax.core.Tracer)
+    mode = Mode.FULL if kept == width and not is_traced else Mode.PARTIAL
     keep = jnp.zeros((layer.depth, width), bool)
     keep = keep.at[jnp.arange(layer.depth)[:, None], place].set(True)
-    part = None
-    if mode == Mode.PARTIAL:
-        part = Part(1, width, kept, Arrangement.SCATTERED)
-        place = jnp.sort(place, axis=1).astype(jnp.int32)
     modes = jnp.full(layer.depth, mode, jnp.int32)
-    return Group(modes, keep, None, place if part else None, (layer,), (mode,), part)
+    if mode == Mode.FULL:
+        return Group(modes, keep, None, None, (layer,), (mode,), None)
+    # Traced channels may be repeated or out of range, so what is computed must follow from `keep`.
+    part = Part(1, width, kept, Arrangement.SCATTERED)
+    return Group(modes, keep, None, positions_of(keep, kept), (layer,), (mode,), part)
 
 
 def _checked_channels(layer: channels.Leaf, chosen: Any) -> jax.Array | np.ndarray:
@@ -415,22 +443,22 @@ def _checked_channels(layer: channels.Leaf, chosen: Any) -> jax.Array | np.ndarr
     place = chosen if is_traced else np.asarray(chosen)
     if not is_traced and place.dtype.kind == "u":
         place = place.astype(np.int64)
-    if not is_traced and place.size == 0:
-        return np.zeros((0,), np.int32)
     shapes = {place.shape[-1:], (*layer.stack_shape, *place.shape[-1:])}
     if not jnp.issubdtype(place.dtype, jnp.integer) or not place.shape or place.shape not in shapes:
+        stack = "".join(f"{size}, " for size in layer.stack_shape)
         raise TypeError(
-            f"chosen: the channels of {layer.path!r} must be ints of shape "
-            f"{' or '.join(str(shape[:-1] + ('k',)) for shape in sorted(shapes))}, got "
-            f"{short(chosen)}; use [3] for one channel, range(4) for the first four, ... for all, "
-            "and np.flatnonzero(mask) for a mask."
+            f"chosen: the channels of {layer.path!r} must be ints of shape (k,)"
+            f"{f' or ({stack}k)' if stack else ''}, got {short(chosen)}; use [3] for one channel, "
+            "range(4) for the first four, np.flatnonzero(mask) for a mask, or the Ellipsis `...` "
+            "for all channels."
         )
     if is_traced:
         return place
     width = layer.channels
     if place.min() < -width or place.max() >= width:
         raise ValueError(
-            f"chosen: {layer.path!r} has {width} channels, counted from 0, got {short(chosen)}."
+            f"chosen: {layer.path!r} has {width} channels, so use indices from 0 to {width - 1}; "
+            f"got {short(chosen)}."
         )
     place = np.sort(place % width, axis=-1)
     if np.any(place[..., 1:] == place[..., :-1]):
@@ -451,6 +479,28 @@ def _specs_of_chosen(
         covered = (path for path in paths if channels.is_covered(whole, path))
         return channels.SpecTree((*spec.specs, *((path, channels.Axes(())) for path in covered)))
     return _ChosenAxes(spec, whole)
+
+
+def _check_not_nested(pattern: str, place: Any) -> None:
+    path, inner = pattern, place
+    while isinstance(inner, Mapping) and inner:
+        key, inner = next(iter(inner.items()))
+        path = f"{path}/{key}"
+    if isinstance(place, Mapping):
+        raise TypeError(
+            f"chosen: {pattern!r} has a dict, got {short(place)}; use paths as keys, and write "
+            f"{path!r}: {short(inner)}."
+        )
+
+
+def _check_not_ragged(pattern: str, place: Any) -> None:
+    try:
+        np.shape(place)
+    except ValueError:
+        raise ValueError(
+            f"chosen: {pattern!r} has lists of different lengths, got {short(place)}; choose "
+            "equally many channels for each of the stacked layers."
+        ) from None
 
 
 def _is_whole(place: Any) -> bool:

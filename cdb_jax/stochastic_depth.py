@@ -8,7 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cdb_jax._checks import check_bool, check_call_key, check_call_rate, is_exactly, is_int
+from cdb_jax._checks import (
+    check_bool,
+    check_branch,
+    check_call_key,
+    check_call_rate,
+    is_exactly,
+    is_int,
+)
 from cdb_jax._scaling import scale
 
 
@@ -28,7 +35,7 @@ def drop_path(
     Args:
       x: float array, the output of a branch.
       rate: probability that the branch is dropped, in [0, 1]; may be traced.
-      key: a JAX key for this call. Rates of exactly 0 and 1 need none.
+      key: a JAX key for this call. Optional if the rate is the number 0 or 1.
       sample_axis: the axis of the samples; None to drop the whole batch at once, as the original
         paper does.
       scale_by_keep: whether to divide what is kept by `1 - rate`, so that the mean is `x`. If not,
@@ -85,7 +92,7 @@ def drop_branch(
       branch: a function of arrays that returns a float array.
       *args: arguments of `branch`: arrays or trees of arrays.
       rate: probability that the branch is dropped, in [0, 1]; may be traced.
-      key: a JAX key for this call. Rates of exactly 0 and 1 need none.
+      key: a JAX key for this call. Optional if the rate is the number 0 or 1.
       scale_by_keep: as in `drop_path`.
 
     Returns:
@@ -100,6 +107,7 @@ def drop_branch(
       >>> x + cdb_jax.drop_branch(jnp.exp, x, rate=0.5, key=jax.random.key(1))
       Array([1., 1., 1.], dtype=float32)
     """
+    check_branch(branch, "drop_branch(branch, x, rate=0.5, key=key)")
     check_bool("scale_by_keep", scale_by_keep)
     return run_branch(branch, args, check_call_rate(rate), key, scale_by_keep)
 
@@ -146,11 +154,13 @@ def _scaled(x: jax.Array, rate: float | jax.Array, scale_by_keep: bool) -> jax.A
 
 
 def keep_probability(rate: float | jax.Array) -> float | jax.Array:
-    """Returns `1 - rate`, to divide what is kept by it; 1 for a traced rate of 1.
+    """Returns the divisor for what is kept: `1 - rate`, or 1 for a rate of 1.
 
-    Nothing is kept then, but a division by zero would give NaN gradients.
+    Nothing is kept at rate 1, but a division by zero would give NaN gradients.
     """
-    return 1.0 - rate if isinstance(rate, float) else jnp.where(rate < 1.0, 1.0 - rate, 1.0)
+    if isinstance(rate, float):
+        return 1.0 - rate if rate < 1.0 else 1.0
+    return jnp.where(rate < 1.0, 1.0 - rate, 1.0)
 
 
 def in_evaluation(x: jax.Array, rate: float | jax.Array, scale_by_keep: bool) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from cdb_jax import _draw, channels
+from cdb_jax._checks import short
 from cdb_jax._compiling import compiled
 from cdb_jax.policy import (
     ChannelChoice,
@@ -79,13 +80,14 @@ def channel_drop_back(
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with state `ChannelDropBackState`. Its `update`
-      does not need `params`. It uses the extra argument `selection` if this was drawn from an equal
-      policy; otherwise it draws a selection at the state's count. It ignores all other extra
-      arguments.
+      does not need `params`. Without the extra argument `selection`, it draws a selection at the
+      state's count. Otherwise `selection` must be drawn from an equal policy or made by
+      `Selection.of`; a tuple of selections may also hold those of other policies. `update` ignores
+      all other extra arguments.
 
     Raises:
-      TypeError, ValueError: for a bad argument, or when `update` gets a tree that does not fit the
-        policy.
+      TypeError, ValueError: for a bad argument; when `init` or `update` gets a tree that does not
+        fit the policy, or `update` a selection from another policy.
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp, optax
@@ -109,9 +111,8 @@ def channel_drop_back(
     policy = _as_policy(**locals())
 
     def init_fn(params: Any) -> ChannelDropBackState:
-        # Layouts are resolved on updates: frameworks may wrap parameters and updates differently,
-        # and `optax.tree.map_params` calls `init` with placeholders.
-        del params
+        _check_not_paired(params)
+        check_fits(policy, params)
         return ChannelDropBackState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
 
     def update_fn(
@@ -136,6 +137,16 @@ def channel_drop_back(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def check_fits(policy: Policy, params: Any) -> None:
+    """Raises an error for parameters that a policy does not fit, before the first step does.
+
+    `update` finds the layers again: frameworks may wrap parameters and updates differently.
+    """
+    # `optax.tree.map_params` passes an empty placeholder.
+    if any(hasattr(x, "dtype") for x in jax.tree.leaves(params)):
+        _draw.check_layers(policy, policy.layout(params))
+
+
 @compiled
 def _mask(
     layout: channels.Layout, source: Policy | Selection, leaves: list[Any], count: jax.Array
@@ -158,11 +169,11 @@ def layout_and_source(
         if selection.policy is None or policy.draws_like(selection.policy):
             return channels.same_layout(updates, selection.layout), selection
     raise ValueError(
-        "selection: it was drawn from another policy than that of channel_drop_back, "
-        "freeze_dropped or compact, so each would drop different channels; use the same Policy "
-        "object for both (two schedules are equal only if they are one object). If a chain has "
-        "several policies, pass a tuple with a selection of each; without a selection, each is "
-        "drawn."
+        "selection: it was drawn from another policy, not from the one that channel_drop_back, "
+        "freeze_dropped or compact uses, so the two would drop different channels; use the same "
+        "Policy object for both (two schedules are equal only if they are the same object). If a "
+        "chain has several policies, pass a tuple with one selection for each. If selection is not "
+        "passed, each transformation draws its own."
     )
 
 
@@ -206,10 +217,10 @@ def _as_policy(rate: Any, **settings: Any) -> Policy:
         value = settings[field.name]
         if type(value) is not type(field.default) or value != field.default:
             raise TypeError(
-                f"{field.name}={value!r} was given in addition to a Policy; set it in the policy "
-                f"instead: dataclasses.replace(policy, {field.name}=...). optax.inject_hyperparams "
-                "passes every number as an argument, so give it the rate and the settings instead "
-                "of a Policy."
+                f"{field.name}={short(value)} was given in addition to a Policy; set it in the "
+                f"policy instead: dataclasses.replace(policy, {field.name}=...). "
+                "optax.inject_hyperparams passes every number as an argument, so give it the rate "
+                "and the settings instead of a Policy."
             )
     return rate
 

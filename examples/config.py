@@ -12,7 +12,7 @@ import methods
 import optimizers
 from epochs import SaveTimes
 from errors import UserError
-from locations import AnyPath
+from locations import AnyPath, LocalPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Config:
     """digits, mnist, fashion_mnist, cifar10, cifar100, svhn_cropped or imagenet2012, or another
     name in PREPROCESSING of examples/data.py, which prepares a set once. digits comes with
     scikit-learn."""
-    data_folder: AnyPath | None = None
+    data_folder: LocalPath | None = None
     """A folder of images to train on instead, with a subfolder for each class."""
     image_size: int | None = None
     """Side of the images, which are resized to it; None: that of the data set, and 224 for
     --data-folder."""
-    weights: AnyPath | None = None
+    weights: LocalPath | None = None
     """Pretrained weights to begin with: a .npz file of vision_transformer or big_vision or a
     .safetensors file of timm for a ViT, a .safetensors file with torchvision's names for other
     models; see examples/recipes/README.md. With another number of classes the head is new."""
@@ -114,8 +114,9 @@ class Config:
     """Axes of devices, such as data=4,fsdp=2: batches are split over both, parameters and optimizer
     state over fsdp. Empty: all devices in data."""
     distributed: Literal["auto", "always", "never"] = "auto"
-    """Join other processes. auto: if Slurm, MPI or a TPU pod has started several. JAX finds them on
-    TPU pods, under Slurm and Open MPI 4; elsewhere give all three:"""
+    """Join other processes. auto: if Slurm, MPI or the variables of a TPU pod tell of several; some
+    pods have none and need always. JAX finds the others on TPU pods, under Slurm and Open MPI 4;
+    elsewhere give all three:"""
     coordinator: str | None = None
     """HOST:PORT of process 0."""
     process_count: int | None = None

@@ -14,6 +14,7 @@ import math
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from sklearn.model_selection import train_test_split
 import idx
 import image_folder
 from errors import UserError, first_line
-from locations import AnyPath
+from locations import AnyPath, LocalPath
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -121,7 +122,7 @@ def load(
       image_size: side of the images that a model sees; None for that of the set.
       rotation: turns training images by up to so many degrees.
       folder: a folder of images to take instead, as `image_folder` describes.
-      colors: whether grey images become red, green and blue, as public weights want them.
+      colors: whether grey images become red, green and blue, as most pretrained weights need.
 
     Raises:
       UserError: if the set is unknown, not prepared, or not readable.
@@ -164,7 +165,8 @@ def _changed(
     height, width, channels = preprocessing.image_shape
     if image_size is not None:
         height = width = image_size
-    channels = 3 if colors else channels
+    if colors and channels == 1:
+        channels = 3
     return preprocessing._replace(image_shape=(height, width, channels), rotation=rotation)
 
 
@@ -491,7 +493,7 @@ def _resize(
 def prepare(
     name: tyro.conf.Positional[str],
     data_dir: AnyPath | None = None,
-    files: AnyPath | None = None,
+    files: LocalPath | None = None,
 ) -> None:
     """Download a data set and prepare it for the examples.
 
@@ -506,6 +508,8 @@ def prepare(
         raise UserError(f"unknown data set {name!r}; choose one of {', '.join(PREPROCESSING)}.")
     if files and name not in ("mnist", "fashion_mnist"):
         raise UserError(f"--files is for mnist and fashion_mnist, not for {name}; leave it out.")
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     try:
         builder = _builder(name, data_dir)
         folder = idx.folder_of(name, files)

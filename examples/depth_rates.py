@@ -35,6 +35,7 @@ import display
 import models
 import models.vit
 from errors import UserError
+from locations import LocalPath
 
 DEPTH = 10
 models.vit.VITS["vit_deep"] = (32, DEPTH, 4)
@@ -57,9 +58,9 @@ class Config:
     """Images a step."""
     learning_rate: float = 3e-3
     """Of AdamW, falling to zero as a cosine."""
-    run_dir: Path = Path("runs/depth")
+    run_dir: LocalPath = Path("runs/depth")
     """Where results go."""
-    data_dir: Path | None = None
+    data_dir: LocalPath | None = None
     """Where TensorFlow Datasets keeps its sets."""
 
     def __post_init__(self) -> None:

@@ -143,13 +143,24 @@ def percent(values: np.ndarray, sign: str = "") -> str:
 
 
 def show_report(out: Console, report: ChannelReport) -> None:
-    """Prints what a method can drop; in a list if the terminal is too narrow for the table."""
+    """Prints what a method can drop; in a list if the terminal is too narrow for the table.
+
+    The list has the leaves that can be dropped, and only counts the others.
+    """
     lines = str(report).splitlines()
     if not out.is_terminal or len(lines[1]) <= out.width:  # The rule below the headings.
         out.print(*lines, sep="\n", soft_wrap=True)
         return
-    header, *rows = report.cells
-    out.print(ResultsTable("channels", header, rows))
+    header, *cells = report.cells
+    for row, (path, *entries) in zip(report.rows, cells, strict=True):
+        if row.channels is None:
+            continue
+        named = zip(header[1:], entries, strict=True)
+        fields = (f"{name} {entry}" for name, entry in named if entry not in ("", "-"))
+        out.print(path, f"  {'  '.join(fields)}", sep="\n")
+    others = sum(row.channels is None for row in report.rows)
+    noun = "leaf always learns" if others == 1 else "leaves always learn"
+    out.print(f"{others} other {noun} in full.")
     out.print(report.summary, str(report.savings), sep="\n")
 
 
@@ -222,5 +233,6 @@ def plot_curves(histories: Mapping[str, Sequence[Sequence[Row]]], file: Path, ti
     if len(histories) > 1:  # Otherwise the title says it.
         axes[1].legend()
     figure.suptitle(title, wrap=True)
-    figure.savefig(file)
+    with file.open("wb") as opened:  # Also in a bucket.
+        figure.savefig(opened, format="png")
     pyplot.close(figure)

@@ -27,6 +27,7 @@ import cdb_jax.nnx
 import display
 from errors import UserError
 from gaussian_process import texture
+from locations import LocalPath
 
 matplotlib.use("agg")
 from matplotlib import pyplot  # noqa: E402
@@ -63,7 +64,7 @@ class Config:
     """Of Adam, falling along a cosine."""
     seeds: int = 3
     """Runs of each kind; the same seed means the same images, first parameters and batches."""
-    run_dir: Path = Path("runs/gp_textures")
+    run_dir: LocalPath = Path("runs/gp_textures")
     """Where pictures and results go."""
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,17 +22,29 @@ def parse(text: str) -> Any:
         raise UserError(f"the path {text} cannot be used: {error}; write it out.") from error
 
 
+def parse_local(text: str) -> Path:
+    """A path of this machine."""
+    if is_bucket(text):
+        raise UserError(
+            f"the path {text} is in a bucket, which only --run-dir of train.py can use; copy it to "
+            "this machine, or choose a local folder."
+        )
+    return parse(text)
+
+
 def is_bucket(path: Any) -> bool:
     return str(path).startswith(("gs://", "s3://", "az://"))
 
 
-AnyPath = Annotated[
-    Path,
-    tyro.constructors.PrimitiveConstructorSpec(
+def _flag_type(parser: Callable[[str], Any]) -> Any:
+    return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
-        instance_from_str=lambda words: parse(words[0]),
+        instance_from_str=lambda words: parser(words[0]),
         is_instance=lambda x: isinstance(x, (Path, epath.Path)),
         str_from_instance=lambda x: [str(x)],
-    ),
-]
+    )
+
+
+AnyPath = Annotated[Path, _flag_type(parse)]
+LocalPath = Annotated[Path, _flag_type(parse_local)]

@@ -39,7 +39,8 @@ def launcher() -> str | None:
     for variable, name in LAUNCHERS.items():
         if os.environ.get(variable, "1").strip() not in ("", "0", "1"):
             return name
-    return "a TPU pod" if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") else None
+    hosts = (os.environ.get(x, "") for x in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"))
+    return "a TPU pod" if any("," in x for x in hosts) else None
 
 
 def join(
@@ -51,7 +52,8 @@ def join(
     """Joins the other processes, if there are any.
 
     Args:
-      when: "auto" under a launcher, or if the other arguments are given.
+      when: "auto" under a launcher, or if the other arguments are given. Some TPU pods do not say
+        that they are one; they take "always".
       coordinator: HOST:PORT of process 0. JAX finds the arguments by itself on TPU pods, under
         Slurm and Open MPI 4.
       process_count: how many there are.
@@ -72,6 +74,12 @@ def join(
     if when == "always" or (when == "auto" and (launcher() or not missing)):
         _join(coordinator, process_count, process_id)
     _check_devices()
+    # The TPU runtime counts the hosts of a pod, even if no variable names them.
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise UserError(
+            f"this is one of {jax.process_count()} processes, which have not joined each other; "
+            "pass --distributed always."
+        )
 
 
 def _join(coordinator: str | None, process_count: int | None, process_id: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -31,6 +32,8 @@ from errors import UserError, first_line, meaning
 Row = dict[str, Any]
 STEP_METRICS = ("train_loss", "train_accuracy", "dropped_fraction")
 MEASURED = (*STEP_METRICS, "test_loss", "test_accuracy", "images_per_second")
+# What `flock` fails with on a file system without locks.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 UNREADABLE = "[]\\"  # Orbax saves to paths with these, and cannot read what it has saved.
 
 
@@ -225,11 +228,49 @@ def _unusable(folder: Path, error: Exception) -> UserError:
     return UserError(f"--run-dir {folder} cannot be used: {first_line(error)}. Choose another.")
 
 
+def check_free(folder: Path) -> None:
+    """Raises a UserError at once if another run uses a folder, without making the folder.
+
+    `Run` checks it again, but only after everything that takes time.
+    """
+    if locations.is_bucket(folder):
+        return
+    owner = None
+    if jax.process_index() == 0:
+        with contextlib.suppress(OSError), open(folder / ".lock", "r+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = _owner(lock)
+    refused = owner is not None
+    if jax.process_count() > 1:
+        refused = bool(multihost_utils.broadcast_one_to_all(np.int32(refused)))
+    if refused:
+        raise _in_use(folder, owner) if owner else _refused_elsewhere(folder)
+
+
+def _owner(lock: IO[str]) -> str:
+    """Who holds a lock."""
+    lock.seek(0)
+    return lock.read().partition("\n")[0] or "another process"
+
+
+def _in_use(folder: Path, owner: str) -> UserError:
+    return UserError(
+        f"{folder} is in use by {owner}; wait until that run has ended, or choose another "
+        "--run-dir."
+    )
+
+
+def _refused_elsewhere(folder: Path) -> UserError:
+    return UserError(f"--run-dir {folder} cannot be used by process 0, which says why.")
+
+
 def _claim(folder: Path) -> IO[str] | None:
     """Locks a folder for this run, and makes sure that all processes of the run see the same one.
 
     Process 0 holds the lock, which the operating system releases if it dies, and writes a token
-    into it that the others read. A bucket cannot be locked.
+    into it that the others read. A bucket cannot be locked, nor can some file systems.
     """
     if locations.is_bucket(folder):
         return None
@@ -245,7 +286,7 @@ def _claim(folder: Path) -> IO[str] | None:
     if jax.process_count() > 1:
         token = int(multihost_utils.broadcast_one_to_all(np.int32(token)))
         if not token and not failed:
-            failed = UserError(f"--run-dir {folder} cannot be used by process 0, which says why.")
+            failed = _refused_elsewhere(folder)
         if token:
             sees = multihost_utils.process_allgather(np.array(_token(folder) == token))
             if not sees.all():
@@ -265,13 +306,19 @@ def _lock(folder: Path) -> tuple[IO[str], int]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().partition("\n")[0] or "another process"
+        owner = _owner(lock)
         lock.close()
-        raise UserError(
-            f"{folder} is in use by {owner}; wait until that run has ended, or choose another "
-            "--run-dir."
-        ) from None
+        raise _in_use(folder, owner) from None
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            lock.close()
+            raise
+        print(
+            f"warning: {folder} cannot be locked ({first_line(error)}); make sure that no other "
+            "run uses it.",
+            file=sys.stderr,
+            flush=True,
+        )
     token = 1 + secrets.randbelow(2**31 - 1)
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{token}\n")

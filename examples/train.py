@@ -199,7 +199,7 @@ def prepare(config: Config) -> tuple[Job, Callable[..., State]]:
         config.image_size,
         config.rotation,
         config.data_folder,
-        colors=config.weights is not None and "mnist" in config.dataset,
+        colors=weights.input_channels(config.weights) == 3,
     )
     mesh, seed = training.make_mesh(config.mesh, config.batch_size), np.uint32(config.seed)
     num_batches = data.batches_per_epoch(dataset, config.batch_size, _multiple(config))
@@ -305,6 +305,7 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.StopRequest())
+        run_folder.check_free(config.run_dir)
         job, initial = prepare(config)
         run = stack.enter_context(
             run_folder.Run(

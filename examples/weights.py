@@ -45,6 +45,7 @@ class Layout(NamedTuple):
     family: str  # As `_family` has it.
     suffix: str
     sign: str  # Pattern of names that only its files have.
+    first: str  # The kernel that sees the images.
     names: tuple[tuple[str, str], ...]  # Patterns in our paths, and their names there, in turn.
     unused: str  # Pattern of what a file may hold and no model here has.
     statistics: tuple[Any, Any]  # Of pixels, in pretraining.
@@ -60,6 +61,7 @@ VISION_TRANSFORMER = Layout(
     "ViT",
     ".npz",
     sign=r"Transformer/encoderblock(_\d+)?/MlpBlock_3/",
+    first="embedding/kernel",
     names=(
         (r"^cls_token$", "cls"),
         (r"^pos_embed$", "pos_embedding"),
@@ -96,6 +98,7 @@ TIMM_VIT = Layout(
     "ViT",
     ".safetensors",
     sign=r"blocks\.\d+\.attn\.qkv\.",
+    first="patch_embed.proj.weight",
     names=(
         (r"^patch_embed/", "patch_embed/proj/"),
         (r"/attention/out/", "/attn/proj/"),
@@ -112,6 +115,7 @@ TORCHVISION_RESNET = Layout(
     "ResNet",
     ".safetensors",
     sign=r"layer1\.0\.conv1\.",
+    first="conv1.weight",
     names=(
         (r"^stem/conv/", "conv1/"),
         (r"^stem/norm/", "bn1/"),
@@ -129,6 +133,7 @@ TORCHVISION_RESNET = Layout(
 TORCHVISION_DENSENET = TORCHVISION_RESNET._replace(
     family="densenet121",
     sign=r"features\.denseblock1\.",
+    first="features.conv0.weight",
     names=(
         (r"^stem/", "features/conv0/"),
         (r"^stem_norm/", "features/norm0/"),
@@ -141,6 +146,7 @@ TORCHVISION_DENSENET = TORCHVISION_RESNET._replace(
 TORCHVISION_MOBILENET = TORCHVISION_RESNET._replace(
     family="mobilenet_v2",
     sign=r"features\.1\.conv\.0\.0\.",
+    first="features.0.0.weight",
     names=(
         (r"^stem/", "features/0/"),
         (r"^last/", "features/18/"),
@@ -212,7 +218,23 @@ class Stored(NamedTuple):
 
 def pixel_statistics(file: Path | None) -> tuple[Any, Any]:
     """Mean and standard deviation of pixels, between 0 and 1, by which to standardise images."""
-    return _layout(file, _names(file)).statistics if file else GENERIC
+    if not file:
+        return GENERIC
+    statistics = _layout(file, _names(file)).statistics
+    if input_channels(file) == 3:
+        return statistics
+    return tuple(float(np.mean(x)) for x in statistics)  # The layout's are those of colors.
+
+
+def input_channels(file: Path | None) -> int | None:
+    """Channels of the images that weights are for; None without weights, or if they lack it."""
+    if file is None:
+        return None
+    layout = _layout(file, _names(file))
+    with _opened(file) as (names, load):
+        stored = _renamed(names).get(layout.first)
+        shape = np.shape(load(stored)) if stored else ()
+    return shape[layout.axes(4)[2]] if len(shape) == 4 else None
 
 
 def check(file: Path | None, name: str) -> None:

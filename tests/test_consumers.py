@@ -231,6 +231,29 @@ def test_chosen_channels_may_be_traced_and_name_many_leaves():
     np.testing.assert_array_equal(kept(found, "second"), [False, True])
 
 
+@pytest.mark.parametrize(
+    "chosen", [[1, 1, 4], [0, 0, 5, 3], [-1, 2], [-9, 2], [7, 7], [4, 1, 0], [2, 2, 0, 0, 5, 5]]
+)
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_traced_channels_that_are_repeated_or_out_of_range(chosen, stack):
+    params = {"kernel": jax.random.normal(jax.random.key(1), (*stack, 4, 6))}
+    axes = cdb_jax.Axes(-1, stack=tuple(range(len(stack))))
+
+    def loss(params, x):
+        return jnp.mean(jnp.tanh(x @ params["kernel"]) ** 2)
+
+    @jax.jit
+    def gradients(channels):
+        selection = cdb_jax.Selection.of(params, {"kernel": channels}, channel_axes=axes)
+        masked = selection.mask(jax.grad(loss)(params, X))
+        return cdb_jax.grad(loss)(params, X, selection=selection), masked
+
+    found, expected = gradients(jnp.array(chosen))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)
+    learns = np.any(np.asarray(found["kernel"]) != 0, axis=(*range(len(stack)), -2))
+    assert set(np.flatnonzero(learns)) == {i % 6 for i in chosen if -6 <= i < 6}
+
+
 def test_chosen_channels_of_any_int_dtype():
     wide = {"kernel": jnp.ones((2, 300))}
     chosen = cdb_jax.Selection.of(wide, {"kernel": np.array([1, 255], np.uint8)})
@@ -312,6 +335,15 @@ def test_all_channels_and_none():
     assert not np.any(gradient["first"]["kernel"]) and kept(gradient, "second").all()
 
 
+def test_a_selection_prints_as_one_line():
+    policy = cdb_jax.Policy(jnp.float32(0.5), key=0, channel_axes=cdb_jax.Axes(-1, stack=0))
+    with jax.transfer_guard_device_to_host("disallow"):
+        drawn = repr(policy.select({"a": jnp.ones((3, 4, 6))}, 0))
+    assert drawn == "Selection(3 layers of Policy(...))"
+    chosen = cdb_jax.Selection.of(PARAMS, {"first/kernel": [2]})
+    assert str(chosen) == "Selection(1 layer with chosen channels)"
+
+
 def test_chosen_channels_save_work():
     def flops(f, **kwargs):
         return jax.jit(f).lower(PARAMS, X, **kwargs).cost_analysis()["flops"]
@@ -327,12 +359,14 @@ def test_chosen_channels_save_work():
         ({"third": [0]}, {}, ValueError, "chosen: .*'third'"),
         (["first/kernel"], {}, TypeError, "chosen must be a dict.*first/kernel"),
         ({}, {}, ValueError, "chosen={}"),
+        ({"first": {"kernel": [0]}}, {}, TypeError, r"'first' has a dict.*'first/kernel': \[0\]"),
         ({"first/kernel": [99] * 99}, {}, ValueError, r"'first/kernel'.*99, 99, .*\.\.\.\.$"),
         ({"first/kernel": [6]}, {}, ValueError, r"'first/kernel'.*6 channels.*\[6\]"),
         ({"first/kernel": [0, -6]}, {}, ValueError, r"'first/kernel'.*\[0, -6\]"),
         ({"first/kernel": [0.5]}, {}, TypeError, r"'first/kernel'.*\[0.5\]"),
         ({"first/kernel": [True] * 6}, {}, TypeError, "'first/kernel'.*ints"),
         ({"first/kernel": 3}, {}, TypeError, "'first/kernel'.*3"),
+        ({"first/kernel": [[0], [1, 2]]}, {}, ValueError, r"'first/kernel'.*\[\[0\], \[1, 2\]\]"),
         ({"first": [0], "*/kernel": [0]}, {}, ValueError, r"'first/kernel'.*\*/kernel"),
         ({"first/kernel": [0]}, {"others": "still"}, ValueError, "others.*'still'"),
         ({"first/kernel": [0]}, {"channel_axes": 2}, ValueError, "axis 2.*'first/kernel'"),
@@ -341,3 +375,9 @@ def test_chosen_channels_save_work():
 def test_mistakes(chosen, settings, error, message):
     with pytest.raises(error, match=message):
         cdb_jax.Selection.of(PARAMS, chosen, **settings)
+
+
+@pytest.mark.bad_input
+def test_chosen_channels_of_what_has_none():
+    with pytest.raises(ValueError, match=r"chosen: 'a' of shape \(\) has no channels"):
+        cdb_jax.Selection.of({"a": jnp.ones(()), "b": jnp.ones((2, 3))}, {"a": [0]})

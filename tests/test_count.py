@@ -41,6 +41,8 @@ def test_selection_count_of_several_optimizers():
     with pytest.raises(ValueError, match=r"opt_state.*\(3,\)"):
         cdb_jax.selection_count(state)
     np.testing.assert_array_equal(jax.vmap(cdb_jax.selection_count)(state), [0, 0, 0])
+    with pytest.raises(ValueError, match=r"opt_state.*\(3,\)"):
+        cdb_jax.selection_count((DROP.init({"kernel": jnp.ones((2, 4))}), state))
 
 
 def test_selection_count_of_nnx():

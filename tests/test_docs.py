@@ -157,6 +157,8 @@ def public_names():
     for node in ast.parse(Path(cdb_jax.__file__).read_text()).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cdb_jax."):
             yield from (alias.asname for alias in node.names if not alias.asname.startswith("_"))
+    for name in ("ChannelReport", "ChannelRow", "Savings", "Amount"):  # What a report consists of.
+        yield f"report.{name}"
     for module in (cdb_jax.presets, cdb_jax.nnx, cdb_jax.linen):
         for name, x in inspect.getmembers(module, callable):
             if getattr(x, "__module__", "") == module.__name__ and not name.startswith("_"):

@@ -114,6 +114,12 @@ def test_limits():
     assert str(plain) == str(none)
     every = jax.grad(lambda x: jnp.sum(cdb_jax.drop_backward(jnp.sin, x, rate=1.0)))
     np.testing.assert_array_equal(every(X), jnp.zeros_like(X))
+    drawn = jax.grad(
+        lambda x, kept: jnp.sum(
+            cdb_jax.drop_backward(jnp.sin, x, rate=1.0, kept=kept, scale_by_keep=True)
+        )
+    )
+    np.testing.assert_array_equal(drawn(X, jnp.array(False)), jnp.zeros_like(X))
     for rate, slope in ((0.0, 1.0), (1.0, 0.0)):
         f = jax.jit(
             jax.grad(
@@ -825,6 +831,14 @@ def closed_over(dropout):
             "branch must be a function.*not its result",
         ),
         (
+            lambda: cdb_jax.nnx.DropBackward(0.5, deterministic=True)(X, X),
+            r"branch must be .* an array; .*drop\(branch, x\)",
+        ),
+        (
+            lambda: cdb_jax.drop_backward_scan(X, X, X, rate=0.5, key=KEY),
+            r"branch must be .* an array; .*drop_backward_scan\(branch, blocks, x",
+        ),
+        (
             lambda: cdb_jax.drop_backward(
                 lambda m, x: m(x), nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0)), X, rate=0.5, key=KEY
             ),
@@ -864,7 +878,7 @@ def closed_over(dropout):
             lambda: jax.jit(
                 lambda rate: cdb_jax.drop_backward_scan(lambda w, x: x, X, X, rate=rate, key=KEY)
             )(0.5),
-            "rate must be a float, not traced",
+            "rate must be a Python number",
         ),
     ],
 )

@@ -249,6 +249,20 @@ def test_models(name, standard_promotion):
         (lambda: cdb_jax.drop_path_subset(jnp.sin, X, rate=1.5, key=KEY), "rate must be.*1.5"),
         (lambda: cdb_jax.drop_path_subset(jnp.sin, X, rate=0.5), "key is missing"),
         (
+            lambda: cdb_jax.drop_path_subset(X, X, rate=0.5, key=KEY),
+            r"branch must be .* an array; .*drop_path_subset\(branch, x.*not its result",
+        ),
+        (
+            lambda: cdb_jax.nnx.DropPath(0.5, rngs=nnx.Rngs(0)).subset(X, X),
+            r"branch must be .* an array; .*drop.subset\(branch, x\)",
+        ),
+        (
+            lambda: cdb_jax.linen.DropPath(0.5, deterministic=True).apply(
+                {}, X, X, method="subset"
+            ),
+            r"branch must be .* an array; .*drop.subset\(branch, x\)",
+        ),
+        (
             lambda: cdb_jax.drop_path_subset(jnp.sin, X, rate=0.5, key=KEY, sample_axis=3),
             "sample_axis=3 is not an axis",
         ),
@@ -268,7 +282,7 @@ def test_models(name, standard_promotion):
             lambda: jax.jit(lambda rate: cdb_jax.drop_path_subset(jnp.sin, X, rate=rate, key=KEY))(
                 0.5
             ),
-            "rate must be a float, not traced",
+            "rate must be a Python number",
         ),
         (
             lambda: cdb_jax.drop_path_subset(jnp.sum, X, rate=0.5, key=KEY),

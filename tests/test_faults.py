@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import io
 import json
 import os
@@ -18,11 +20,15 @@ import orbax.checkpoint as ocp
 import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
+import tyro
 from stored_runs import assert_same_runs, metrics
 
 import data
+import demo
+import depth_rates
 import display
 import errors
+import gp_textures
 import locations
 import models.vit
 import processes
@@ -250,6 +256,8 @@ def test_paths_as_people_write_them(monkeypatch, tmp_path):
     config = recipes.parse(train.Config, flags)
     assert config.run_dir == tmp_path / "x" and config.weights == tmp_path / "w.npz"
     assert str(config.data_dir) == "gs://bucket/data"
+    for example in (demo.Demo, depth_rates.Config, gp_textures.Config):
+        assert tyro.cli(example, args=["--run-dir=~/x"]).run_dir == tmp_path / "x"
     with pytest.raises(errors.UserError, match="the path ~nobody-of-that-name/x cannot be used"):
         locations.parse("~nobody-of-that-name/x")
 
@@ -268,6 +276,42 @@ def test_a_bucket_is_never_a_folder_here(finished, monkeypatch, tmp_path):
     with pytest.raises(errors.UserError, match="--run-dir gs://bucket/run cannot be used: no way"):
         train.train(config)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_prepared(finished, run, monkeypatch):
+    def prepare(config):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    lock, _ = run_folder._lock(run)
+    with lock, pytest.raises(errors.UserError, match="is in use by process"):
+        train.train(train.Config(**finished[1], run_dir=run, resume=True))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks(finished, run, monkeypatch, capsys, number):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    config = train.Config(**finished[1], run_dir=run, resume=True)
+    assert len(train.train(config, brief=True)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {run} cannot be locked ([Errno {number}]")
+
+
+def test_a_run_folder_that_is_removed_while_training(finished, tmp_path, monkeypatch):
+    distribute, folder = training.distribute, tmp_path / "run"
+
+    def remove_and_distribute(batch, mesh):
+        shutil.rmtree(folder, ignore_errors=True)
+        return distribute(batch, mesh)
+
+    monkeypatch.setattr(training, "distribute", remove_and_distribute)
+    message = "metrics.jsonl could not be written to .*run: .*No such file.* start again"
+    with pytest.raises(errors.UserError, match=message) as caught:
+        train.train(train.Config(**finished[1], run_dir=folder), brief=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_loss_that_is_not_finite(finished, tmp_path, monkeypatch):

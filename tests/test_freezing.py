@@ -530,14 +530,19 @@ def test_vmap_over_seeds_and_donation():
             r"MultiSteps.*optax.MultiSteps\(cdb_jax.freeze_dropped",
         ),
         (lambda: freeze_dropped(optax.sgd, POLICY), TypeError, "inner must be an optimizer"),
-        (lambda: freeze_dropped(POLICY, optax.sgd(0.1)), TypeError, "inner must be an optimizer"),
+        (lambda: freeze_dropped(1e-3, POLICY), TypeError, r"inner must be .*got 0.001\.$"),
+        (
+            lambda: freeze_dropped(POLICY, optax.sgd(0.1)),
+            TypeError,
+            "inner must be an optimizer.*; the policy is the second argument",
+        ),
         (
             lambda: freeze_dropped(optax.sgd(0.1), POLICY, slot_axes={"Rows": 1}),
             TypeError,
             "slot_axes.*'Rows': 1",
         ),
     ],
-    ids=["rate", "accumulates", "class", "swapped", "rules"],
+    ids=["rate", "accumulates", "class", "number", "swapped", "rules"],
 )
 def test_mistakes(make, error, message):
     with pytest.raises(error, match=message):

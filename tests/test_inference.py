@@ -81,7 +81,7 @@ MISLEADING = [
         product("bd,dchk->bchk"),
         {"qkv": {"kernel": (16, 3, 4, 4)}},
         (5, 16),
-        r"only some of them; use Axes.channel=\(1, 2, 3\)",
+        r"only some of them; use cdb_jax.Axes.channel=\(1, 2, 3\)",
     ),
     (
         dense_and_norm,
@@ -169,6 +169,12 @@ def test_a_batch_that_the_loss_closes_over():
     assert cdb_jax.infer_channel_axes(lambda p: jnp.mean((2 * x) @ p["a"]), params) == {
         "a": Axes(1)
     }
+
+
+def test_inferred_axes_print_as_code():
+    params = {"a": jnp.ones((8, 4)), "b": jnp.ones(4)}
+    found = cdb_jax.infer_channel_axes(lambda p, x: jnp.mean(x @ p["a"]), params, jnp.ones((3, 8)))
+    assert eval(repr(found), {"cdb_jax": cdb_jax}) == found and "cdb_jax.Axes" in repr(found)
 
 
 def test_names_that_say_nothing():

@@ -1,6 +1,7 @@
 """Networks and images of users: by import path, from folders, from original files."""
 
 import gzip
+import sys
 
 import chex
 import jax
@@ -9,12 +10,17 @@ import numpy as np
 import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
+import tyro
 from flax import linen, nnx
+from public_weights import random_arrays, resnet_shapes, write
 
 import data
 import idx
 import image_folder
+import locations
 import models
+import models.resnet
+import recipes
 import train
 from errors import UserError
 
@@ -134,6 +140,30 @@ class Needs(linen.Module):
         return images
 
 
+class Classes(linen.Module):
+    classes: int
+    width: int
+
+    @linen.compact
+    def __call__(self, images):
+        return linen.Dense(self.classes)(images.mean((1, 2)))
+
+
+class Dropout(linen.Module):
+    num_classes: int
+    dropout_rate: float
+
+    @linen.compact
+    def __call__(self, images):
+        return linen.Dense(self.num_classes)(images.mean((1, 2)) * self.dropout_rate)
+
+
+def test_a_network_that_requires_a_dropout_rate_gets_it():
+    settings = dict(num_classes=3, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    network = models.create("test_own_data:Dropout", **settings).network
+    assert network.to_nnx__module.dropout_rate == 0.0
+
+
 def test_a_linen_network_that_is_asked_for_running_averages():
     settings = dict(num_classes=3, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
     model = models.create("test_own_data:Averages", **settings)
@@ -149,6 +179,10 @@ def test_a_linen_network_that_is_asked_for_running_averages():
     [
         ("Sows", "Sows sows values into its state"),
         ("Needs", "Needs cannot be called with images"),
+        (
+            "Classes",
+            "Classes takes `classes` and `width`, which the script does not pass; it",
+        ),
         ("Few", r"Few returned shape \(2, 7\) for 2 images; return logits of shape \(2, 10\)"),
         ("Pair", "Pair returned a tuple for 2 images; return logits"),
         ("Averages", "--exempt is head by default, and .*Averages has no layer of that name"),
@@ -350,6 +384,29 @@ def test_original_files(originals, tmp_path):
     assert next(data.train_batches(colors, 4, seed=0))["image"].shape == (4, 32, 32, 3)
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_no_progress_bar_goes_into_a_pipe(originals, tmp_path, monkeypatch, is_terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    disabled = []
+    monkeypatch.setattr(tfds, "disable_progress_bar", lambda: disabled.append(True))
+    data.prepare("fashion_mnist", tmp_path / "tfds", originals[0])
+    assert bool(disabled) != is_terminal
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_grey_images_get_the_channels_of_the_weights(tmp_path, data_dir, monkeypatch, channels):
+    size = models.resnet.Size(models.resnet.BasicBlock, (1, 1), 4)
+    monkeypatch.setitem(models.resnet.RESNETS, "basic_nano", size)
+    arrays = random_arrays(resnet_shapes(False, (1, 1), 4, 10))
+    arrays["conv1.weight"] = np.ascontiguousarray(arrays["conv1.weight"][:, :channels])
+    file = write(tmp_path / "w.safetensors", arrays)
+    settings = dict(data_dir=data_dir, run_dir=tmp_path / "run", batch_size=640, image_size=72)
+    job, initial = train.prepare(train.Config(model="basic_nano", weights=file, **settings))
+    assert job.dataset.preprocessing.image_shape == (72, 72, channels)
+    batch = next(data.test_batches(job.dataset, 8))
+    assert np.isfinite(job.eval_step(initial(), batch)).all()
+
+
 @pytest.mark.bad_input
 def test_original_files_that_are_wrong(originals, tmp_path):
     folder, arrays = originals
@@ -381,6 +438,27 @@ def test_original_files_that_are_wrong(originals, tmp_path):
         idx.prepare(builder, folder)
     with pytest.raises(UserError, match="--files is for mnist and fashion_mnist, not for cifar10"):
         data.prepare("cifar10", files=folder)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("flag", ["--weights", "--data-folder"])
+@pytest.mark.parametrize("path", ["gs://bucket/x.npz", "s3://bucket/photos"])
+def test_only_the_run_folder_may_be_in_a_bucket(flag, path):
+    with pytest.raises(UserError, match=f"the path {path} is in a bucket, which only --run-dir"):
+        recipes.parse(train.Config, [f"{flag}={path}"])
+    with pytest.raises(UserError, match="in a bucket"):
+        tyro.cli(data.prepare, args=["mnist", f"--files={path}"])
+
+
+@pytest.mark.bad_input
+def test_a_data_set_in_a_bucket_that_cannot_be_reached(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(tfds, "builder", unreachable)
+    message = "data set 'digits' in gs://bucket/x: .*Please install gcsfs"
+    with pytest.raises(UserError, match=message):
+        data.load("digits", locations.parse("gs://bucket/x"))
 
 
 def test_networks_without_branches_say_so():

@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import cdb_jax.nnx
 from cdb_jax import Axes, Policy, channel_drop_back
@@ -22,16 +24,24 @@ AT_CONSTRUCTION = {
     "rate a string": (dict(rate="0.3"), "rate must be a drop probability.*'0.3'"),
     "rate a bool": (dict(rate=True), "rate must be a drop probability.*True"),
     "rate None": (dict(rate=None), "rate must be a drop probability.*None"),
-    "rate a vector": (dict(rate=jnp.ones(3)), r"rate must be a scalar.*\(3,\)"),
+    "rate a vector": (dict(rate=jnp.ones(3)), r"rate must be a real scalar.*\(3,\)"),
     "rate a bad array": (dict(rate=jnp.float32(2.0)), "rate must be a drop probability.*2.0"),
     "tree of strings": (dict(channel_axes={"dense": "out"}), "'out' at 'dense'"),
+    "rate complex": (dict(rate=jnp.complex64(0.5)), "rate must be a real scalar.*complex64"),
     "hold": (dict(hold=0), "hold.*0"),
-    "layer_rate": (dict(layer_rate=2), "layer_rate must be a drop probability.*2"),
+    "hold an array": (dict(hold=jnp.int32(0)), "hold.*0"),
+    "hold several": (dict(hold=jnp.arange(3)), "hold.*0, 1, 2"),
+    "layer_rate": (
+        dict(layer_rate=2),
+        "layer_rate must be the probability that a layer is masked.*got 2; use 0.3 to mask",
+    ),
     "no key": (dict(key=None), r"key is missing.*key=jax.random.key\(0\)"),
     "float key": (dict(key=0.5), "key must be an int or a JAX key, got 0.5"),
     "bool key": (dict(key=True), "key must be an int or a JAX key, got True"),
+    "Rngs": (dict(key=nnx.Rngs(0)), r"key must be an int.*Rngs.{,80}; use key=rngs.params\(\)"),
     "string key": (dict(key="seed"), "key must be an int or a JAX key, got 'seed'"),
     "negative key": (dict(key=-1), "key=-1 is not in"),
+    "negative word of a key": (dict(key=(-1, 3)), r"key=\(-1, 3\).*not in"),
     "float array key": (dict(key=jnp.ones(2)), "key must be an int or a JAX key.*float32"),
     "many keys": (
         dict(key=jax.random.split(jax.random.key(0), 3)),
@@ -80,6 +90,7 @@ AT_CONSTRUCTION = {
     ),
     "realized at one": (dict(rate=1.0, rescale="realized"), "rescale='realized'.*rate=1.0"),
     "exempt a string": (dict(exempt="head"), r"exempt=\('head',\)"),
+    "exempt None": (dict(exempt=None), r"exempt must be a tuple.*None.*exempt=\(\)"),
     "exempt a number": (dict(exempt=(3,)), "exempt must hold path patterns.*3"),
     "share_with_bias": (dict(share_with_bias=1), "share_with_bias must be a bool, got 1"),
     "bias of inputs": (
@@ -127,6 +138,20 @@ ON_A_TREE = {
     ),
     "tree too large": (DENSE, dict(channel_axes={"dense": -1, "head": -1}), "channel_axes.*'head'"),
     "exempt matches nothing": (DENSE, dict(exempt=("haed",)), "'haed' matches none.*dense/kernel"),
+    "only matches nothing": (DENSE, dict(only=("haed",)), "'haed' matches none.*or remove it"),
+    "blocks match nothing": (DENSE, dict(blocks=("haed",)), "'haed' matches none.*or remove it"),
+    "a deeper pattern": (DENSE, dict(exempt=("kernel",)), r"use '\*/kernel' to match it at any"),
+    "a pattern with params": (
+        DENSE,
+        dict(exempt=("params/dense",)),
+        "use 'dense'; a leading params is left out",
+    ),
+    "a pattern with a slash": (DENSE, dict(only=("dense/",)), "use 'dense'; drop the slash"),
+    "a pattern with all of these": (
+        DENSE,
+        dict(only=("params/kernel/",)),
+        r"use '\*/kernel' to match it at any depth; a leading params is left out; drop the slash",
+    ),
     "nothing left": (DENSE, dict(exempt=("dense",)), "leave nothing to drop"),
     "only biases": ({"bias": jnp.zeros(3)}, {}, "leave nothing to drop"),
     "stack or convolution": (
@@ -159,12 +184,6 @@ ON_A_TREE = {
         dict(layer_choice="exact"),
         "layer_choice='exact' picks from the whole model",
     ),
-    "schedule of percents": (
-        DENSE,
-        dict(layer_rate=lambda step: 30),
-        "layer_rate.*returned 30",
-    ),
-    "schedule of NaN": (DENSE, dict(layer_rate=lambda step: float("nan")), "schedule returned nan"),
     "bias without its kernel": (
         {"a": {"kernel": optax.MaskedNode(), "bias": jnp.zeros(4)}} | DENSE,
         dict(share_with_bias=True),
@@ -182,8 +201,68 @@ ON_A_TREE = {
 @pytest.mark.parametrize("tree, settings, message", ON_A_TREE.values(), ids=ON_A_TREE)
 def test_mistakes_on_a_tree(tree, settings, message):
     tx = channel_drop_back(0.3, key=0, **settings)
-    with pytest.raises((TypeError, ValueError), match=message):
-        tx.update(tree, tx.init(tree))
+    frozen = cdb_jax.freeze_dropped(optax.sgd(0.1), Policy(0.3, key=0, **settings))
+    for call in (
+        lambda: tx.update(tree, tx.init(None)),
+        lambda: tx.init(tree),
+        lambda: frozen.init(tree),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
+def returns_none(step):
+    return None
+
+
+def branches(step):
+    return 0.5 if step < 3 else 0.1
+
+
+SCHEDULES = {
+    "percents": (dict(layer_rate=lambda step: 30), "layer_rate.*returned 30"),
+    "NaN": (dict(layer_rate=lambda step: float("nan")), "schedule returned nan"),
+    "None": (dict(rate=returns_none), "^rate: the schedule returned None; return a drop prob"),
+    "None of a layer": (
+        dict(layer_rate=returns_none),
+        "^layer_rate.*returned None; return the probability that a layer is masked",
+    ),
+    "if": (dict(rate=branches), "^rate: .*must work with traced steps; use jnp.where.*optax"),
+    "if of a layer": (dict(layer_rate=branches), "^layer_rate: .*must work with traced steps"),
+}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("settings, message", SCHEDULES.values(), ids=SCHEDULES)
+def test_mistakes_in_schedules(settings, message):
+    policy = Policy(**({"rate": 0.3, "key": 0} | settings))
+    tx = channel_drop_back(policy)
+    for call in (
+        lambda: policy.select(DENSE, 0),
+        lambda: tx.update(DENSE, tx.init(DENSE)),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+
+
+def test_init_of_what_is_not_arrays():
+    tx = channel_drop_back(0.3, key=0, exempt=("haed",))
+    for params in (None, {}, {"a": None}, {"a": optax.MaskedNode()}, {"a": "a sharding"}):
+        tx.init(params)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("step", [-1, np.array(-1), 2**32, np.int64(2**33)])
+def test_steps_out_of_range(step):
+    with pytest.raises(ValueError, match=f"step={step}"):
+        Policy(0.5, key=0).select(DENSE, step)
+
+
+def test_steps_of_few_bits():
+    policy = Policy(0.5, key=0, hold=1000)
+    chex.assert_trees_all_equal(
+        policy.select(DENSE, jnp.int8(3)).factors, policy.select(DENSE, 3).factors
+    )
 
 
 @pytest.mark.bad_input
@@ -285,6 +364,14 @@ def test_arguments_in_each_others_place():
             module.value_and_grad(POLICY)
     with pytest.raises(TypeError, match="policy must be .*0.5"):
         cdb_jax.freeze_dropped(optax.sgd(0.1), 0.5)
+    for params in (nnx.Linear, kernel_sum):
+        with pytest.raises(TypeError, match=f"params is a class or function, {params.__name__}"):
+            POLICY.select(params, 0)
+    many = {str(i): PARAMS for i in range(100)}
+    for call in (cdb_jax.value_and_grad, cdb_jax.infer_channel_axes):
+        with pytest.raises(TypeError, match="fun must be a function") as caught:
+            call(*(many, kernel_sum)[: 1 if call is cdb_jax.value_and_grad else 2])
+        assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,21 @@
 """Several processes: they learn what one learns, and none goes on without the others."""
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import pytest
+import yaml
 from stored_runs import assert_same_runs, metrics
 
+import errors
 import launch
 import processes
 import train
@@ -102,7 +106,8 @@ def test_a_stopped_launch_stops_all(flags, tmp_path, number):
 def joined(monkeypatch):
     """What JAX is asked to join."""
     calls = []
-    for name in (*processes.LAUNCHERS, "TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_PORT"):
+    others = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_PORT")
+    for name in (*processes.LAUNCHERS, *others):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **_: calls.append(args))
     return calls
@@ -118,6 +123,8 @@ def joined(monkeypatch):
         ({"PMI_SIZE": "16"}, True),
         ({"TPU_WORKER_HOSTNAMES": "10.0.0.1"}, False),
         ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
+        ({"TPU_PROCESS_ADDRESSES": "10.0.0.1:8476"}, False),
+        ({"TPU_PROCESS_ADDRESSES": "10.0.0.1:8476,10.0.0.2:8476"}, True),
     ],
     ids=str,
 )
@@ -130,6 +137,41 @@ def test_processes_of_a_launcher_join(monkeypatch, joined, variables, joins):
     assert len(joined) == joins
     processes.join("always")
     assert len(joined) == joins + 1
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("when", ["auto", "never"])
+def test_a_pod_whose_processes_have_not_joined(monkeypatch, joined, when):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    message = "one of 4 processes, which have not joined each other; pass --distributed always"
+    with pytest.raises(errors.UserError, match=message):
+        processes.join(when)
+    assert joined == []
+
+
+@pytest.mark.bad_input
+@pytest.mark.slow
+def test_processes_with_different_run_folders(flags, tmp_path):
+    """As on two hosts without a shared file system."""
+    address = f"127.0.0.1:{free_port()}"
+    together = ("--coordinator", address, "--process-count", "2", "--run-dir", "run")
+    started = []
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+        command = [sys.executable, train.__file__, *flags("run", 1), *together]
+        started.append(
+            subprocess.Popen(
+                [*command, "--process-id", str(i)],
+                cwd=tmp_path / str(i),
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    for process in started:
+        _, shown = process.communicate(timeout=120)
+        assert process.returncode == 1 and "Traceback" not in shown
+        assert "error: --run-dir run is not the same folder for process 0 and process 1" in shown
 
 
 def test_steps_of_a_job_have_ports_of_their_own(monkeypatch, joined):
@@ -264,6 +306,24 @@ class TestOpenMPI:
         assert shown.count("go on with --resume") == 1, shown
         assert "Traceback" not in shown
 
+    @pytest.mark.slow
+    def test_a_killed_process_is_named(self, flags, tmp_path):
+        launched = self.start(flags("two", 1000))
+        wait_for_epoch(tmp_path / "two", 1, [launched])
+        os.kill(child_of_rank(launched.pid, 1), signal.SIGKILL)
+        shown, _ = launched.communicate(timeout=120)
+        assert launched.returncode != 0
+        assert re.search(r"process rank 1 with PID \d+ .* exited on signal 9", shown), shown
+
+
+def child_of_rank(parent, rank):
+    """The process of Open MPI that has this rank."""
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"OMPI_COMM_WORLD_RANK={rank}".encode() in variables:
+            return int(child)
+    raise AssertionError(f"no child of rank {rank}")
+
 
 PLAYS = {  # What three processes do, and what is said of it.
     "a death": (["exit(0)", "exit(75)", "kill(9)"], "process 2 of 3 failed first (SIGKILL)"),
@@ -300,6 +360,29 @@ def test_mistakes(arguments, code, message):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == code and message in result.stderr
     assert "Traceback" not in result.stderr and "failed first" not in result.stderr
+
+
+def test_the_job_for_kubernetes_knows_the_exit_codes_of_the_script():
+    file = Path(launch.__file__).with_name("cluster") / "train.yaml"
+    service, job = yaml.safe_load_all(file.read_text())
+    assert (service["kind"], job["kind"]) == ("Service", "Job")
+    spec = job["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    assert spec["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
+    rules = {rule["action"]: rule for rule in spec["podFailurePolicy"]["rules"]}
+    codes = rules["FailJob"]["onExitCodes"]
+    assert codes["containerName"] == container["name"]
+    # A mistake has 1 or 2; a process that lost another one must be able to try again.
+    assert codes["operator"] == "In" and codes["values"] == [1, 2]
+    assert processes.LOST not in codes["values"]
+    name = job["metadata"]["name"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": name}
+    flags = container["command"][2:]
+    assert f"--process-count={spec['completions']}" in flags
+    assert spec["completions"] == spec["parallelism"] and "--resume" in flags
+    assert any(x.startswith(f"--coordinator={name}-0.{pod['subdomain']}:") for x in flags)
 
 
 @pytest.mark.soak

@@ -26,6 +26,23 @@ def test_report():
     assert "rate scheduled" in str(cdb_jax.channel_report(PARAMS, scheduled))
 
 
+def test_leaves_that_are_not_arrays():
+    params = PARAMS | {"scale": 1.0, "activation": jnp.tanh}
+    report = cdb_jax.channel_report(params, Policy(0.5, key=0, channel_choice="window"))
+    plain = cdb_jax.channel_report(PARAMS, Policy(0.5, key=0, channel_choice="window"))
+    assert {row.path for row in report.rows} == {row.path for row in plain.rows} | {
+        "scale",
+        "activation",
+    }
+    assert report.savings.gradient_bytes.full == plain.savings.gradient_bytes.full + 4
+
+
+def test_stack_axes_do_not_count_as_dimensions():
+    policy = Policy(0.5, key=0, channel_axes=cdb_jax.Axes(-1, stack=0))
+    rows = cdb_jax.channel_report({"a": jnp.ones((8, 8)), "b": jnp.ones((2, 8, 8))}, policy).rows
+    assert [row.note for row in rows] == ["fewer than two dimensions besides the stack axis", ""]
+
+
 def test_a_report_takes_a_model_of_nnx():
     model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
     report = cdb_jax.channel_report(model, Policy(0.5, key=0))

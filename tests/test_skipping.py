@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from toy_models import mlp, mlp_params, normal, window
 
 import cdb_jax
@@ -128,6 +129,7 @@ KERNEL, X = {"kernel": jnp.ones((2, 4))}, jnp.ones((3, 2))
 
 
 CHOSEN = window().select(KERNEL, 0)
+LINEAR = nnx.Linear(2, 4, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.bad_input
@@ -157,7 +159,14 @@ CHOSEN = window().select(KERNEL, 0)
         (
             lambda: drawn.grad(scalar, window(), has_aux=True)(KERNEL, X, step=0),
             TypeError,
-            "must return a pair",
+            r"must return a pair \(value, aux\), got an array; return \(value, aux\), or leave",
+        ),
+        (
+            lambda: cdb_jax.nnx.grad(lambda m, x: jnp.mean(m(x)), has_aux=True)(
+                LINEAR, X, selection=window().select(LINEAR, 0)
+            ),
+            TypeError,
+            "must return a pair.*got an array",
         ),
         (
             lambda: cdb_jax.grad(scalar)({"kernel": jnp.ones((2, 4), int)}, X, selection=CHOSEN),

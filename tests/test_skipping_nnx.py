@@ -81,6 +81,42 @@ def test_nnx_models_in_trees_and_by_name(standard_promotion):
     chex.assert_trees_all_close(gradient, whole, rtol=1e-4, atol=1e-6)
 
 
+class Rematerialised(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(8, 512, rngs=rngs)
+        self.second = nnx.Linear(512, 512, rngs=rngs)
+
+    def __call__(self, x):
+        hidden = nnx.remat(lambda model, x: nnx.relu(model.first(x)))(self, x)
+        return nnx.remat(lambda layer, x: layer(x))(self.second, hidden)
+
+
+def test_nnx_remat_takes_no_full_gradient(standard_promotion):
+    """`nnx.remat` returns the parameters too, and of the whole model where it is given."""
+    model, x, policy = Rematerialised(nnx.Rngs(0)), normal(0, 4, 8), window(0.875)
+
+    def loss(model, x):
+        return jnp.mean(model(x) ** 2)
+
+    report = cdb_jax.nnx.channel_report(model, policy, loss, x)
+    gradients = {row.path: row.gradient for row in report.rows if row.path.endswith("kernel")}
+    assert set(gradients.values()) == {"skipped"}, gradients
+
+    graph, params = nnx.split(model)
+
+    def gradient(params, x):
+        model = nnx.merge(graph, params)
+        kept = cdb_jax.nnx.grad(loss, kept_only=True)
+        return kept(model, x, selection=policy.select(model, 0))
+
+    memory = jax.jit(gradient).lower(params, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 512 * 512 * 4 / 2  # Half of the larger kernel.
+
+    full, skipped = nnx.grad(loss)(model, x), drawn.nnx_grad(loss, policy)(model, x, step=0)
+    masked = policy.select(full, 0).mask(full)
+    chex.assert_trees_all_close(skipped, masked, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.bad_input
 def test_nnx_filters_and_mistakes(standard_promotion):
     model, x, policy = Noisy(nnx.Rngs(0)), normal(0, 4, 6, 6, 3), window()
@@ -95,6 +131,10 @@ def test_nnx_filters_and_mistakes(standard_promotion):
     assert set(drawn.nnx_grad(loss, policy, argnums=by_path)(2.0, model, x, step=0)) == {"conv"}
     (several,) = drawn.nnx_grad(loss, policy, argnums=(1,))(2.0, model, x, step=0)
     assert set(several) == {"conv", "head", "norm"}
+    (last,) = drawn.nnx_grad(lambda scale, model: loss(scale, model, x), policy, argnums=(-1,))(
+        2.0, model, step=0
+    )
+    assert set(last) == {"conv", "head", "norm"}
     for argnums, args in ((1, (model,)), (1, ({"student": model},)), ((0, 1), (model,))):
         with pytest.raises(
             TypeError, match="refers to an nnx.Module.*use cdb_jax.nnx.value_and_grad"
@@ -105,6 +145,10 @@ def test_nnx_filters_and_mistakes(standard_promotion):
 
     with pytest.raises(ValueError, match="argnums=0 .*model"):
         cdb_jax.nnx.grad(loss)(2.0, model, x, selection=policy.select(model, 0))
+    with pytest.raises(ValueError, match="argnums=1.*twice"):
+        drawn.nnx_grad(loss, policy, argnums=(1, 1))(2.0, model, x, step=0)
+    with pytest.raises(ValueError, match="argnums=3 .*model"):
+        cdb_jax.nnx.grad(loss, argnums=3)(2.0, model, x, selection=policy.select(model, 0))
     with pytest.raises(ValueError, match="argnums=0"):
         cdb_jax.nnx.grad(loss)((model, 2.0), model, x, selection=policy.select(model, 0))
     with pytest.raises(TypeError, match="argument called selection"):

@@ -290,6 +290,19 @@ def test_slices_of_two_stacks(use):
         check(lambda p, x: jnp.mean(jnp.tanh(use(p["w"], x)) ** 2), params, policy, x)
 
 
+@pytest.mark.parametrize("start", [-2, 0, 3, 9])
+def test_a_slice_that_starts_outside_of_the_stack(start):
+    """XLA moves such a slice inside; JAX counts from the end only where it is asked to."""
+    params, x = {"w": normal(0, 4, 8, 8)}, normal(1, 5, 8)
+
+    def loss(params, x, start):
+        layer = lax.dynamic_slice_in_dim(params["w"], start, 1, allow_negative_indices=False)
+        return jnp.mean(jnp.tanh(x @ layer[0]) ** 2)
+
+    policy = window(channel_axes=cdb_jax.Axes(2, stack=0))
+    check(loss, params, policy, x, jnp.int32(start))
+
+
 def two_slices(w, x):
     def body(x, pair):
         return jnp.tanh(jnp.tanh(x @ pair[0]) @ pair[1]), None

@@ -488,16 +488,16 @@ def test_rules_are_functions_for_classes(slot_axes):
 @pytest.mark.parametrize(
     ("tx", "message"),
     [
-        (keeps(rows), r"'stats/kernel' of shape \(11,\).*'kernel' of shape.*slot_axes={Stats: "),
-        (optax.sm3(0.1), r"'0/mu/kernel/0' of shape \(11,\).*slot_axes={ScaleBySM3State: "),
-        (optax.scale_by_lbfgs(), "'diff_params_memory/kernel' of shape.*slot_axes={ScaleByLBFGS"),
+        (keeps(rows), r"'stats/kernel' .* shape \(11,\).*'kernel' of shape.*slot_axes={Stats: "),
+        (optax.sm3(0.1), r"'0/mu/kernel/0' .* shape \(11,\).*slot_axes={ScaleBySM3State: "),
+        (optax.scale_by_lbfgs(), "'diff_params_memory/kernel' .* shape.*slot_axes={ScaleByLBFGS"),
         (
             optax.GradientTransformation(lambda params: Stats(jnp.zeros(7)), None),
-            r"'stats' of shape \(7,\).*no parameter.*slot_axes={Stats: ",
+            r"'stats' .* shape \(7,\).*no parameter.*slot_axes={Stats: ",
         ),
         (
             optax.GradientTransformation(lambda p: Moments(jnp.zeros(7), Stats(p)), None),
-            r"'m' of shape \(7,\).*Moments.*around freeze_dropped",
+            r"'m' .* shape \(7,\).*Moments.*around freeze_dropped",
         ),
     ],
     ids=["axes", "sm3", "lbfgs", "alone", "wrapper"],
@@ -511,7 +511,7 @@ def test_entries_that_nothing_assigns(tx, message):
 def test_adafactor_of_other_parameters():
     state = jax.eval_shape(optax.adafactor(0.1, min_dim_size_to_factor=1).init, MATRIX)
     updates = {"other": array(11, 12)}
-    with pytest.raises(ValueError, match=r"'0/v_row/kernel' of shape \(11,\).*no parameter"):
+    with pytest.raises(ValueError, match=r"'0/v_row/kernel' .* shape \(11,\).*no parameter"):
         slots.find((state, updates), layout_of(updates), slots.checked_rules({}), "freeze_dropped")
 
 

@@ -537,7 +537,7 @@ MISTAKES = [
     (["--rate", "nan"], "--rate nan must be a probability"),
     (["--skip-dropped"], "--skip-dropped needs --channel-choice window, chunk or exact"),
     (["--method", "cdb_after", "--skip-dropped"], "--method cdb_after cannot save work; these"),
-    (["--layer-rate", "-0.1"], "layer_rate must be a drop probability"),
+    (["--layer-rate", "-0.1"], "layer_rate must be .*got -0.1"),
     (["--method", "dropout", "--rate", "2"], "--rate 2.0 must be a probability"),
     (["--exempt", "hed"], "exempt: the pattern 'hed' matches none of the paths"),
     (["--batch-size", "4096"], "--batch-size 4096 is more than the 1297 training images"),
@@ -643,6 +643,31 @@ def test_ctrl_c_in_a_terminal_saves_and_leaves_quietly(tmp_path, data_dir):
     shown, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "go on with --resume" in shown and "Traceback" not in errors
+    step, _ = final_state(tmp_path / "run", data_dir)
+    assert f"saved at step {step};" in shown
+
+
+@pytest.mark.slow
+def test_workers_leave_a_stop_of_the_process_group_to_the_script(tmp_path, data_dir):
+    """Ctrl-C reaches the whole group; a scheduler adds signals until all have ended."""
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--model", "vit_mini/4", "--epochs", "1000", "--workers", "1"]
+        + ["--run-dir", tmp_path / "run", "--data-dir", data_dir],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            break
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        os.killpg(process.pid, number)
+        time.sleep(0.05)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert shown.count("go on with --resume") == 1 and errors == ""
     step, _ = final_state(tmp_path / "run", data_dir)
     assert f"saved at step {step};" in shown
 

@@ -12,10 +12,14 @@ STACKS = [[(), (), (3,), (), (2, 2)], [()] * 150]
 
 @pytest.mark.parametrize("trailing", [(), (5,), (2, 3)])
 @pytest.mark.parametrize("dtype", [np.bool, np.int32, np.float32])
-@pytest.mark.parametrize("rows", [_xla._slice, _xla._pick])
-def test_blocks_of_rows(trailing, dtype, rows, monkeypatch):
-    """As the compilers of all platforms get them: `_pick` is for CPU alone."""
-    monkeypatch.setattr(_xla, "_pick", rows)
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_blocks_of_rows(trailing, dtype, platform, monkeypatch):
+    """As the compilers of all platforms get them."""
+
+    def chosen(*operands, **branches):
+        return branches[platform](*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
     rng = np.random.default_rng(0)
     matrices = [rng.integers(0, 9, (n, *trailing)).astype(dtype) for n in (10, 150)]
     if dtype == np.float32:

@@ -53,14 +53,14 @@ def value_and_grad(
       argnums: the position of the argument to differentiate, or several positions. With several,
         the selection must be made for the tuple of these arguments.
       has_aux: whether `fun` returns a pair.
-      kept_only: whether to return the kept part of each gradient without the zeros around it, which
-        the optimizer `cdb_jax.compact` takes, and no other. A kernel of shape `(2, 4)` that keeps
-        one output channel then has a gradient of shape `(2, 1)`, and a leaf that never learns has
-        an `optax.MaskedNode`.
+      kept_only: whether to return only the kept part of each gradient, without zeros around it. A
+        kernel of shape `(2, 4)` that keeps one output channel then has a gradient of shape
+        `(2, 1)`, and a leaf that never learns has an `optax.MaskedNode`. `cdb_jax.compact` is the
+        only optimizer that accepts such gradients.
 
     Returns:
       A function of the arguments of `fun` and of the keyword argument `selection`, a `Selection`
-      for the differentiated argument. It returns what the function of `jax.value_and_grad` would.
+      for the differentiated argument. It returns results like those of `jax.value_and_grad`.
       Call it under `jit`.
 
     Raises:
@@ -154,7 +154,7 @@ def split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 def check_function(fun: Any) -> None:
     if not callable(fun):
         raise TypeError(
-            f"fun must be a function of the parameters that returns a loss, got {fun!r}."
+            f"fun must be a function of the parameters that returns a loss, got {short(fun)}."
         )
     try:
         names = inspect.signature(fun).parameters
@@ -221,8 +221,8 @@ def _argnums_as_list(argnums: Any) -> list[int]:
         return [operator.index(number) for number in several]
     except TypeError:
         raise TypeError(
-            f"argnums must be an int or several, got {short(argnums)}; pass the parameters to the "
-            "function that is returned: value_and_grad(fun)(params, selection=selection)."
+            f"argnums must be an int or a sequence of ints, got {short(argnums)}; pass the "
+            "parameters to the returned function: value_and_grad(fun)(params, selection=selection)."
         ) from None
 
 

@@ -32,7 +32,7 @@ class Use(enum.Enum):
     FEATURE = "a feature of a table that is looked up"
     STACK = "looped over"
     INDEXED = "indexed"
-    COMBINED = "its entries are combined into one weight"
+    COMBINED = "combined into one weight"
 
 
 class Uses(NamedTuple):
@@ -112,7 +112,7 @@ def find(
 
 
 def _weight(leaf: int, shape: tuple[int, ...]) -> Fact:
-    # A vector has no channels of its own, and would only be mistaken for what it scales.
+    # Vectors are not followed: they have no channels, and would be mistaken for what they scale.
     is_followed = sum(size > 1 for size in shape) > 1
     axes = tuple((Factor(frozenset([axis]), size),) for axis, size in enumerate(shape))
     origins = (Origin(leaf, axes),) if is_followed else ()
@@ -168,7 +168,7 @@ class _Finder:
         rule = _RULES.get(eqn.primitive) or _RULES_BY_NAME.get(name)
         if rule:
             origins = rule(self, eqn, facts)
-        elif name in jaxprs.ELEMENTWISE:
+        elif jaxprs.is_elementwise(eqn.primitive):
             origins = _elementwise(self, eqn, facts)
         else:
             self.unknown(facts, name)

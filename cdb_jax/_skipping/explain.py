@@ -17,9 +17,9 @@ class Explained(NamedTuple):
     """How the gradient of a leaf is computed.
 
     Attributes:
-      text: for people.
-      is_skipped: whether what a selection drops is not computed.
-      flops: the floating-point operations of the full gradient, as far as products go.
+      text: the description that `channel_report` shows.
+      is_skipped: whether products compute only the kept part of the gradient.
+      flops: the floating-point operations of the full gradient, counting products only.
     """
 
     text: str
@@ -86,7 +86,9 @@ def _all_gather(target: products.Target, leaf: channels.Leaf, x: Any) -> str:
     if target.part is None or not isinstance(sharding, jax.sharding.NamedSharding):
         return ""
     shards = explicit.num_shards(sharding, leaf.channel)
-    if target.part.blocks % shards == 0:
+    if shards == 1 or (len(leaf.channel) == 1 and target.part.blocks % shards == 0):
         return ""
     advice = f'channel_choice="window" with window_groups a multiple of {shards} avoids it'
+    if len(leaf.channel) > 1:
+        advice = "shard another axis to avoid it"
     return f", with an all-gather: the channels are sharded {shards} ways; {advice}"

@@ -4,9 +4,9 @@ A product that a weight reaches through operations that keep its channels apart 
 replaced by one that computes the kept part of its weight gradient (`products.multiply`). All other
 operations stay as they are, and JAX computes what they contribute to the gradient of a weight.
 
-If everything but one layer is frozen, the gradient of an activation is needed only if something
-below it learns in this step. Such a program is *gated*: tracing finds the leaves that each value
-depends on, and conditionals leave out the gradients that no leaf needs.
+If everything but the selected layers is frozen, the gradient of an activation is needed only if
+something below it learns in this step. Such a program is *gated*: tracing finds the leaves that
+each value depends on, and conditionals skip the gradients that no leaf needs.
 """
 
 from __future__ import annotations
@@ -551,14 +551,23 @@ def _drop_backward(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> 
 
 def _checkpoint(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
     program, results = _follow(eqn.params["jaxpr"], facts, context)
-    context.used_otherwise(results, Reason.RESULT, "jax.checkpoint")
+    # `nnx.remat` also returns the parameters, which need not pass through the checkpoint.
+    inputs = {v: i for i, v in enumerate(program.jaxpr.invars)}
+    passed = [inputs.get(v) if jaxprs.is_variable(v) else None for v in program.jaxpr.outvars]
+    made = [fact for fact, i in zip(results, passed, strict=True) if i is None]
+    context.used_otherwise(made, Reason.RESULT, "jax.checkpoint")
     settings = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
 
     def step(operands: Sequence[Value], flags: Flags) -> list[Value]:
         function = jax.checkpoint(_on_arrays(program, flags), **settings)
-        return [Value(x) for x in function(*_arrays_and_changes(operands))]
+        arrays = function(*_arrays_and_changes(operands))
+        pairs = zip(arrays, passed, strict=True)
+        return [Value(x) if i is None else operands[i] for x, i in pairs]
 
-    return step if program.is_changed else None, None
+    learns = Fact((), _union(facts))
+    found = [learns if i is None else facts[i] for i in passed]
+    is_changed = program.is_changed or any(fact.weights for fact in found)
+    return step if is_changed else None, found
 
 
 def _cond(eqn: core.JaxprEqn, facts: list[Fact], context: _Context) -> Found:
@@ -599,8 +608,8 @@ class _Scan(NamedTuple):
     body: Program
     num_consts: int
     num_carry: int
-    facts: Sequence[Fact]  # Of its operands.
-    sliced: Sequence[Fact]  # What it slices, as one iteration sees it.
+    facts: Sequence[Fact]  # What is known about each operand.
+    sliced: Sequence[Fact]  # What one iteration knows about each operand that is sliced.
     settings: Mapping[str, Any]
     carried: Loop
     is_gated: bool
@@ -638,7 +647,7 @@ def _run_scan(scan: _Scan, operands: Sequence[Value], flags: Flags) -> list[Valu
         for x, fact, inner in zip(scanned, scan.facts[first:], scan.sliced, strict=True)
     ]
 
-    # What is known before the loop: whether slices without changes and all else learn.
+    # Whether each operand learns, as far as that is known before the loop.
     outside = [flags.any(fact.needs) if scan.is_gated else False for fact in scan.facts]
 
     def body(carry: Any, slices: Any) -> tuple[Any, Any]:
@@ -678,7 +687,7 @@ def _iterated(fact: Fact, context: _Context) -> Fact:
     if any(0 in weight.channel or (weight.box and weight.box.axis == 0) for weight in fact.weights):
         context.used_otherwise([fact], Reason.LOOP_OVER_CHANNELS)
         return Fact((), fact.needs)
-    # Each iteration has a layer of its own, which may learn when others do not.
+    # Each iteration has a separate layer, which may learn when others do not.
     return Fact(tuple(map(_iterated_weight, fact.weights)), frozenset([Loop()]))
 
 

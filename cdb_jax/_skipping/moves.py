@@ -105,7 +105,7 @@ def find(
             return moved
     if is_alone(operands, learns):
         weight = next(weights[0] for weights in operands if weights)
-        if eqn.primitive.name in jaxprs.ELEMENTWISE:
+        if jaxprs.is_elementwise(eqn.primitive):
             return whole([weight] * len(eqn.outvars))
         local = _LOCAL.get(eqn.primitive) or _LOCAL_BY_NAME.get(eqn.primitive.name)
         left = local and local(eqn, weight)
@@ -294,13 +294,15 @@ def _slice(
     eqn: core.JaxprEqn, x: jax.Array, axes: Mapping[int, int], operands: Operands
 ) -> jax.Array:
     """Slices an array like a weight; `axes` maps axes of the weight to those of the array."""
-    for axis, own in axes.items():
+    for axis, x_axis in axes.items():
         size = shape_of(eqn.outvars[0])[axis]
         if eqn.primitive is primitives.dynamic_slice_p:
-            x = lax.dynamic_slice_in_dim(x, operands[1 + axis], size, own)
+            start = operands[1 + axis]
+            # JAX has already counted negative starts from the end; those that are left are clamped.
+            x = lax.dynamic_slice_in_dim(x, start, size, x_axis, allow_negative_indices=False)
         else:
             start, limit, stride = _static_bounds(eqn, axis)
-            x = lax.slice_in_dim(x, start, limit, stride, own)
+            x = lax.slice_in_dim(x, start, limit, stride, x_axis)
     return x
 
 

@@ -102,7 +102,7 @@ class Product(NamedTuple):
       w_stack, x_stack, y_stack: the axes along which several layers are stacked.
       x_part: the part of x that belongs to the kept part of w.
       w_box, x_box, y_box: where w lies in an operand that joins several weights, and the parts of
-        x and y that belong to it; None for all of them.
+        x and y that belong to it. None stands for the whole array.
     """
 
     op: Operation
@@ -142,12 +142,12 @@ class Product(NamedTuple):
 
 
 class DotAxes(NamedTuple):
-    """The axes of a `dot_general`'s operands by their role, from the weight's point of view.
+    """The roles of the axes of a `dot_general` whose operands are a weight w and another array x.
 
-    Each field but `side` has the axes of the first and of the second operand.
+    Each field except `side` holds the axes of the first operand, and then those of the second.
     """
 
-    side: int  # Which operand the weight is.
+    side: int  # The position of w among the operands.
     contract: Sequence[tuple[int, ...]]
     batch: Sequence[tuple[int, ...]]
     free: Sequence[tuple[int, ...]]
@@ -162,10 +162,10 @@ class DotAxes(NamedTuple):
     def y_axes(self, w_axes: Sequence[int]) -> tuple[int, ...]:
         """Axes of the result that correspond to batch or free axes of the weight."""
         # A result has the batch axes first, then the free axes of the first and second operand.
-        y_order = [*self.batch[self.side], *self.free[self.side]]
+        w_order = [*self.batch[self.side], *self.free[self.side]]
         num_batch = len(self.batch[0])
         offset = len(self.free[0]) if self.side == 1 else 0
-        places = [y_order.index(axis) for axis in w_axes]
+        places = [w_order.index(axis) for axis in w_axes]
         return tuple(place if place < num_batch else place + offset for place in places)
 
 
@@ -258,8 +258,8 @@ class Change(NamedTuple):
     """What accompanies a weight at run time.
 
     Attributes:
-      z: receives the gradient. Usually an array of the shape `Target.shape` whose values do not
-        matter, but the whole weight if operations other than changes of its layout made it.
+      z: the array that receives the gradient. It has shape `Target.shape`, and its values do not
+        matter. After an operation that changes more than the layout, it is the whole weight.
       place: where the kept part lies.
       mode: what the layer does in this step.
     """

@@ -13,6 +13,7 @@ import optax
 from jax.extend import core
 
 from cdb_jax import _explicit as explicit, _jaxprs as jaxprs, _parts as parts, channels
+from cdb_jax._checks import check_pair
 from cdb_jax._compiling import Keyed, compiled
 from cdb_jax._kept import KeptPart
 from cdb_jax._skipping import axis_uses, follow, moves, products, roles
@@ -87,11 +88,7 @@ def trace(call: Callable[[Any], Any], params: Any, selection: Selection, has_aux
         result = call(params)
         if not has_aux:
             return _check_value(result), None
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise TypeError(
-                f"has_aux=True: fun must return a pair (value, aux), got {type(result).__name__}."
-            )
-        value, aux = result
+        value, aux = check_pair(result)
         return _check_value(value), jax.tree.map(_as_result, aux)
 
     closed, shapes = jax.make_jaxpr(checked, return_shape=True)(params)
@@ -222,8 +219,9 @@ class _Plan(NamedTuple):
       drawn: what happens to it in this step; None if that is known in advance.
       is_skipped: whether products compute the kept part of its gradient.
       is_direct: whether JAX computes its gradient directly, in addition or instead.
-      has_zeros: whether its gradient comes with zeros in dropped channels. Otherwise it has to be
-        masked: the gradient of a function of the weight can be infinite, and zero times that NaN.
+      has_zeros: whether its gradient already has zeros in dropped channels. Otherwise it has to be
+        masked: a function of the weight can have an infinite derivative, and zero times infinity is
+        NaN.
     """
 
     leaf: channels.Leaf

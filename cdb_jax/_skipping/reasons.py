@@ -18,7 +18,7 @@ class Reason(enum.Enum):
         "the number of kept channels is not static; use a number as the rate, and "
         'channel_choice="window", "chunk" or "exact"'
     )
-    RESULT = "a result of {}"
+    RESULT = "returned from {}"
     CARRIED = "carried through a loop"
     LOOP_OVER_CHANNELS = "a loop runs over its channels"
     STACK_IN_ONE_PRODUCT = "one product combines its stacked layers"
@@ -27,10 +27,10 @@ class Reason(enum.Enum):
     CONVOLVED = "a convolution reads it as its input, not as its kernel"
     JOINED = "joined with other weights along an axis of a convolution"
     SEVERAL_CONVOLUTIONS = "one operation computes several convolutions"
-    NO_FEATURE_AXIS = "its channels are not a feature axis of the convolution"
+    NO_FEATURE_AXIS = "its channels are not on a feature axis of the convolution"
     FEATURE_GROUPS = (
-        "a convolution with {0} feature groups, which a part of the channels would split; use "
-        'channel_choice="window" with window_groups a multiple of {0}'
+        "a convolution has {0} feature groups, and the kept channels may be spread unevenly over "
+        'them; use channel_choice="window" and set window_groups to a multiple of {0}'
     )
 
 

@@ -124,7 +124,8 @@ def _mistake(
         return ""
     wrong = sorted({use.value for axis in taken - right for use in uses.axes[axis]})
     if not wrong:
-        return f"which holds only some of them; use {inferred}"
+        verb = "holds" if len(taken) == 1 else "hold"
+        return f"which {verb} only some of them; use {inferred}"
     return f"which {'is' if len(taken) == 1 else 'are'} {' and '.join(wrong)}; use {inferred}"
 
 

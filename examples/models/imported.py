@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from flax import linen, nnx
@@ -28,13 +29,15 @@ def create(
       path: such as "package.module:function"; the working directory is searched too. The function,
         or class, returns a Flax model, NNX or Linen, that maps images (batch, height, width,
         channels) to logits.
-      dropout_rate: given only if it is not 0; then the function must take it.
+      dropout_rate: given if it is not 0 or the function requires it; if it is not 0, the function
+        must take it.
       image_shape: (height, width, channels) of one image.
       rngs: of the parameters, and of all that the network draws.
       **settings: `num_classes` and `dtype`.
 
     Raises:
-      ValueError: if there is no such function, or it does not return a model.
+      ValueError: if there is no such function, it requires another argument, or it does not return
+        a model.
     """
     module, _, name = path.partition(":")
     if "" not in sys.path:
@@ -46,10 +49,15 @@ def create(
     if not callable(function):
         raise ValueError(f"{path} is {function!r}, which is no function or class.")
     settings |= {"image_shape": image_shape, "rngs": rngs}
-    if dropout_rate:
+    taken, required = _arguments(function)
+    if dropout_rate or "dropout_rate" in required:
         settings["dropout_rate"] = dropout_rate
-    called = function.__init__ if inspect.isclass(function) else function
-    taken = inspect.signature(called).parameters
+    if missing := [name for name in required if name not in settings]:
+        named = " and ".join(f"`{name}`" for name in missing)
+        raise ValueError(
+            f"{path} takes {named}, which the script does not pass; it passes num_classes, "
+            "image_shape, dtype, rngs and dropout_rate."
+        )
     if not any(x.kind is x.VAR_KEYWORD for x in taken.values()):
         if dropout_rate and "dropout_rate" not in taken:
             raise ValueError(f"{path} takes no dropout_rate; leave dropout to the network.")
@@ -57,9 +65,21 @@ def create(
     try:
         model = function(**settings)
     except Exception as error:
-        raise RuntimeError(f"{path} failed with the arguments {', '.join(settings)}") from error
+        arguments = f"with the arguments {', '.join(settings)}" if settings else "without arguments"
+        raise RuntimeError(f"{path} failed {arguments}") from error
     if isinstance(model, linen.Module):
         return FromLinen(model, image_shape, rngs=rngs)
     if not isinstance(model, nnx.Module):
         raise ValueError(f"{path} returned {type(model).__name__}, not a Flax model.")
     return model
+
+
+def _arguments(function: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], list[str]]:
+    """The parameters of a function or class by name, and the names of those without a default."""
+    if inspect.isclass(function):
+        _, *found = inspect.signature(function.__init__).parameters.values()  # All but `self`.
+    else:
+        found = list(inspect.signature(function).parameters.values())
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [x.name for x in found if x.default is x.empty and x.kind not in variable]
+    return {x.name: x for x in found}, required
