@@ -258,14 +258,16 @@ def draw_times(rows: Sequence[Row], file: Path) -> None:
     arms = list(dict.fromkeys(row["arm"] for row in rows if not row["is_baseline"]))
     figure, panels = panels_of(rows, height=0.25 * len(arms) + 0.9, margin=0.4)
     limits = 0.5, 1.3
-    for panel, own in panels:
+    for number, (panel, own) in enumerate(panels):
         panel.axvline(1.0, color="0.6", linewidth=1, zorder=0)
         for row in own:
             if not row["is_baseline"]:
                 draw_time(panel, arms.index(row["arm"]), row["time_against_baseline"], limits)
         panel.set(xlim=limits, ylim=(len(arms) - 0.5, -0.5))
-        panel.set_yticks(range(len(arms)), [label_of(arm) for arm in arms], fontsize="small")
-        panel.set_xlabel("time to the baseline's accuracy, relative to the baseline")
+        # The left column has the names.
+        names = ["" if number % 2 else label_of(arm) for arm in arms]
+        panel.set_yticks(range(len(arms)), names, fontsize="small")
+        panel.set_xlabel("time to the baseline's accuracy,\nrelative to the baseline's own")
     figure.savefig(file)
     pyplot.close(figure)
 
