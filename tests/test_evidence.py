@@ -227,7 +227,8 @@ def test_a_better_rate_near_the_best_is_chosen():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*CONTENDERS, *ABLATIONS])
-def test_every_contender_trains(short, name):
+def test_every_contender_trains(short, name, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # As in the runs, each of which has one.
     ablation = name in ABLATIONS
     contender = (ABLATIONS if ablation else CONTENDERS)[name]
     rate = 0.5 if ablation else contender.rates[-1]
