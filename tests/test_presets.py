@@ -128,9 +128,9 @@ def test_skip_update_is_unbiased_and_leaves_the_moments_dense(standard_promotion
     ("settings", "message"),
     [
         (dict(every=0), "every must be an int >= 1, got 0"),
-        (dict(layer_rate=1.5), "layer_rate must be a drop probability.*1.5"),
-        (dict(layer_rate="often"), "layer_rate must be a drop probability.*often"),
-        (dict(layer_rate=True), "layer_rate must be a drop probability.*True"),
+        (dict(layer_rate=1.5), "layer_rate must be the probability.*1.5"),
+        (dict(layer_rate="often"), "layer_rate must be the probability.*often"),
+        (dict(layer_rate=True), "layer_rate must be the probability.*True"),
         (dict(stack=0), "stack must be a dict from path to axes, got 0"),
     ],
 )
