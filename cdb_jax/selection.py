@@ -188,11 +188,10 @@ class Selection:
             )
         for pattern, place in chosen.items():
             _check_not_nested(pattern, place)
+            _check_not_ragged(pattern, place)
         params = parameters_of(params)
         paths = [channels.canonical_path(keys) for keys, _ in jax.tree.leaves_with_path(params)]
         channels.check_matches("chosen", chosen, paths)
-        for pattern, place in chosen.items():
-            _check_not_ragged(pattern, place)
         specs = _specs_of_chosen(channel_axes, chosen, paths)
         layout = channels.resolve(params, specs, only=tuple(chosen), may_be_empty=True)
         places = _chosen_by_path(layout, chosen)
