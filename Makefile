@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+GPU_STEPS := vit_s/16:224:64 vit_b/16:224:64 vit_l/16:224:64 blocks2048/16:512:8 resnet50:224:64
 
 .PHONY: demo test test-all soak evidence gpu-check accelerator-check models-check cluster-check lint docs notebook wheel clean
 
@@ -35,7 +36,7 @@ gpu-check:  ## Needs a GPU and a Python with jax, flax and optax: first the same
 	$(PYTHON) benchmarks/freezing.py
 	$(PYTHON) benchmarks/size.py
 	$(PYTHON) benchmarks/depth.py
-	$(PYTHON) benchmarks/methods.py --steps vit_b/16:224:64 vit_l/16:224:64 resnet50:224:64 --dtype bfloat16
+	$(PYTHON) benchmarks/methods.py --steps $(GPU_STEPS) --dtype bfloat16
 	$(PYTHON) benchmarks/overhead.py
 	$(PYTHON) benchmarks/skipping.py
 

@@ -40,7 +40,7 @@ import models
 from models.resnet import RESNETS, Bottleneck, Size
 from models.vit import VITS
 
-VITS |= {"vit_b_short": (768, 3, 12), "vit_l_short": (1024, 3, 16), "blocks2048": (2048, 3, 16)}
+VITS |= {"vit_b_short": (768, 3, 12), "vit_l_short": (1024, 3, 16)}
 RESNETS["resnet50_short"] = Size(Bottleneck, (1, 1, 1, 1), 64)
 
 

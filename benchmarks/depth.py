@@ -39,6 +39,8 @@ from skipping import mean_interval
 import cdb_jax
 import models
 
+# Blocks of language models' width, few enough to compile in minutes.
+models.VITS["blocks2048"] = (2048, 3, 16)
 STEPS = ("vit_s/16:64:64", "resnet18:64:16")
 RATES = (0.4, 0.5)
 

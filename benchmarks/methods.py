@@ -24,6 +24,7 @@ VARIANTS = (
     Variant(
         "channels 0.5 in chunks, skipped", policy=policy(0.5, channel_choice="chunk"), use="skip"
     ),
+    Variant("exact channels 0.5, skipped", policy=policy(0.5, channel_choice="exact"), use="skip"),
     Variant("channels 0.75, skipped", policy=policy(0.75), use="skip"),
     Variant(
         "input channels 0.5, skipped",

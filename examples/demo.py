@@ -38,7 +38,7 @@ from locations import LocalPath
 PANELS = 5  # Compile time is in the table only.
 EVALUATED = 512  # Test images at once.
 NOISE = 0.3  # The share of the training labels that is redrawn.
-LABELS = {"clean labels": 0.0, "30 % redrawn": NOISE}
+LABELS = {"clean labels": 0.0, "noisy labels": NOISE}
 # By method: the flags of train.py.
 METHODS: dict[str, dict[str, Any]] = {
     "AdamW alone": {"method": "none"},
@@ -60,8 +60,10 @@ mask and skip     and value_and_grad, which does not compute what is dropped
 compact           a quarter of the channels learns, the same for 20 steps
 drop_backward     half of the residual branches have no backward pass
 drop_path_subset  residual branches run on 60 % of the batch"""
-NOTES = """± is a 95 % interval. "mask" trains like "mask and skip", so both have the same accuracy.
-Memory is counted, and the compile time is a single measurement."""
+NOTES = """Accuracy is in %, all else relative to AdamW alone; ± is a 95 % interval. Of the noisy
+labels, 30 % are redrawn at random. "mask" trains like "mask and skip", so both have the same
+accuracy. "memory" is that of parameters, gradient and optimizer state, "temp. memory" that of
+temporaries; both are counted. The compile time is a single measurement."""
 
 
 class Pair(NamedTuple):
@@ -223,9 +225,16 @@ def run_all(demo: Demo) -> dict[str, Any]:
 class Figure(NamedTuple):
     """A number for each method, with the half width of its 95 % interval; 0 without one."""
 
+    heading: str  # Of a column, and of a panel, which has more room.
     title: str
     values: dict[str, tuple[float, float]]
     is_accuracy: bool = False
+
+    def cell(self, method: str) -> str:
+        value, half = self.values[method]
+        digits = 1 if self.is_accuracy else 2
+        interval = f" ± {half:.{digits}f}" if 0 < half < float("inf") else ""
+        return f"{value:.{digits}f}{interval}"
 
 
 def figures(found: dict[str, Any]) -> list[Figure]:
@@ -234,36 +243,29 @@ def figures(found: dict[str, Any]) -> list[Figure]:
     shown = []
     for labels in LABELS:
         values = {x: display.mean_interval(100 * np.array(found[x][labels])) for x in METHODS}
-        shown.append(Figure(labels, values, is_accuracy=True))
+        shown.append(Figure(labels, f"test accuracy (%),\n{labels}", values, is_accuracy=True))
     ratios = {
         x: display.mean_interval(np.divide(found["costs"][x]["seconds"], base["seconds"]))
         for x in METHODS
     }
-    shown.append(Figure("step time", ratios))
-    for name, title in (
-        ("memory", "weights, gradient, state"),
-        ("temporaries", "temporaries"),
-        ("compilation", "compile time"),
+    shown.append(Figure("step time", "step time", ratios))
+    for name, heading, title in (
+        ("memory", "memory", "weights, gradient, state"),
+        ("temporaries", "temp. memory", "temporaries"),
+        ("compilation", "compile time", "compile time"),
     ):
         values = {x: (found["costs"][x][name] / base[name], 0.0) for x in METHODS}
-        shown.append(Figure(title, values))
+        shown.append(Figure(heading, title, values))
     return shown
 
 
 def show(family: str, found: dict[str, Any], demo: Demo) -> None:
-    def text(value: float, half: float, digits: int) -> str:
-        shown = f"{value:.{digits}f}"
-        return shown + (f" ± {half:.{digits}f}" if 0 < half < float("inf") else "")
-
     trained, measured = (x["model"].partition("/")[0] for x in PAIRS[family])
-    all_figures = figures(found)
-    for title, part, digits in (
-        (f"{trained}: test accuracy in %, {demo.seeds} seeds", all_figures[:2], 1),
-        (f"{measured}: relative to AdamW alone", all_figures[2:], 2),
-    ):
-        columns = ["", *(x.title for x in part)]
-        lines = [[x, *(text(*figure.values[x], digits) for figure in part)] for x in METHODS]
-        display.console().print(display.ResultsTable(title, columns, lines))
+    title = f"{family}: accuracy of {trained}, {demo.seeds} seeds; costs of {measured}"
+    columns = figures(found)
+    lines = [[method, *(x.cell(method) for x in columns)] for method in METHODS]
+    table = display.ResultsTable(title, ["", *(x.heading for x in columns)], lines)
+    display.console().print(table, "")
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
@@ -281,8 +283,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
             else:
                 panel.barh(places, values, xerr=bars, color=colors)
                 panel.axvline(1.0, color="black", linewidth=0.8)
-            label = f"test accuracy (%),\n{shown.title}" if shown.is_accuracy else shown.title
-            panel.set_xlabel(label)
+            panel.set_xlabel(shown.title)
             panel.grid(axis="x", alpha=0.3)
         row[0].set_yticks(places, list(METHODS))
         row[0].set_ylabel(family)

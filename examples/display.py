@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import matplotlib
 import numpy as np
-from rich import progress, table, text
+from rich import box, progress, table, text
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
 from scipy import stats
@@ -186,7 +186,8 @@ class ResultsTable:
 
     def _as_table(self, separator: str) -> table.Table:
         """A table whose headings have this separator between their words."""
-        result = table.Table(title=self._title, title_justify="left")
+        look = dict(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        result = table.Table(title=self._title, title_justify="left", **look)
         for i, column in enumerate(self._columns):
             heading = column.replace(" ", separator)
             result.add_column(heading, justify="right" if i else "left", no_wrap=True)

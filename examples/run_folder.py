@@ -34,6 +34,8 @@ STEP_METRICS = ("train_loss", "train_accuracy", "dropped_fraction")
 MEASURED = (*STEP_METRICS, "test_loss", "test_accuracy", "images_per_second")
 # What `flock` fails with on a file system without locks.
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+# What comes of a folder that cannot be used; without the packages for buckets, an ImportError.
+UNREACHABLE = (OSError, ValueError, ImportError)
 UNREADABLE = "[]\\"  # Orbax saves to paths with these, and cannot read what it has saved.
 
 
@@ -95,8 +97,7 @@ class Run:
                 write(settings_file, json.dumps(settings, indent=2) + "\n")
         except BaseException as error:
             self._release()
-            # Without what is needed for buckets, there is an ImportError.
-            if isinstance(error, (OSError, ValueError, ImportError)):
+            if isinstance(error, UNREACHABLE):
                 raise _unusable(folder, error) from error
             raise
 
@@ -229,11 +230,15 @@ def _unusable(folder: Path, error: Exception) -> UserError:
 
 
 def check_free(folder: Path) -> None:
-    """Raises a UserError at once if another run uses a folder, without making the folder.
+    """Raises a UserError at once if a folder cannot be reached, or if another run uses it.
 
-    `Run` checks it again, but only after everything that takes time.
+    Does not make the folder. `Run` checks it again, but only after everything that takes time.
     """
     if locations.is_bucket(folder):
+        try:
+            folder.exists()
+        except UNREACHABLE as error:
+            raise _unusable(folder, error) from error
         return
     owner = None
     if jax.process_index() == 0:

@@ -92,7 +92,7 @@ def test_the_whole_demo(tmp_path, data_dir, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command)
     demo.main()
     shown = capsys.readouterr().out
-    assert "resnet_nano: test accuracy in %, 2 seeds" in shown and "relative to AdamW" in shown
+    assert "ResNet: accuracy of resnet_nano, 2 seeds" in shown and "relative to AdamW" in shown
     results = json.loads((tmp_path / "results.json").read_text())
     for family in ("ResNet", "ViT"):
         memory = {x: y["memory"] for x, y in results[family]["costs"].items()}

@@ -41,6 +41,7 @@ def loss_fn(params, batch):
 opt_state = optax.adamw(1e-3).init(params)
 """
 LAYERS = """
+import cdb_jax, jax, jax.numpy as jnp
 from flax import nnx
 
 key, rngs, rate = jax.random.key(0), nnx.Rngs(0), 0.2
@@ -66,11 +67,8 @@ def gradient(kept, params, x, y):
 GIVEN = {
     "README.md": A_MODEL,
     "index.md": A_MODEL,
-    "memory.md": A_MODEL,
-    "models.md": A_MODEL,
-    "skipping.md": A_MODEL,
-    "freezing.md": A_MODEL
-    + """tx = optax.adamw(1e-3)
+    "freezing.md": """
+import jax.numpy as jnp
 from flax import nnx
 class Model(nnx.Module):
     def __init__(self, rngs):
@@ -79,7 +77,7 @@ model = Model(nnx.Rngs(0))
 def loss_of_model(model, batch):
     return jnp.mean(model.head(jnp.ones((2, 8))) ** 2)
 """,
-    "methods.md": A_MODEL + LAYERS,
+    "methods.md": LAYERS,
 }
 
 

@@ -273,6 +273,7 @@ def test_a_bucket_is_never_a_folder_here(finished, monkeypatch, tmp_path):
         return exists(path)
 
     monkeypatch.setattr(type(config.run_dir), "exists", unreachable)
+    monkeypatch.setattr(train, "prepare", lambda config: pytest.fail("too late"))
     with pytest.raises(errors.UserError, match="--run-dir gs://bucket/run cannot be used: no way"):
         train.train(config)
     assert not any(tmp_path.iterdir())

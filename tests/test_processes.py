@@ -102,6 +102,49 @@ def test_a_stopped_launch_stops_all(flags, tmp_path, number):
     assert shown.count("go on with --resume") == 1 and "Traceback" not in shown
 
 
+A_SLOW_NETWORK = """
+import math, pathlib, time
+import training
+from flax import nnx
+
+steps, distribute = pathlib.Path(__file__).with_name("steps"), training.distribute
+
+
+def slowly(*arguments):
+    with steps.open("a") as file:
+        file.write(".")
+    time.sleep(4.0)
+    return distribute(*arguments)
+
+
+training.distribute = slowly  # As long as a step of a large network.
+
+
+def network(num_classes, image_shape, rngs):
+    head = nnx.Linear(math.prod(image_shape), num_classes, rngs=rngs)
+    return nnx.Sequential(lambda images: images.reshape(len(images), -1), head)
+"""
+
+
+@pytest.mark.parametrize(("count", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+@pytest.mark.slow
+def test_a_stop_between_long_steps_is_saved_in_time(flags, tmp_path, monkeypatch, count, number):
+    """Within 24 seconds, as a scheduler that preempts may kill after 30."""
+    (tmp_path / "slow.py").write_text(A_SLOW_NETWORK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    slow = flags("run", 100, "--model", "slow:network", "--method", "none")
+    started = launch.start(count, slow)
+    deadline, steps = time.monotonic() + 240, tmp_path / "steps"
+    while not steps.exists() or len(steps.read_text()) < 3 * count:
+        assert time.monotonic() < deadline and all(x.poll() is None for x in started)
+        time.sleep(0.05)
+    for process in started:
+        process.send_signal(number)
+    assert [x.wait(timeout=24.0) for x in started] == [128 + number] * count
+    saved = [int(x.name) for x in (tmp_path / "run/checkpoints").iterdir()]
+    assert saved and saved[0] >= 2
+
+
 @pytest.fixture
 def joined(monkeypatch):
     """What JAX is asked to join."""

@@ -152,6 +152,15 @@ class DotAxes(NamedTuple):
     batch: Sequence[tuple[int, ...]]
     free: Sequence[tuple[int, ...]]
 
+    @classmethod
+    def of(cls, op: Operation, side: int, ranks: tuple[int, int]) -> DotAxes:
+        contract, batch = dict(op.params)["dimension_numbers"]
+        free = [
+            tuple(axis for axis in range(ranks[s]) if axis not in (*contract[s], *batch[s]))
+            for s in (0, 1)
+        ]
+        return cls(side, contract, batch, free)
+
     def x_axes(self, w_axes: Sequence[int]) -> tuple[int, ...]:
         """Axes of x that correspond to batch or contracted axes of the weight."""
         w, x = self.side, 1 - self.side
@@ -179,21 +188,17 @@ def dot_product(
     box: Box | None = None,
 ) -> Product | Obstacle:
     """Describes a `dot_general` with a weight, or says why it is not skipped."""
-    contract, batch = dict(op.params)["dimension_numbers"]
-    free = [
-        tuple(axis for axis in range(ranks[s]) if axis not in (*contract[s], *batch[s]))
-        for s in (0, 1)
-    ]
-    axes = DotAxes(side, contract, batch, free)
-    is_outer = set(channel) <= set(free[side]) and set(stack) <= {*batch[side], *free[side]}
-    if not is_outer and any(axis not in batch[side] for axis in stack):
+    axes = DotAxes.of(op, side, ranks)
+    contract, batch, free = (kind[side] for kind in (axes.contract, axes.batch, axes.free))
+    is_outer = set(channel) <= set(free) and set(stack) <= {*batch, *free}
+    if not is_outer and any(axis not in batch for axis in stack):
         return Obstacle(Reason.STACK_IN_ONE_PRODUCT)
     if stack and target.modes != (Mode.PARTIAL,):
         return Obstacle(Reason.STACK_IN_ONE_BATCH)
     y_box = x_box = None
-    if box and box.axis not in contract[side]:
+    if box and box.axis not in contract:
         y_box = box._replace(axis=axes.y_axes([box.axis])[0])
-    if box and box.axis not in free[side]:
+    if box and box.axis not in free:
         x_box = box._replace(axis=axes.x_axes([box.axis])[0])
     product = Product(
         *(op, op, side, target),
@@ -206,11 +211,11 @@ def dot_product(
         x_box=x_box,
         y_box=y_box,
     )
-    if set(channel) <= set(free[side]):
+    if set(channel) <= set(free):
         return product._replace(y_channel=axes.y_axes(channel))
-    if set(channel) <= set(contract[side]):
+    if set(channel) <= set(contract):
         return product._replace(x_channel=axes.x_axes(channel))
-    if set(channel) <= set(batch[side]):
+    if set(channel) <= set(batch):
         return product._replace(x_channel=axes.x_axes(channel), y_channel=axes.y_axes(channel))
     return Obstacle(Reason.MIXED_CHANNELS)
 
