@@ -7,7 +7,7 @@ import fashion_report
 import numpy as np
 import pytest
 from fashion import FIRST, LADDER, final_jobs, program_of, tuning_jobs
-from overhead import fill
+from overhead import fill, publish
 from paths import BENCHMARKS
 
 import idx
@@ -56,13 +56,27 @@ def rows(monkeypatch):
             curve = " ".join(f"{accuracy * x:.4f}" for x in (0.5, 0.9, 1.0))
             runs[job] = {"test_accuracy": accuracy, "curve": curve, "flops": 1.0}
 
-    def costs_of(jobs, rounds):
-        whole = fashion_report.Costs(np.full(rounds, 1.0), 8, 4)
-        part = fashion_report.Costs(np.full(rounds, 0.5), 4, 3)
-        return {arm: whole if arm == "none" else part for arm in jobs}
+    def is_whole(program):
+        return program.contender == "none"
 
-    monkeypatch.setattr(fashion_report, "costs_of", costs_of)
-    return fashion_report.compare(runs, 4)
+    monkeypatch.setattr(fashion_report, "state_bytes", lambda x: 8 if is_whole(x) else 4)
+    monkeypatch.setattr(fashion_report, "peak_bytes", lambda x: 4 if is_whole(x) else 3)
+    done = fashion_report.complete(runs)
+    times = {"vit_48/7": {arm: [1.0 if arm == "none" else 0.5] * 4 for arm in fashion.LONG[:3]}}
+    return fashion_report.compare(done, runs, times)
+
+
+def test_times_are_used_again_on_the_same_machine_only(tmp_path):
+    done = {"vit_48/7": {"fashion_few": {arm: [PROGRAM] for arm in ("none", "early stopping")}}}
+    file = tmp_path / "report.json"
+    publish(file, "", [], seconds={"vit_48/7": {"none": [1.0]}})
+    assert fashion_report.earlier_times(file, done) == {"vit_48/7": {"none": [1.0]}}
+    done["resnet_8"] = {"fashion_few": {"none": [PROGRAM], "compact, 1/2": [PROGRAM]}}
+    with pytest.raises(SystemExit, match="has no times of compact, 1/2, none"):
+        fashion_report.earlier_times(file, done)
+    file.write_text(file.read_text().replace('"cpu_count"', '"cores"'))
+    with pytest.raises(SystemExit, match="is not from this machine"):
+        fashion_report.earlier_times(file, done)
 
 
 def test_rows_compare_with_the_baseline(rows):

@@ -1,6 +1,7 @@
 """What each method costs in accuracy on Fashion-MNIST, and what it saves: tables and figures.
 
-    python benchmarks/evidence/fashion_report.py
+    python benchmarks/evidence/fashion_report.py               # twenty quiet minutes on two cores
+    python benchmarks/evidence/fashion_report.py --rounds 0    # further runs, the old times
 
 Three answers for each method, from the runs of `fashion.py`:
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +31,12 @@ import numpy as np
 import paths
 from fashion import ARMS, BASELINE, LADDER, MODELS, final_jobs, program_of
 from grid import Job, Row, Runs
-from overhead import fill, publish, results_file
+from overhead import fill, machine, publish, results_file, versions
 from report import correct, difference, finals, header, p_text
 from run import read
 from tasks import TASKS
 from time_to_accuracy import MARGIN, finite, three, time_steps, to_baseline
-from trial import Program, Settings, functions, peak
+from trial import Program, Settings, functions, peak as peak_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -50,6 +52,8 @@ TASK_LABELS = {
 MODEL_LABELS = dict(zip(MODELS, ("ViT", "ResNet"), strict=True))
 # It trains like the baseline, and then returns to an earlier state.
 SAME_STEP = {"early stopping": BASELINE}
+Jobs = dict[str, list[Job]]  # By method.
+Times = dict[str, dict[str, list[float]]]  # Of a step, in each round, by model and method.
 
 
 class Costs(NamedTuple):
@@ -60,32 +64,54 @@ class Costs(NamedTuple):
     peak: int
 
 
-def compare(runs: Runs, rounds: int) -> list[Row]:
-    """A row for each method, task and model whose runs are all there, and the baseline's too."""
-    done = {}
+def complete(runs: Runs) -> dict[str, dict[str, Jobs]]:
+    """By model and task, the methods whose runs are all there, if the baseline's are too."""
+    done: dict[str, dict[str, Jobs]] = {}
     for model, (task, arms) in itertools.product(MODELS, ARMS.items()):
         jobs = {arm: final_jobs(program_of(task, model, arm), runs) for arm in arms}
         jobs = {arm: own for arm, own in jobs.items() if finals(own, runs)}
         if BASELINE in jobs:
-            done[task, model] = jobs
+            done.setdefault(model, {})[task] = jobs
+    return done
+
+
+def steps(tasks: dict[str, Jobs]) -> dict[str, Job]:
+    """A job for each step of a model. What it costs does not depend on the images."""
+    found = {arm: own[0] for jobs in tasks.values() for arm, own in jobs.items()}
+    return {arm: job for arm, job in found.items() if arm not in SAME_STEP}
+
+
+def compare(done: dict[str, dict[str, Jobs]], runs: Runs, times: Times) -> list[Row]:
+    """A row for each method, task and model."""
     rows = []
-    for model in MODELS:
-        own = {task: jobs for (task, name), jobs in done.items() if name == model}
-        costs = costs_of({arm: x[0] for jobs in own.values() for arm, x in jobs.items()}, rounds)
-        for task, jobs in own.items():
+    for model, tasks in done.items():
+        costs = {
+            arm: Costs(
+                np.array(times[model][arm]), state_bytes(job.program), peak_bytes(job.program)
+            )
+            for arm, job in steps(tasks).items()
+        }
+        costs |= {arm: costs[other] for arm, other in SAME_STEP.items()}
+        for task, jobs in tasks.items():
             rows += rows_of(task, model, jobs, runs, costs)
     return sorted(rows, key=lambda row: list(ARMS).index(row["task"]))
 
 
-def costs_of(jobs: dict[str, Job], rounds: int) -> dict[str, Costs]:
-    """What a step of each method costs, which does not depend on the images."""
-    measured = {arm: job for arm, job in jobs.items() if arm not in SAME_STEP}
-    seconds = time_steps(measured, rounds) if measured else {}
-    found = {
-        arm: Costs(seconds[arm], state_bytes(job.program), peak(job.program))
-        for arm, job in measured.items()
-    }
-    return found | {arm: found[SAME_STEP[arm]] for arm in jobs if arm in SAME_STEP}
+def earlier_times(file: Path, done: dict[str, dict[str, Jobs]]) -> Times:
+    """The times in a report of this machine and these versions."""
+    report = json.loads(file.read_text()) if file.exists() else {}
+    times = report.get("seconds", {})
+    if {"machine": machine(), "versions": versions()}.items() <= report.items():
+        missing = {
+            arm
+            for model, tasks in done.items()
+            for arm in steps(tasks)
+            if arm not in times.get(model, {})
+        }
+        if not missing:
+            return times
+        raise SystemExit(f"error: {file} has no times of {', '.join(sorted(missing))}.")
+    raise SystemExit(f"error: {file} is not from this machine with these versions.")
 
 
 def state_bytes(program: Program) -> int:
@@ -291,14 +317,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=Path, default=results_file("fashion").with_suffix(".csv"))
-    parser.add_argument("--rounds", type=int, default=20, help="of timing")
+    parser.add_argument("--rounds", type=int, default=20, help="of timing; 0: as last time")
     arguments = parser.parse_args()
-    rows = compare(read(arguments.runs), arguments.rounds)
-    if not rows:
+    runs, output = read(arguments.runs), arguments.runs.with_suffix(".json")
+    done = complete(runs)
+    if not done:
         raise SystemExit(f"error: {arguments.runs} has no comparison whose runs are all there.")
-    output = arguments.runs.with_suffix(".json")
-    steps = {task: TASKS[task].steps for task in ARMS}
-    publish(output, table(rows), finite(rows), margin=MARGIN, steps=steps)
+    if arguments.rounds:
+        times = {model: time_steps(steps(x), arguments.rounds) for model, x in done.items()}
+        times = {model: {arm: x.tolist() for arm, x in own.items()} for model, own in times.items()}
+    else:
+        times = earlier_times(output, done)
+    rows = compare(done, runs, times)
+    settings = dict(margin=MARGIN, steps={task: TASKS[task].steps for task in ARMS})
+    publish(output, table(rows), finite(rows), **settings, seconds=times)
     for name, key, cost in (
         ("time", "step_time", "time of the run"),
         ("memory", "state", "parameters, gradient and state"),
