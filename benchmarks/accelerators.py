@@ -204,8 +204,8 @@ def matrix(rows: list[dict[str, Any]], target: str, key: str) -> str:
     rows = [row for row in rows if row["target"] == target]
     counts = collections.Counter(row["model"] for row in rows)
     rows = [row for row in rows if counts[row["model"]] > 1]
-    full = {row["model"]: row for row in rows if row["variant"] == FULL.name}
     found = {(row["variant"], row["model"]): row for row in rows}
+    full = {model: found[FULL.name, model] for model in MODELS if (FULL.name, model) in found}
     lines = ["| step | " + " | ".join(full) + " |", "| --- " * (1 + len(full)) + "|"]
     present = {row["variant"] for row in rows}
     for variant in [x.name for x in VARIANTS if x.name in present]:
