@@ -204,7 +204,7 @@ def _flops(program: Program, computation: Computation, x: Instruction) -> float:
 
 
 def _convolution_flops(computation: Computation, x: Instruction, target: str) -> float:
-    """Without padding taken off, as for a kernel that is small beside the image."""
+    """Without padding taken off, as for a kernel that is small compared with the image."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes)
     assert labels, x
     result = shapes(x.type)[0][1]

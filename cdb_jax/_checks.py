@@ -218,7 +218,7 @@ def check_branch(branch: Any, call: str) -> None:
 
 
 def check_pair(result: Any) -> tuple[Any, Any]:
-    """Returns what a function with auxiliary data returned; raises a TypeError if it is no pair."""
+    """Checks that a function with auxiliary data returned a pair, and returns the pair."""
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
             f"has_aux=True: fun must return a pair (value, aux), got {_kind(result)}; return "

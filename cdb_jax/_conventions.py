@@ -224,14 +224,14 @@ def _roles(path: str, shape: Shape, tree: Tree, bias: Shape) -> Roles | NoChanne
     known = _known(layer, name, len(shape))
     inner = _known(layer, name, len(shape) - 1)
     found = _by_bias(shape, bias, inner, name) or _by_bias(shape, _without_ones(bias), inner, name)
-    if known and len(found) <= 1:
-        fits = not bias or math.prod(shape[axis] for axis in known.outputs) == math.prod(bias)
-        if not found or fits:
-            is_square = len(shape) == 2 and shape[0] == shape[1]
-            return NoChannels.CONTRADICTED if is_square and tree.has_transposed else known
-    if len(found) == 1:
+    if len(found) > 1:
+        return NoChannels.UNSETTLED
+    if known and (not found or _fits(known, shape, bias)):
+        is_square = len(shape) == 2 and shape[0] == shape[1]
+        return NoChannels.CONTRADICTED if is_square and tree.has_transposed else known
+    if found:
         return found[0]
-    if found or _EINSUM.search(layer) or _EINSUM.search(name):
+    if _EINSUM.search(layer) or _EINSUM.search(name):
         return NoChannels.UNSETTLED
     if len(shape) == 2:
         return Roles((1,), (0,), is_default=True)
@@ -239,6 +239,11 @@ def _roles(path: str, shape: Shape, tree: Tree, bias: Shape) -> Roles | NoChanne
     if len(shape) == 4 and shape[0] == shape[1] and is_image and shape[0] <= 32:
         return Roles((2,), (3,)) if shape[3] == 1 < shape[2] else Roles((3,), (2,))
     return NoChannels.UNSETTLED
+
+
+def _fits(roles: Roles, shape: Shape, bias: Shape) -> bool:
+    """Whether a bias has an entry for each output channel."""
+    return not bias or math.prod(shape[axis] for axis in roles.outputs) == math.prod(bias)
 
 
 def _known(layer: str, name: str, rank: int) -> Roles | None:

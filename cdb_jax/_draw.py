@@ -284,16 +284,20 @@ def _draw_groups(policy: Policy, layout: channels.Layout, settings: _Settings) -
         keys = _keys_of([block_of(policy, layer) for layer in layers], depths, settings.key)
         folded = _fold_pairwise(keys, np.zeros(sum(depths), np.uint32))
         mask_words = _split(jax.random.key_data(folded)[:, 0], num_rows)
-    columns = zip(
-        by_width,
-        _split(may_be_masked, num_rows),
-        _split(chance, num_rows),
-        mask_words,
-        [words[:, 1] for words in layer_words],
-        channel_words,
-        strict=True,
-    )
-    return [_draw_group(policy, settings, _Rows(*column)) for column in columns]
+    groups, start = [], 0
+    for i, members in enumerate(by_width):
+        stop = start + num_rows[i]
+        rows = _Rows(
+            layers=members,
+            may_be_masked=may_be_masked[start:stop],
+            chance=chance[start:stop],
+            mask_words=mask_words[i],
+            offset_words=layer_words[i][:, 1],
+            channel_words=channel_words[i],
+        )
+        groups.append(_draw_group(policy, settings, rows))
+        start = stop
+    return groups
 
 
 def _split(x: Any, sizes: Sequence[int]) -> list[Any]:

@@ -38,14 +38,14 @@ class Place(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """What may learn of a leaf. Static.
+    """The part of a leaf that may learn. Static.
 
     Attributes:
       leaf: the leaf.
       part: the channels that are kept of each layer; None for all.
       layers: the layers that are kept of a stack, as if they were channels; None for all.
       may_rest: whether there are steps in which a kept layer does not learn.
-      is_frozen: whether nothing of the leaf ever learns.
+      is_frozen: whether the leaf never learns.
     """
 
     leaf: channels.Leaf
@@ -110,7 +110,7 @@ class Cut(NamedTuple):
         return explicit.call(put, lambda: jax.typeof(whole).sharding.spec, x, place)
 
     def move(self, x: jax.Array, fill: jax.Array, before: Place, after: Place) -> jax.Array:
-        """Moves a kept part to another place; `fill` has what did not learn before."""
+        """Moves a kept part to another place; `fill` has the entries that were not kept before."""
         stack, channel, part, layers = self.leaf.stack, self.leaf.channel, self.part, self.layers
         kept_leaf = self.kept_leaf
 

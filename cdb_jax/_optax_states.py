@@ -74,8 +74,8 @@ def restarting(state_and_updates: tuple[Any, Any], wrapper: Wrapper) -> tuple[bo
     the count of Adam's bias correction. Schedules keep their counts in a separate state.
     """
     found = list(_checked_entries(state_and_updates, wrapper))
-    # With a single array as parameters, a count may look like an entry of it, so numbers alone do
-    # not make a holder.
+    # If the parameters are a single array, a count looks like an entry of it, so only entries with
+    # dimensions make their NamedTuple a holder.
     holders = {
         id(entry.holder)
         for entry in found

@@ -276,8 +276,8 @@ def same_layout(tree: Any, layout: Layout) -> Layout:
         path, shape = canonical_path(keys, layout.root), tuple(getattr(x, "shape", ()))
         if path not in known:
             raise ValueError(
-                f"selection: it has no entry for {path!r} of shape {shape}. It was made for a tree "
-                f"with the paths {_shorten(known)}; make it from the tree that you use it on."
+                f"selection has no entry for {path!r} of shape {shape}; it was made for a tree "
+                f"with the paths {_shorten(known)}. Make it from the tree that you use it on."
             )
         if shape != known[path].shape:
             raise ValueError(

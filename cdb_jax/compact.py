@@ -278,16 +278,20 @@ def _check_shapes(part: KeptPart, fresh: Any, state: CompactState, is_chosen: bo
         {entry.path: getattr(entry.nodes[-1], "shape", None) for entry in slots.entries(tree)}
         for tree in trees
     )
-    pairs = {path: (shape, new.get(path, shape)) for path, shape in old.items()}
-    differing = {path: x for path, x in pairs.items() if None not in x and x[0] != x[1]}
+    differing = [
+        (path, shape, new[path])
+        for path, shape in old.items()
+        if path in new and None not in (shape, new[path]) and shape != new[path]
+    ]
     # A layer that is frozen has MaskedNodes in place of arrays.
     new_treedef, old_treedef = (slots.flatten(tree)[1] for tree in trees)
     if is_chosen and (differing or new_treedef != old_treedef):
         raise ValueError(
-            "selection was made by Selection.of, and keeps another number of channels of some "
-            "layer than the policy of compact does; split the parameters, or use freeze_dropped."
+            "selection was made by Selection.of, and in some layer it keeps a different number of "
+            "channels than the policy of compact; split the parameters, or use freeze_dropped."
         )
-    for path, (shape, kept) in differing.items():
+    if differing:
+        path, shape, kept = differing[0]
         raise ValueError(
             f"state: its entry {path!r} has shape {shape}, but the selection of this step keeps "
             f"{kept}; every selection must keep as many channels of each layer as the policy with "

@@ -51,12 +51,11 @@ def selection_count(opt_state: Any) -> jax.Array:
                 f"opt_state: its count has shape {count.shape}, so it holds the states of several "
                 "optimizers; use jax.vmap(cdb_jax.selection_count), or index it."
             )
-    first, *others = counts
-    # Most states have one count, which is not read: that would wait for the device.
-    known = {int(x) for x in counts if others and not isinstance(x, jax.core.Tracer)}
-    if len(known) > 1:
-        raise ValueError(
-            f"opt_state holds states with different counts, {sorted(known)}; count the steps "
-            "yourself."
-        )
-    return first
+    if len(counts) > 1:  # A single count is not read: that would wait for the device.
+        known = {int(x) for x in counts if not isinstance(x, jax.core.Tracer)}
+        if len(known) > 1:
+            raise ValueError(
+                f"opt_state holds states with different counts, {sorted(known)}; count the steps "
+                "yourself."
+            )
+    return counts[0]

@@ -60,8 +60,8 @@ def drop_backward(
       *args: arguments of `branch`: arrays, trees of arrays, and settings such as bools.
       rate: probability that the backward pass is dropped, in [0, 1]; may be traced.
       key: a JAX key for this call. Optional if the rate is the number 0 or 1.
-      kept: whether to keep the backward pass, a bool scalar, in place of a draw: an entry of what
-        `kept_branches` returns. No key is needed then.
+      kept: a bool scalar that decides whether to keep the backward pass, instead of a draw; usually
+        an entry of the result of `kept_branches`. No key is needed then.
       scale_by_keep: whether to divide the gradient of a kept branch by `1 - rate`, so that the
         expected gradient is that of the branch. The paper does not.
 

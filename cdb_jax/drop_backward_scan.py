@@ -47,7 +47,7 @@ def drop_backward_scan(
 
     Raises:
       TypeError, ValueError: for a bad rate, a missing key, blocks without a common first axis, or a
-        branch whose result has another shape or dtype than `x`.
+        branch whose result differs from `x` in shape or dtype.
 
     Examples:
       >>> import cdb_jax, jax, jax.numpy as jnp

@@ -34,8 +34,8 @@ def drop_path_subset(
 ) -> jax.Array:
     r"""Like `drop_path(branch(*args), rate)`, but runs the branch on the kept samples only.
 
-    Use it as in `x + drop_path_subset(branch, x, rate=0.4, key=key)`, with another key for each
-    branch. With B samples in each of S shards, exactly
+    Use it as in `x + drop_path_subset(branch, x, rate=0.4, key=key)`, with a different key for
+    each branch. With B samples in each of S shards, exactly
     :math:`k = \max(1, \mathrm{round}(B (1 - \mathrm{rate})))` random samples of each shard are
     kept, so the time and the memory of the branch fall with the rate. There is no conditional. If
     B is small, the rounding matters: a rate below 1 / (2 B) drops nothing, and B = 1 never drops. A
@@ -181,8 +181,8 @@ class _Samples(NamedTuple):
         return explicit.call(mapped, lambda: jax.typeof(x).sharding.spec, x, kept)
 
 
-# JAX would transpose one of these to a scatter into zeros, which takes memory for both. As each is
-# the transpose of the other, each needs a gather only, which XLA fuses with what is around it.
+# JAX would transpose each of these gathers to a scatter into zeros, which needs memory for both
+# arrays. Each is the transpose of the other, so gathers suffice, which XLA fuses with other work.
 
 
 @jax.custom_vjp

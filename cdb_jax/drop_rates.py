@@ -227,8 +227,8 @@ def kept_branches(
         with its rate, and the number of kept branches is always the average, `sum(1 - rates)`,
         rounded up or down at random if it is not a whole number. So each step takes the same time.
         In both cases, if all would be dropped, one of those with a rate below 1 is kept at random
-        (any one, if all rates are 1). So for a few branches with high rates, branches are kept more
-        often than their rates say.
+        (any one, if all rates are 1). So if there are few branches with high rates, branches are
+        kept more often than their rates imply.
 
     Returns:
       A bool array of shape `(depth,)`, for `drop_backward(..., kept=kept[l])`.

@@ -24,7 +24,7 @@ def infer_channel_axes(
     """Finds the channel axes of every weight from how a loss uses it.
 
     In a product, the free axes of a weight are its output channels, and the axes that are summed
-    over are its input channels. Axes that are batched, looped over or indexed stack several layers.
+    over are its input channels. Axes that are batched, looped over or indexed are stack axes.
     The output channels of a table that is only looked up are its features. A weight that is in no
     product (normalisation, biases, position embeddings) is left alone, and so is one whose name
     says that it is a position embedding or a token.

@@ -182,8 +182,8 @@ class DropBackward(nn.Module):
             argument is a module, such as `self`; it may call submodules, and create them.
           *args: arguments of the branch: arrays and settings. If the branch is a function, pass its
             module first.
-          kept: an entry of what `kept_branches` returns, which decides whether to keep the backward
-            pass, so that nothing is drawn. It is ignored in evaluation mode.
+          kept: a bool scalar that decides whether to keep the backward pass, instead of a draw;
+            usually an entry of the result of `kept_branches`. It is ignored in evaluation mode.
           deterministic: whether the layer is in evaluation mode.
         """
         function, module, args = _with_module(branch, args)

@@ -185,7 +185,7 @@ def _of_parameters(fun: Callable[..., Any], model: nnx.Module) -> tuple[Callable
 
 
 def _changes(given: Any, params: Any) -> Any:
-    """The parameters with None in place of those that were given: results cost memory traffic."""
+    """The parameters, with None for those that did not change: results cost memory traffic."""
     known = dict(jax.tree.leaves_with_path(given))
     return jax.tree.map_with_path(lambda path, x: None if known.get(path) is x else x, params)
 
@@ -567,8 +567,8 @@ class DropBackward(_RandomLayer):
           branch: a model, a method of a model, or a function of models and arrays. Pass the models
             that a function calls in `args`.
           *args: models and arrays.
-          kept: an entry of what `kept_branches` returns, which decides whether to keep the backward
-            pass, so that nothing is drawn. It is ignored in evaluation mode.
+          kept: a bool scalar that decides whether to keep the backward pass, instead of a draw;
+            usually an entry of the result of `kept_branches`. It is ignored in evaluation mode.
           deterministic: overrides the mode of the layer for this call.
           rngs: the source of keys for this call.
         """

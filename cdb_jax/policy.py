@@ -66,9 +66,9 @@ class Policy:
         number of parameters), or a dict from path to weight.
       other_layers: with "exact", whether the other layers learn in "full" or are "frozen", together
         with every leaf that is not `exempt`, including biases and normalisation.
-      blocks: path patterns of blocks, such as `("encoder/layers/*",)`. The layers below a path that
-        matches are masked or picked together, as if they were one layer; if they are stacked, those
-        with the same index are. The first pattern that matches a layer counts.
+      blocks: path patterns of blocks, such as `("encoder/layers/*",)`. All layers below a
+        matching path are masked or picked together, as one layer; stacked layers are grouped by
+        their index in the stack. If several patterns match a layer, the first one applies.
       channel_choice: how the channels of a masked layer are chosen. "bernoulli" decides for each
         channel independently; "exact" keeps a fixed number k of channels, and all subsets are
         equally likely; "window" keeps a contiguous block of k that wraps around; "chunk"
@@ -83,14 +83,14 @@ class Policy:
         "bernoulli" with rate r (the last term comes from layers that would lose every channel), and
         the probability that a layer learns if `rate=1`; "realized", the fraction kept in this
         step, as in the released code.
-      exempt: path patterns such as `("head", "*/stem/kernel")` of leaves to leave alone. A pattern
-        also covers everything below what it matches.
+      exempt: path patterns such as `("head", "*/stem/kernel")` of leaves that are never dropped. A
+        pattern also covers everything below what it matches.
       only: the opposite of `exempt`: if given, only leaves under these patterns can be dropped.
       share_with_bias: whether the `bias` of a layer is dropped with its kernel; otherwise it always
         learns.
       hold: number of steps for which a selection is kept before the next one is drawn. If
-        `channel_drop_back` comes after a wrapper that takes n updates for one step, such as
-        `optax.contrib.sam(..., sync_period=n)`, use that n.
+        `channel_drop_back` follows a wrapper that makes one step of n updates, such as
+        `optax.contrib.sam(..., sync_period=n)`, set `hold=n`.
       root: path of the given tree inside a larger model, so that a part of the model, such as a
         pipeline stage, draws what the whole model would draw.
 

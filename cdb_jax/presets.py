@@ -216,8 +216,8 @@ def by_epoch(
 ) -> optax.Schedule:
     """Turns a schedule of epochs into a schedule of steps, where epochs differ in length.
 
-    With larger batches in every `n`-th epoch, the number of steps does not show how much of the
-    training is done. This passes the number of epochs, with a fraction, to `schedule`.
+    If every `n`-th epoch has larger batches, the step is not proportional to the progress of
+    training. This passes the number of epochs, which may be fractional, to `schedule`.
 
     Args:
       schedule: a function of a float32 number of epochs.
@@ -256,7 +256,7 @@ class _Epochs(NamedTuple):
         return cls(check_positive("n", n), *steps)
 
     def position(self, count: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
-        """The epochs that are done at a step, with a fraction, and whether it is in an n-th one."""
+        """The fractional number of epochs before a step, and whether it is in an n-th epoch."""
         count = jnp.asarray(count)
         others = (self.n - 1) * self.steps  # Between two n-th epochs.
         cycle, step = jnp.divmod(count - self.steps, others + self.nth_steps)
@@ -280,9 +280,9 @@ def skip_update(
 ) -> Policy:
     r"""SkipUpdate: random tensors skip the optimizer's update, and the others make up for it.
 
-    The mask applies to the *updates*, so place it after the optimizer, whose moments take in every
-    gradient. Kept updates are divided by the probability of being kept, so that the expected update
-    stays the same:
+    The mask applies to the *updates*, so place it after the optimizer, whose moments then see
+    every gradient. Kept updates are divided by the probability of being kept, so that the expected
+    update stays the same:
 
     .. math:: \theta \leftarrow \theta + \frac{b}{\Pr(b = 1)}\, u, \qquad u = \mathrm{inner}(g).
 

@@ -156,7 +156,7 @@ class Selection:
           chosen: a dict from path or path pattern to the channels that learn: a list of ints, or an
             int array of shape `(k,)`, or `(*stack, k)` for stacked layers. Negative channels count
             from the end. The array may be traced: repeated channels then count once, and those out
-            of range are left out (for `kept_only`, k channels must be left). An empty list freezes
+            of range are ignored (with `kept_only`, k channels must remain). An empty list freezes
             all leaves that the pattern covers, and `...` lets them learn in full.
           channel_axes: which axes hold the channels of the leaves in `chosen`, as in `Policy`. The
             only axis of a vector holds its channels, unless a tree or a rule says otherwise.

@@ -71,8 +71,8 @@ def channel_drop_back(
 
     where :math:`s_l` is 1 unless `rescale` says otherwise. The forward pass does not change. Before
     an optimizer, this masks gradients: momentum and weight decay still move a dropped channel.
-    After an optimizer, it masks updates: a dropped channel keeps its weights, but the optimizer's
-    moments still take in its gradient.
+    After an optimizer, it masks updates: a dropped channel keeps its weights, but its gradient
+    still enters the optimizer's moments.
 
     Args:
       rate: a drop rate, as in `Policy`; or a `Policy` and no other argument.
@@ -169,8 +169,8 @@ def layout_and_source(
         if selection.policy is None or policy.draws_like(selection.policy):
             return channels.same_layout(updates, selection.layout), selection
     raise ValueError(
-        "selection: it was drawn from another policy, not from the one that channel_drop_back, "
-        "freeze_dropped or compact uses, so the two would drop different channels; use the same "
+        "selection was drawn from a policy that differs from the one that channel_drop_back, "
+        "freeze_dropped or compact uses, so they would drop different channels; use the same "
         "Policy object for both (two schedules are equal only if they are the same object). If a "
         "chain has several policies, pass a tuple with one selection for each. If selection is not "
         "passed, each transformation draws its own."

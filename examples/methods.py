@@ -265,7 +265,7 @@ def model_settings(config: Config) -> dict[str, Any]:
 
 
 def _branches(config: Config) -> models.Branches:
-    depth = models.depth(config.model) or 1  # Unknown names are told later.
+    depth = models.depth(config.model) or 1  # Unknown names are reported later.
     if config.method == "drop_backward":
         return models.Branches((config.rate,) * depth, "backward")
     if config.method == "drop_path_subset":

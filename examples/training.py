@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -124,6 +125,23 @@ def epoch_batches(
         next(batches)
 
 
+class Queue:
+    """Steps that the device has yet to compute: at most two.
+
+    JAX would queue dozens. A run that is asked to stop would have to wait for all of them before it
+    could save, and each holds a batch.
+    """
+
+    def __init__(self) -> None:
+        self._results: collections.deque[Any] = collections.deque()
+
+    def add(self, result: Any) -> None:
+        """Adds a step by what it returns, and waits for the one before the last."""
+        self._results.append(result)
+        if len(self._results) > 2:
+            jax.block_until_ready(self._results.popleft())
+
+
 def on_mesh(mesh: jax.sharding.Mesh, f: Callable[..., Any], *args: Any) -> Any:
     """The result of `f(*args)`, computed and kept where `shardings` says."""
     return jax.jit(f, out_shardings=shardings(mesh, jax.eval_shape(f, *args)))(*args)
@@ -158,10 +176,11 @@ def evaluate(
     stop: StopRequest | None = None,
 ) -> dict[str, float] | None:
     """Mean loss and accuracy over the test images, each counted once; None if asked to stop."""
-    parts = []
+    parts, queue = [], Queue()
     for batch in test_batches(dataset, batch_size, **share):
         if stop and stop.is_now():
             return None
         parts.append(eval_step(state, distribute(batch, mesh)))
+        queue.add(parts[-1])
     loss, correct, weight = np.sum(jax.device_get(parts), axis=0).tolist()
     return {"test_loss": loss / weight, "test_accuracy": correct / weight}

@@ -317,8 +317,8 @@ def read(file: Path | None, name: str, model: nnx.Module) -> Pretrained:
         place[last] = array.transpose(layout.axes(array.ndim)).reshape(state[path].shape)
     summary = f"{len(needed)} arrays loaded from {file}"
     if unused:  # One of the counts of batches says enough, a ResNet has one in each layer.
-        told = {re.sub(r"^.*(?=\.num_batches_tracked$)", "*", x) for x in unused}
-        summary += f"; not used: {', '.join(sorted(told))}"
+        named = {re.sub(r"^.*(?=\.num_batches_tracked$)", "*", x) for x in unused}
+        summary += f"; not used: {', '.join(sorted(named))}"
     return Pretrained(nested, digest, summary)
 
 

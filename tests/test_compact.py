@@ -366,7 +366,7 @@ def test_channels_that_the_user_chooses(on_switch):
     assert state.count == 4
 
 
-def test_around_and_beside_other_transformations():
+def test_around_and_next_to_other_transformations():
     policy = window()
     accumulating = optax.MultiSteps(compact(optax.adam(0.1), policy), 2)
     history = run(accumulating, steps=8)

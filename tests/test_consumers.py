@@ -180,6 +180,17 @@ def test_it_is_an_argument_of_shard_map():
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_it_is_a_result_of_shard_map():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def select(params, step):
+        return policy().select(params, step[0])
+
+    mapped = jax.shard_map(select, mesh=mesh, in_specs=(P(), P()), out_specs=P())
+    found = jax.jit(mapped)(PARAMS, jnp.array([2]))
+    chex.assert_trees_all_equal(found.factors, policy().select(PARAMS, 2).factors)
+
+
 def test_modes():
     one = policy(layer_choice="exact", other_layers="frozen").select(PARAMS, 0)
     assert sorted(one.modes) == ["first/bias", "first/kernel", "second/kernel"]

@@ -105,8 +105,8 @@ def test_fine_tuning_starts_from_what_was_learned(short, monkeypatch):
     monkeypatch.setitem(TASKS, "finetune", short._replace(start="pretrain"))
     trial.pretrained.cache_clear()
     program = Program("finetune", "none", short.model, "adamw")
-    still = SETTINGS._replace(learning_rate=0.0)
-    found = trial.fit(program, still, short.split(3)).params
+    frozen = SETTINGS._replace(learning_rate=0.0)
+    found = trial.fit(program, frozen, short.split(3)).params
     learned = trial.pretrained("pretrain", short.model).params
     fresh = compiled(program).initial(Settings(np.uint32(3), np.float32(0), np.float32(0))).params
     trial.pretrained.cache_clear()

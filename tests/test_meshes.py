@@ -113,7 +113,7 @@ def test_nothing_parameter_sized_is_sent(name, tx):
 @pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("name", MESHES)
 def test_updates_and_state_stay_where_they_are(name, tx):
-    """Without being told so."""
+    """By itself."""
     tree, state, _ = laid_out(tx, name)
     before, after = (tree, state), jax.jit(tx.update)(tree, state, tree)
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):

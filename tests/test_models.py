@@ -153,8 +153,8 @@ def test_an_image_is_judged_on_its_own_in_evaluation(model):
 def test_a_gradient_reaches_every_parameter(model):
     grad = nnx.jit(nnx.grad(lambda model, images: jnp.square(model(images)).mean()))
     grads = nnx.to_pure_dict(grad(model, small_images()))
-    still = [jax.tree_util.keystr(k) for k, g in jax.tree.leaves_with_path(grads) if not g.any()]
-    assert still == []
+    unused = [jax.tree_util.keystr(k) for k, g in jax.tree.leaves_with_path(grads) if not g.any()]
+    assert unused == []
 
 
 def test_new_blocks_of_a_resnet_pass_their_input_on():

@@ -217,9 +217,9 @@ def test_a_dropped_channel_stands_still_under_every_optimizer(name):
         moved, state = update(params, state)
         kept = POLICY.select(params, count).factors
         for path, was, now in zip(("0", "1"), params, moved, strict=True):
-            still = np.asarray(kept[path]) == 0
-            assert 0 < still.sum() < still.size
-            np.testing.assert_array_equal(was[..., still], now[..., still])
+            dropped = np.asarray(kept[path]) == 0
+            assert 0 < dropped.sum() < dropped.size
+            np.testing.assert_array_equal(was[..., dropped], now[..., dropped])
             learned += np.any(np.asarray(was != now))
         params = moved
     assert learned >= 4  # Adopt takes its first step to look around.

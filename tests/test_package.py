@@ -1,7 +1,10 @@
 """What importing the package does, and what it does not."""
 
+import ast
+import graphlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +29,27 @@ def test_other_packages_are_imported_when_they_are_used():
 def test_unknown_names():
     with pytest.raises(AttributeError, match="module 'cdb_jax' has no attribute 'torch'"):
         _ = cdb_jax.torch
+
+
+def imports(file, package):
+    """The modules of a package that a file of it imports at run time."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(package):
+            found.add(node.module)
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    return found
+
+
+def test_imports_go_one_way():
+    root = Path(cdb_jax.__file__).parent
+    files = {
+        ".".join(("cdb_jax", *x.relative_to(root).with_suffix("").parts)): x
+        for x in root.rglob("*.py")
+        if x.name != "__init__.py"
+    }
+    graph = {name: imports(file, "cdb_jax") & files.keys() for name, file in files.items()}
+    assert sum(map(len, graph.values())) > 100
+    graphlib.TopologicalSorter(graph).prepare()  # Raises an error if there is a cycle.

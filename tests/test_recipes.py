@@ -1,4 +1,4 @@
-"""Recipes: that each can be run, says what the paper found, and that mistakes are told."""
+"""Recipes: each can be run and says what the paper found; mistakes are reported."""
 
 import functools
 import re

@@ -78,8 +78,8 @@ def test_limits(choice):
     for layer_rate in (0.0, 0.5, 1.0):
         whole = Policy(0.0, key=0, channel_choice=choice, layer_rate=layer_rate)
         assert (draws(whole, tree, 50)["kernel"] == 1).all()
-    still = draws(Policy(1.0, key=0, channel_choice=choice), tree, 50)["kernel"]
-    assert (still == 0).all()
+    factors = draws(Policy(1.0, key=0, channel_choice=choice), tree, 50)["kernel"]
+    assert (factors == 0).all()
     half = draws(Policy(1.0, key=0, channel_choice=choice, layer_rate=0.5), tree)["kernel"]
     assert (half == half[:, :1]).all()
     assert_rate(half[:, :1] == 0, 0.5)
@@ -162,7 +162,7 @@ def test_one_layer_of_a_part_is_the_one_of_the_whole():
         np.testing.assert_array_equal(factors, whole[path])
 
 
-def test_others_stand_still():
+def test_others_are_frozen():
     tree = {
         "a": dense(2, 6) | {"bias": jax.ShapeDtypeStruct((6,), jnp.float32)},
         "b": dense(2, 6),

@@ -1,5 +1,6 @@
 """`value_and_grad` and `grad`: arguments, results, errors, and their place in a training loop."""
 
+import dataclasses
 import functools
 
 import chex
@@ -87,6 +88,67 @@ def test_adding_it_to_a_loop_changes_the_time_alone(rescale, one):
 
     with jax.numpy_dtype_promotion("standard"):
         chex.assert_trees_all_close(train(False), train(True), atol=2e-5)
+
+
+EXACT_POLICIES = {
+    "window": window(),
+    "window, input channels": window(channel_axes=cdb_jax.input_channels),
+    "window groups": window(window_groups=4, rescale="expected"),
+    "chunk": cdb_jax.Policy(0.75, key=0, channel_choice="chunk", rescale="realized"),
+    "exact": cdb_jax.Policy(0.5, key=0, channel_choice="exact", rescale="expected"),
+    "half of the steps": window(layer_rate=0.5, rescale="realized"),
+    "one layer": window(layer_choice="exact", rescale="expected"),
+    "one layer, others frozen": window(layer_choice="exact", other_layers="frozen"),
+    "blocks": window(layer_rate=0.5, blocks=("dense*",), rescale="expected"),
+    "held": window(hold=2),
+    "with biases": window(share_with_bias=True, rescale="realized"),
+    "whole layers": cdb_jax.Policy(1.0, key=0, layer_rate=0.5, rescale="expected"),
+    "nothing learns": cdb_jax.Policy(1.0, key=0),
+    "nothing is dropped": cdb_jax.Policy(0.0, key=0),
+}
+
+
+@pytest.mark.parametrize("policy", EXACT_POLICIES.values(), ids=EXACT_POLICIES)
+@pytest.mark.parametrize("consumer", [cdb_jax.channel_drop_back, cdb_jax.freeze_dropped])
+def test_updates_are_the_same_bit_for_bit_where_sums_are_exact(policy, consumer):
+    """Sums of small integers have no rounding, in whatever order."""
+    rng = np.random.default_rng(0)
+
+    def integers(*shape):
+        return jnp.asarray(rng.integers(-3, 4, shape), jnp.float32)
+
+    params = {f"dense{i}": {"kernel": integers(16, 16), "bias": integers(16)} for i in range(2)}
+    x = integers(8, 16)
+
+    def loss(params):
+        y = x
+        for layer in params.values():
+            y = y @ layer["kernel"] + layer["bias"][None]
+        return jnp.sum(y)
+
+    sgd = optax.sgd(0.5, momentum=0.5)
+    if consumer is cdb_jax.freeze_dropped:
+        if policy.rescale != "none":
+            policy = dataclasses.replace(policy, rescale="none")
+        tx = consumer(sgd, policy)
+    else:
+        tx = optax.chain(consumer(policy), sgd)
+
+    @jax.jit
+    def plain(state):
+        return tx.update(jax.grad(loss)(params), state, params)
+
+    @jax.jit
+    def skipping(state):
+        selection = policy.select(params, cdb_jax.selection_count(state))
+        grads = cdb_jax.grad(loss)(params, selection=selection)
+        return tx.update(grads, state, params, selection=selection)
+
+    state = tx.init(params)
+    for _ in range(3):
+        expected, found = plain(state), skipping(state)
+        chex.assert_trees_all_equal(found, expected)
+        state = expected[1]
 
 
 def test_gradient_accumulation_shares_the_selection():

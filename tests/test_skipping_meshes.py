@@ -253,7 +253,7 @@ def test_inside_shard_map_with_replicated_weights(name):
         assert kept["all-reduce"][1] <= 0.5 * full["all-reduce"][1] + 64
 
 
-def test_beside_shard_map():
+def test_with_shard_map_in_the_same_loss():
     """Products outside of a `shard_map` are skipped, weights inside of it masked."""
     grid = mesh((8,), ("data",))
 

@@ -35,7 +35,7 @@ POLICIES = {
     "whole layers": cdb_jax.Policy(1.0, key=0, layer_rate=0.5),
     "whole layers, rescaled": cdb_jax.Policy(1.0, key=0, layer_rate=0.5, rescale="expected"),
     "one": window(layer_choice="exact"),
-    "one, others still": window(layer_choice="exact", other_layers="frozen"),
+    "one, others frozen": window(layer_choice="exact", other_layers="frozen"),
     "one in full": cdb_jax.Policy(0.0, key=0, layer_choice="exact", other_layers="frozen"),
     "one, sometimes in part": window(
         layer_choice="exact", other_layers="frozen", layer_rate=0.5, exempt=("conv",)

@@ -379,7 +379,7 @@ def test_an_infinite_derivative_of_a_dropped_weight(layer_rate):
         assert jnp.isinf(gradient[:, kept]).all() and (gradient[:, ~kept] == 0).all()
 
 
-def test_beside_a_pallas_call():
+def test_with_a_pallas_call_in_the_same_loss():
     def double(x_ref, y_ref):
         y_ref[...] = 2.0 * x_ref[...]
 

@@ -69,6 +69,36 @@ def interrupt(monkeypatch, step, number=signal.SIGINT):
     monkeypatch.setattr(training, "distribute", distribute)
 
 
+def test_few_steps_wait_for_a_slow_device(config, monkeypatch):
+    """So that a run that is asked to stop does not have to wait for many steps."""
+    make_steps, begun, finished, waiting = train.make_steps, [], [], []
+
+    def finish(x):
+        time.sleep(0.05)
+        finished.append(1)
+        return x
+
+    @jax.jit
+    def slowly(x):
+        return jax.pure_callback(finish, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    def make_slow_steps(*arguments):
+        train_step, eval_step = make_steps(*arguments)
+
+        def slow_train_step(*arguments):
+            begun.append(1)
+            state, metrics = train_step(*arguments)
+            metrics = metrics | {"train_loss": slowly(metrics["train_loss"])}
+            waiting.append(len(begun) - len(finished))
+            return state, metrics
+
+        return slow_train_step, eval_step
+
+    monkeypatch.setattr(train, "make_steps", make_slow_steps)
+    train.train(config(epochs=1))
+    assert len(begun) == len(finished) == 8 and max(waiting) <= 3
+
+
 @pytest.mark.parametrize(
     "method",
     [

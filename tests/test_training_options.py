@@ -119,6 +119,6 @@ def test_values_out_of_range_are_refused(flag, value):
         Config(**{flag: value})
 
 
-def test_a_data_set_beside_a_folder_is_refused(tmp_path):
+def test_a_data_set_and_a_folder_are_refused(tmp_path):
     with pytest.raises(UserError, match="--data-folder .*; leave out --dataset cifar10"):
         Config(data_folder=tmp_path, dataset="cifar10")

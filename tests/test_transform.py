@@ -134,8 +134,8 @@ def test_dropped_fraction_and_count():
     assert state.count == 1 and state.count.dtype == jnp.int32
     np.testing.assert_allclose(state.dropped_fraction, 0.25, rtol=1e-6)
     assert state.dropped_fraction.dtype == jnp.float32
-    still = channel_drop_back(1.0, key=0)
-    np.testing.assert_allclose(still.update(PARAMS, state)[1].dropped_fraction, 1.0, rtol=1e-6)
+    nothing = channel_drop_back(1.0, key=0)
+    np.testing.assert_allclose(nothing.update(PARAMS, state)[1].dropped_fraction, 1.0, rtol=1e-6)
 
 
 # optax

@@ -24,7 +24,7 @@ class Contender(NamedTuple):
     Attributes:
       method: name in `examples/methods.py`.
       rates: drop rates that tuning chooses from; of gradient noise its variance at first.
-      dropout: drop rates of Dropout beside it.
+      dropout: drop rates of Dropout, which is used as well.
       stops_early: whether the weights of the best evaluation are kept, instead of the last.
       adds_noise: whether the rate is the variance of `optax.add_noise` before the optimizer.
       policy: changes to the method's `cdb_jax.Policy`.

@@ -6,7 +6,7 @@ Differences are to the tuned baseline, paired by seed: same images, same order, 
 Intervals are bootstrap intervals over seeds, p values those of all sign flips of the differences,
 corrected by Holm's method for all comparisons that a grid plans, whether they are run or not. They
 speak of the chosen settings and of these test images. Writes `evidence-<device>.md`, `.json`, and
-a figure for each grid, beside the runs, and the tables of `docs/evidence.md`.
+a figure for each grid, next to the runs, and the tables of `docs/evidence.md`.
 """
 
 from __future__ import annotations

@@ -397,7 +397,7 @@ def _spread(origin: Origin, shape: tuple[int, ...]) -> Origin:
 def _product(finder: _Finder, eqn: core.JaxprEqn, facts: list[Fact]) -> list[Origin]:
     contract, batch = eqn.params["dimension_numbers"]
     if all(fact.origins and not fact.is_data for fact in facts):
-        # A low-rank update, or learned tokens and the weight that reads them: only names can tell.
+        # A low-rank update, or learned tokens and the weight that reads them: only names differ.
         finder.unknown(facts, "a product of two weights")
         return []
     for side, fact in enumerate(facts):

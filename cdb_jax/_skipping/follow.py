@@ -12,7 +12,6 @@ each value depends on, and conditionals skip the gradients that no leaf needs.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -210,20 +209,30 @@ def _pieces(jaxpr: core.Jaxpr, steps: Mapping[int, Step]) -> list[Piece]:
     """Joins the equations between those that are replaced into runs."""
     reads = Counter(v for eqn in jaxpr.eqns for v in eqn.invars if jaxprs.is_variable(v))
     reads.update(v for v in jaxpr.outvars if jaxprs.is_variable(v))
-    pieces = []
-    indexed = enumerate(jaxpr.eqns)
-    for index, run in itertools.groupby(indexed, lambda pair: pair[0] if pair[0] in steps else -1):
-        eqns = [eqn for _, eqn in run]
-        if index in steps:
-            pieces.append(Piece(steps[index], eqns[0].invars, eqns[0].outvars))
+    pieces: list[Piece] = []
+    run: list[core.JaxprEqn] = []
+    for i, eqn in enumerate(jaxpr.eqns):
+        if i not in steps:
+            run.append(eqn)
             continue
-        made = dict.fromkeys(v for eqn in eqns for v in eqn.outvars)
-        inside = Counter(v for eqn in eqns for v in eqn.invars if jaxprs.is_variable(v))
-        inputs = [v for v in inside if v not in made]
-        outputs = [v for v in made if reads[v] > inside[v]]
-        function = jaxprs.as_function(eqns, inputs, outputs, jaxpr)
-        pieces.append(Piece(functools.partial(_run, function), inputs, outputs))
-    return pieces
+        pieces += _joined(run, reads, jaxpr)
+        pieces.append(Piece(steps[i], eqn.invars, eqn.outvars))
+        run = []
+    return pieces + _joined(run, reads, jaxpr)
+
+
+def _joined(
+    eqns: Sequence[core.JaxprEqn], reads: Mapping[core.Var, int], jaxpr: core.Jaxpr
+) -> list[Piece]:
+    """One piece for all equations of a run; none for an empty run."""
+    if not eqns:
+        return []
+    made = dict.fromkeys(v for eqn in eqns for v in eqn.outvars)
+    inside = Counter(v for eqn in eqns for v in eqn.invars if jaxprs.is_variable(v))
+    inputs = [v for v in inside if v not in made]
+    outputs = [v for v in made if reads[v] > inside[v]]
+    function = jaxprs.as_function(eqns, inputs, outputs, jaxpr)
+    return [Piece(functools.partial(_run, function), inputs, outputs)]
 
 
 def _run(

@@ -55,7 +55,7 @@ class Target(NamedTuple):
 
     @property
     def compact_part(self) -> Part | None:
-        """The part outside which nothing ever has a gradient; None if there is no such part."""
+        """The part that holds every nonzero gradient; None if the whole weight may have one."""
         return None if Mode.FULL in self.modes else self.part
 
     def shape(self, shape: tuple[int, ...], channel: tuple[int, ...]) -> tuple[int, ...]:

@@ -179,7 +179,7 @@ def followed(traced: Traced, groups: Sequence[Group]) -> Followed:
 
 
 def weight_flops(traced: Traced) -> list[int]:
-    """The floating-point operations of the full gradient of each leaf, as far as products go."""
+    """The floating-point operations of the full gradient of each leaf, counting products only."""
     leaves = traced.layout.leaves
     whole = products.Target((Mode.FROZEN, Mode.FULL), None)  # Any use of a whole leaf is followed.
     facts = [follow.Fact()] * len(traced.consts)
@@ -191,7 +191,7 @@ def weight_flops(traced: Traced) -> list[int]:
 
 
 def _needs(i: int, target: products.Target) -> follow.Needs:
-    """What has to learn for the gradient of a leaf to be needed."""
+    """The leaves of which at least one must learn for the gradient of this leaf to be needed."""
     if target.modes == (Mode.FROZEN,):
         return follow.NOTHING
     return frozenset([i if Mode.FROZEN in target.modes else follow.ALWAYS])
@@ -210,6 +210,18 @@ class _Drawn(NamedTuple):
     kept_index: jax.Array | None
 
 
+class _Input(NamedTuple):
+    """What one leaf is differentiated by.
+
+    Attributes:
+      direct: the leaf itself; None if JAX computes no gradient of it directly.
+      zeros: what receives the gradient that products compute; None if they compute none.
+    """
+
+    direct: Any
+    zeros: jax.Array | None
+
+
 class _Plan(NamedTuple):
     """How one leaf takes part in a step.
 
@@ -217,6 +229,7 @@ class _Plan(NamedTuple):
       leaf: its entry in the layout.
       target: what may happen to it.
       drawn: what happens to it in this step; None if that is known in advance.
+      is_followed: whether the leaf was followed to products.
       is_skipped: whether products compute the kept part of its gradient.
       is_direct: whether JAX computes its gradient directly, in addition or instead.
       has_zeros: whether its gradient already has zeros in dropped channels. Otherwise it has to be
@@ -227,6 +240,7 @@ class _Plan(NamedTuple):
     leaf: channels.Leaf
     target: products.Target
     drawn: _Drawn | None
+    is_followed: bool
     is_skipped: bool
     is_direct: bool
     has_zeros: bool
@@ -236,14 +250,27 @@ class _Plan(NamedTuple):
         """Whether products give the gradient of the kept channels, and there is no other."""
         return self.is_skipped and self.has_zeros and self.target.compact_part is not None
 
-    def change_of(self, weight: Any) -> jax.Array:
-        """Zeros that receive the gradient that products compute."""
+    def input(self, weight: Any) -> _Input:
         leaf, target = self.leaf, self.target
 
         def zeros(weight: Any) -> jax.Array:
             return jnp.zeros_like(weight, shape=target.shape(leaf.shape, leaf.channel))
 
-        return explicit.call(zeros, lambda: target.spec(weight, leaf.channel), weight)
+        received = None
+        if self.is_skipped:
+            received = explicit.call(zeros, lambda: target.spec(weight, leaf.channel), weight)
+        return _Input(weight if self.is_direct else None, received)
+
+    def value(self, weight: Any, given: _Input) -> follow.Value:
+        """The leaf as the program reads it."""
+        if self.is_direct:
+            weight = given.direct
+        if not self.is_followed:
+            return follow.Value(weight)
+        change = None
+        if given.zeros is not None and self.drawn:
+            change = products.Change(given.zeros, self.drawn.place, self.drawn.mode)
+        return follow.Value(weight, (change,))
 
 
 @compiled
@@ -256,42 +283,37 @@ def _evaluate(
 ) -> tuple[list[jax.Array], Sequence[jax.Array | None]]:
     """Returns the results of the program, and the masked gradient.
 
-    If that is compact, a leaf that never learns has None.
+    With `kept_only`, the gradient of a leaf that never learns is None.
     """
     found = followed(traced, groups)
     plans = _plans(found, traced.layout, _drawn(groups))
-    direct = {i: x for i, x in enumerate(leaves) if plans[i].is_direct}
-    changes = {i: plans[i].change_of(x) for i, x in enumerate(leaves) if plans[i].is_skipped}
     flags = follow.Flags(_learning(plans), {})
 
-    def fun(changes: dict[int, jax.Array], direct: dict[int, Any]) -> tuple[jax.Array, list[Any]]:
+    def fun(inputs: list[_Input]) -> tuple[jax.Array, list[Any]]:
         values = [follow.Value(x) for x in consts]
-        for i, (x, plan) in enumerate(zip(leaves, plans, strict=True)):
-            change = None
-            if plan.is_skipped and plan.drawn:
-                change = products.Change(changes[i], plan.drawn.place, plan.drawn.mode)
-            values.append(follow.Value(direct.get(i, x), (change,) * found.is_followed[i]))
+        values += [plan.value(x, y) for plan, x, y in zip(plans, leaves, inputs, strict=True)]
         value, *aux = (x.array for x in follow.evaluate(found.program, values, flags))
         return value, aux
 
-    with_gradients = jax.value_and_grad(fun, argnums=(0, 1), has_aux=True)
-    (value, aux), (skipped, rest) = with_gradients(changes, direct)
+    inputs = [plan.input(x) for plan, x in zip(plans, leaves, strict=True)]
+    (value, aux), derivatives = jax.value_and_grad(fun, has_aux=True)(inputs)
+    skipped = {i: x.zeros for i, x in enumerate(derivatives) if x.zeros is not None}
     kept: dict[int, jax.Array] = {}
     if traced.kept_only:
         kept = {i: skipped.pop(i) for i, plan in enumerate(plans) if plan.is_kept_only}
-    gradients = _put_back(skipped, plans, leaves), rest
-    gradient = [_sum(i, gradients, x) for i, x in enumerate(leaves)]
-    masked = {plan.leaf.path for plan in plans if plan.has_zeros}
-    gradient = mask_leaves(gradient, traced.layout, groups, rescale=False, done=masked)
+    skipped = _put_back(skipped, plans, leaves)
+    gradient = [_sum(x, skipped.get(i), derivatives[i].direct) for i, x in enumerate(leaves)]
+    have_zeros = {plan.leaf.path for plan in plans if plan.has_zeros}
+    gradient = mask_leaves(gradient, traced.layout, groups, rescale=False, done=have_zeros)
     if traced.kept_only:
         part = KeptPart.from_groups(traced.layout, groups, traced.layers_picked)
         return [value, *aux], part.kept_gradients(gradient, kept)
     return [value, *aux], gradient
 
 
-def _sum(i: int, gradients: Sequence[dict[int, jax.Array]], x: jax.Array) -> jax.Array:
-    found = [gradient[i] for gradient in gradients if i in gradient]
-    return functools.reduce(jnp.add, found) if found else jnp.zeros_like(x)
+def _sum(leaf: jax.Array, *gradients: jax.Array | None) -> jax.Array:
+    found = [x for x in gradients if x is not None]
+    return functools.reduce(jnp.add, found) if found else jnp.zeros_like(leaf)
 
 
 def _plans(
@@ -304,7 +326,8 @@ def _plans(
         # A leaf that only products read needs no other gradient.
         is_direct = target.modes != (Mode.FROZEN,) and (not is_skipped or bool(uses.others))
         has_zeros = is_skipped and uses.layout_only and not is_direct
-        plans.append(_Plan(leaf, target, drawn.get(leaf.source), is_skipped, is_direct, has_zeros))
+        flags = found.is_followed[i], is_skipped, is_direct, has_zeros
+        plans.append(_Plan(leaf, target, drawn.get(leaf.source), *flags))
     return tuple(plans)
 
 
