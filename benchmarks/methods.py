@@ -64,7 +64,8 @@ def main() -> None:
     rows = []
     for name, size, batch in args.steps or [parse_step(x) for x in STEPS]:
         rows += compare(name, size, batch, args.dtype, VARIANTS, args.rounds)
-    publish(args.output or results_file("methods"), table(rows), rows)
+        # Now, in case the next step does not fit the device.
+        publish(args.output or results_file("methods"), table(rows), rows)
 
 
 if __name__ == "__main__":

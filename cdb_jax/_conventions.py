@@ -11,8 +11,9 @@ import enum
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+Direction = Literal["output", "input"]
 Shape = tuple[int, ...]
 Axes = tuple[int, ...]
 
@@ -159,12 +160,12 @@ def is_token(path: str) -> bool:
 
 
 def channel_axes(
-    direction: str, path: str, shape: Shape, stack: Axes, tree: Tree
+    direction: Direction, path: str, shape: Shape, stack: Axes, tree: Tree
 ) -> Found | NoChannels:
     """The channel axes of a leaf, or why it has none.
 
     Args:
-      direction: "output" or "input".
+      direction: which channels to find.
       path: the path of the leaf.
       shape: the shape of the leaf.
       stack: axes along which layers are known to be stacked.
@@ -304,7 +305,7 @@ def _without_ones(shape: Shape) -> Shape:
     return shape
 
 
-def message(direction: str, complaint: str, lines: Sequence[str], most: int = 4) -> str:
+def message(direction: Direction, complaint: str, lines: Sequence[str], most: int = 4) -> str:
     """Returns an error message that says what to do, and then lists leaves, one on each line."""
     side = "" if direction == "output" else ', channels="input"'
     listing = "".join(f"    {line}\n" for line in lines[:most])

@@ -2,7 +2,8 @@
 
 That compiler reorders the axes of convolutions, but not inside a conditional, where a weight
 gradient then takes a hundred times as long. A sum over several axes, as in weight gradients of
-batches of sequences, takes up to twice as long as one over a single axis.
+batches of sequences, takes up to twice as long as one over a single axis. This is obsolete once
+`benchmarks/skipping.py` shows the same times for whole layers on CPU without it.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ def alone_on_cpu(tree: Any) -> Any:
 
     That compiler drops optimization barriers before it fuses, but it fuses nothing through a loop.
     A loop works in place, unlike a conditional, whose branches copy what they return. On other
-    platforms, either may wait for the host.
+    platforms, either may wait for the host. This is obsolete once the CPU compiler keeps
+    optimization barriers until it has fused (`test_lowering.py` counts what it repeats).
 
     Args:
       tree: the arrays. If the first is constant, the compiler drops the loop.

@@ -34,7 +34,7 @@ class Convention:
     argument as a schedule.
     """
 
-    direction: str
+    direction: conventions.Direction
 
     def __repr__(self) -> str:
         return f"cdb_jax.{self.direction}_channels"

@@ -111,6 +111,17 @@ def grad(
     """Like `value_and_grad`, but returns only the gradient.
 
     With `has_aux`, it returns a pair of the gradient and the auxiliary data.
+
+    Examples:
+      >>> import cdb_jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> model = nnx.Linear(2, 4, use_bias=False, rngs=nnx.Rngs(0))
+      >>> policy = cdb_jax.Policy(0.5, key=0, channel_choice="window")
+      >>> grad = nnx.jit(cdb_jax.nnx.grad(lambda model, x: model(x).sum()))
+      >>> grads = grad(model, jnp.ones((3, 2)), selection=policy.select(model, 0))
+      >>> grads["kernel"][...]
+      Array([[3., 0., 0., 3.],
+             [3., 0., 0., 3.]], dtype=float32)
     """
     return api.without_value(value_and_grad(fun, argnums, has_aux, kept_only=kept_only), has_aux)
 

@@ -13,10 +13,15 @@ from cdb_jax._skipping.axis_uses import Use
 InferredAxes = dict[str, channels.Axes | channels.Convention | None]
 
 _STACKS = {Use.BATCH, Use.STACK, Use.INDEXED}
-_CONVENTIONS = {"output": channels.output_channels, "input": channels.input_channels}
+_CONVENTIONS: dict[conventions.Direction, channels.Convention] = {
+    "output": channels.output_channels,
+    "input": channels.input_channels,
+}
 
 
-def axes(direction: str, uses: Mapping[str, axis_uses.Uses | None]) -> InferredAxes:
+def axes(
+    direction: conventions.Direction, uses: Mapping[str, axis_uses.Uses | None]
+) -> InferredAxes:
     """The channel axes of each leaf, given its uses by path; None for a leaf without channels.
 
     A leaf that its uses do not settle is left to a convention.
@@ -29,7 +34,7 @@ def axes(direction: str, uses: Mapping[str, axis_uses.Uses | None]) -> InferredA
 
 
 def _axes_of(
-    direction: str, path: str, uses: axis_uses.Uses, stacked: set[str]
+    direction: conventions.Direction, path: str, uses: axis_uses.Uses, stacked: set[str]
 ) -> channels.Axes | channels.Convention | None:
     if conventions.is_token(path):
         return None
@@ -90,7 +95,7 @@ def check_names(layout: channels.Layout, uses: Sequence[axis_uses.Uses]) -> None
         mistakes = []
         for leaf in leaves:
             mistake = _mistake(leaf, inferred[leaf.path], by_path[leaf.path])
-            if mistake:
+            if mistake is not None:
                 axis = "axis" if len(leaf.channel) == 1 else "axes"
                 listed = " and ".join(map(str, leaf.channel))
                 mistakes.append(
@@ -106,14 +111,14 @@ def _mistake(
     leaf: channels.Leaf,
     inferred: channels.Axes | channels.Convention | None,
     uses: axis_uses.Uses,
-) -> str:
-    """What is wrong with the channels of a leaf; empty if nothing is."""
+) -> str | None:
+    """What is wrong with the channels of a leaf, and the mend; None if nothing is wrong."""
     if isinstance(inferred, channels.Convention):
-        return ""
+        return None
     if inferred is None:
         only_scales = uses.scales and not uses.unknown and not any(uses.axes)
         mend = f"but it only scales activations; use exempt=({leaf.path!r},)"
-        return mend if only_scales else ""
+        return mend if only_scales else None
     right, stack = (_as_set(x) for x in (inferred.channel, inferred.stack))
     taken = set(leaf.channel)
     # An axis that is free in its product may stack layers or hold channels.
@@ -121,7 +126,7 @@ def _mistake(
     is_same = taken == right or (is_nested and taken | set(leaf.stack) == right | stack)
     is_tied = all(Use.FEATURE in uses.axes[axis] for axis in taken)
     if is_same or is_tied:
-        return ""
+        return None
     wrong = sorted({use.value for axis in taken - right for use in uses.axes[axis]})
     if not wrong:
         verb = "holds" if len(taken) == 1 else "hold"
