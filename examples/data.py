@@ -317,19 +317,19 @@ test_batches.__test__ = False  # type: ignore[attr-defined]  # pytest: not a tes
 
 
 def _read(data: DataSet, split: str, indices: np.ndarray) -> list[dict[str, Any]]:
-    source = getattr(data, split)
-    records = []
-    for i in indices.tolist():
-        try:
-            records.append(source[i])
-        except (UserError, MemoryError):
-            raise
-        except Exception as error:  # Image libraries and file formats raise what they like.
-            raise UserError(
-                f"{split} image {i} of {data.name} cannot be read: {first_line(error)}; prepare "
-                "the set again, in another --data-dir."
-            ) from error
-    return records
+    return [_record(data, split, i) for i in indices.tolist()]
+
+
+def _record(data: DataSet, split: str, i: int) -> dict[str, Any]:
+    try:
+        return getattr(data, split)[i]
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Image libraries and file formats raise what they like.
+        raise UserError(
+            f"{split} image {i} of {data.name} cannot be read: {first_line(error)}; prepare the "
+            "set again, in another --data-dir."
+        ) from error
 
 
 def _share(batch_size: int, index: int, count: int) -> slice:
@@ -397,14 +397,13 @@ def pixel_statistics(data: DataSet, most: int = 10_000) -> tuple[np.ndarray, np.
     """
     count = min(most, len(data.train))
     indices = np.linspace(0, len(data.train) - 1, count).astype(int)
-    records = _read(data, "train", indices)
-    means, squares = [], []
-    for record in records:
-        x = record["image"].astype(np.float64) / data.preprocessing.max_value
-        means.append(x.mean(axis=(0, 1)))
-        squares.append(np.square(x).mean(axis=(0, 1)))
-    mean = np.mean(means, axis=0)
-    std = np.sqrt(np.maximum(np.mean(squares, axis=0) - mean**2, 1e-12))
+    total = total_of_squares = np.float64(0.0)
+    for i in indices.tolist():  # One at a time: all of them may not fit into memory.
+        image = _record(data, "train", i)["image"] / np.float64(data.preprocessing.max_value)
+        total = total + image.mean(axis=(0, 1))
+        total_of_squares = total_of_squares + np.square(image).mean(axis=(0, 1))
+    mean = total / count
+    std = np.sqrt(np.maximum(total_of_squares / count - mean**2, 1e-12))
     return mean.astype(np.float32).reshape(1, 1, 1, -1), std.astype(np.float32).reshape(1, 1, 1, -1)
 
 

@@ -5,7 +5,8 @@
     photos/test/cat/3.jpg
 
 Splits are called train and test (or val, validation). Without them, a tenth of each class is set
-aside to test on: the same images on every machine.
+aside to test on: the same images on every machine. Names that begin with a dot and
+__MACOSX, which archives made on a Mac contain, are skipped.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ class Images(Sequence[dict[str, Any]]):
             raise
         except Exception as error:  # Image libraries raise what they like.
             raise UserError(
-                f"{file} cannot be read{_page_hint(file)}: {first_line(error)}; replace it, or "
-                "move it to another folder."
+                f"{file} cannot be read{_page_hint(file)}: {first_line(error)}; replace it with a "
+                "good image of the same name. If you remove it instead, choose another --run-dir: "
+                "no run can be resumed with fewer images."
             ) from error
 
 
@@ -103,35 +105,46 @@ def load(folder: Path) -> tuple[Images, Images, int]:
             f"--data-folder {folder} must have a subfolder with images for each class, at least "
             "two: class/image.jpg, or train/class/image.jpg and test/class/image.jpg."
         )
-    files = [_files(x, classes[0]) for x in splits or [folder]]
-    train, test = files if splits else _split(files[0])
+    if splits:
+        train, test = (_files(x, classes[0]) for x in splits)
+    else:
+        train, test = _split(folder, classes[0])
     return Images(train), Images(test), len(classes[0])
 
 
 def _classes(folder: Path) -> list[str]:
-    return sorted(x.name for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))
+    return sorted(x.name for x in folder.iterdir() if x.is_dir() and not _is_skipped(x.name))
+
+
+def _is_skipped(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _images(folder: Path) -> list[Path]:
+    """The images of a class, in the order of their names."""
+    files = (x for x in folder.rglob("*") if x.suffix.lower() in SUFFIXES)
+    images = sorted(x for x in files if not any(map(_is_skipped, x.relative_to(folder).parts)))
+    if not images:
+        raise UserError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
+    return images
 
 
 def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    found = []
-    for label, name in enumerate(classes):
-        images = [x for x in (folder / name).rglob("*") if x.suffix.lower() in SUFFIXES]
-        if not images:
-            raise UserError(f"{folder / name} has no images ({', '.join(SUFFIXES)}).")
-        found += [(image, label) for image in sorted(images)]
-    return found
+    return [(x, label) for label, name in enumerate(classes) for x in _images(folder / name)]
 
 
-def _split(files: list[tuple[Path, int]]) -> tuple[list, list]:
+def _split(folder: Path, classes: list[str]) -> tuple[list, list]:
     """A tenth of each class is for testing, chosen by the names of the files."""
     train: list[tuple[Path, int]] = []
     test: list[tuple[Path, int]] = []
-    for label in dict.fromkeys(label for _, label in files):
-        mine = [x for x in files if x[1] == label]
-        mine.sort(key=lambda x: hashlib.sha256(x[0].name.encode()).digest())
-        count = max(1, len(mine) // 10)
-        test += mine[:count]
-        train += mine[count:]
-    if not train:
-        raise UserError("each class needs at least two images, one of them to test on.")
+    for label, name in enumerate(classes):
+        images = _images(folder / name)
+        if len(images) == 1:
+            raise UserError(
+                f"{folder / name} has one image; each class needs two, one of them to test on."
+            )
+        images.sort(key=lambda x: hashlib.sha256(x.name.encode()).digest())
+        count = max(1, len(images) // 10)
+        test += [(x, label) for x in images[:count]]
+        train += [(x, label) for x in images[count:]]
     return sorted(train), sorted(test)

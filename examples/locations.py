@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,11 +12,14 @@ from etils import epath
 
 from errors import UserError
 
+BUCKETS = ("gs://", "s3://", "az://")
+
 
 def parse(text: str) -> Any:
     """A path of this machine, or of a bucket, such as gs://name/folder or s3://name/folder."""
     if is_bucket(text):
         return epath.Path(text)
+    _refuse_schemes(text, f"a local path, or a bucket that begins with {' or '.join(BUCKETS)}")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -29,11 +33,18 @@ def parse_local(text: str) -> Path:
             f"the path {text} is in a bucket, which only --run-dir of train.py can use; copy it to "
             "this machine, or choose a local folder."
         )
+    _refuse_schemes(text, "a local path")
     return parse(text)
 
 
+def _refuse_schemes(text: str, known: str) -> None:
+    """Raises a UserError for a URL, which would become a folder of that name."""
+    if re.match(r"[A-Za-z][\w+.-]*://", text):
+        raise UserError(f"the path {text} cannot be used; give {known}.")
+
+
 def is_bucket(path: Any) -> bool:
-    return str(path).startswith(("gs://", "s3://", "az://"))
+    return str(path).startswith(BUCKETS)
 
 
 def _flag_type(parser: Callable[[str], Any]) -> Any:

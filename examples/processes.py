@@ -108,7 +108,8 @@ def _join(coordinator: str | None, process_count: int | None, process_id: int | 
             shutdown_timeout_seconds=PATIENCE,
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(
+        kind = PassingError if "DEADLINE_EXCEEDED" in str(error) else UserError
+        raise kind(
             f"jax.distributed did not start: {first_line(error)}. Where JAX does not find the "
             "others by itself, give --coordinator, --process-count and --process-id; or "
             "--distributed never, for a process that trains alone."
@@ -169,8 +170,10 @@ def _wait_for(coordinator: str, host: str, port: int) -> None:
             return
         except (OSError, UnicodeError) as error:
             # Trying again does not help a name that cannot be looked up.
-            if isinstance(error, UnicodeError) or time.monotonic() > deadline:
-                raise UserError(
+            is_mistake = isinstance(error, UnicodeError)
+            if is_mistake or time.monotonic() > deadline:
+                kind = UserError if is_mistake else PassingError
+                raise kind(
                     f"--coordinator {coordinator} does not answer ({first_line(error)}); is it the "
                     "host of process 0, is that running, and may this host reach it?"
                 ) from error
@@ -184,25 +187,37 @@ def device_summary() -> str:
     host = zlib.crc32(socket.gethostname().encode())
     mine = np.array([host, jax.local_device_count(), num_gpus()])
     found = np.atleast_2d(mine if alone else multihost_utils.process_allgather(mine))
+    nodes = [found[found[:, 0] == node] for node in np.unique(found[:, 0])]
+    used = [int(rows[:, 1].sum()) for rows in nodes]
+    there = [int(rows[:, 2].max()) for rows in nodes]
     text = "1 process" if alone else f"{jax.process_count()} processes"
     if not alone and (name := launcher()):
         text += f", started by {name}"
     text += f"; {jax.device_count()} x {kind}"
-    on_gpu = jax.default_backend() == "gpu"
-    for node in dict.fromkeys(found[:, 0].tolist()):
-        rows = found[found[:, 0] == node]
-        used, there = rows[:, 1].sum(), rows[:, 2].max()
-        if on_gpu and used < there:
-            text += (
-                f"\nwarning: only {used} of the {there} GPUs of a node are used; start one process "
-                "for each GPU, or one for all of them."
-            )
-            break
+    if not alone:
+        text += _on_nodes(used)
+    idle = [pair for pair in zip(used, there, strict=True) if pair[0] < pair[1]]
+    if idle and jax.default_backend() == "gpu":
+        text += "\nwarning: only {} of the {} GPUs of a node are used; ".format(*idle[0])
+        text += "start one process for each GPU, or one for all of them."
     return text
 
 
+def _on_nodes(used: list[int]) -> str:
+    """How many devices of each node are used, for the end of a line about all of them."""
+    if len(used) == 1:
+        return " on one node"
+    least, most = min(used), max(used)
+    return f", {least if least == most else f'{least} to {most}'} on each of {len(used)} nodes"
+
+
 def num_gpus() -> int:
-    """NVIDIA GPUs of this node, whether or not this process may use them."""
+    """NVIDIA GPUs of this node that a run may use; 0 if only the user knows."""
+    granted = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if granted.isdecimal():
+        return int(granted)
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return 0
     return len(glob.glob("/dev/nvidia[0-9]*"))
 
 

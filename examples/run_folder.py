@@ -13,6 +13,7 @@ import secrets
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +28,7 @@ from jax.experimental import multihost_utils
 import locations
 import processes
 from epochs import Epochs
-from errors import UserError, first_line, meaning
+from errors import PassingError, UserError, first_line, meaning
 
 Row = dict[str, Any]
 STEP_METRICS = ("train_loss", "train_accuracy", "dropped_fraction")
@@ -36,6 +37,9 @@ MEASURED = (*STEP_METRICS, "test_loss", "test_accuracy", "images_per_second")
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 # What comes of a folder that cannot be used; without the packages for buckets, an ImportError.
 UNREACHABLE = (OSError, ValueError, ImportError)
+PATIENCE = 10  # Seconds until hosts see what another has written to a network file system.
+# Settings that are not flags; a run of an earlier release does not say them.
+COUNTS = ("training_images", "classes")
 UNREADABLE = "[]\\"  # Orbax saves to paths with these, and cannot read what it has saved.
 
 
@@ -110,17 +114,7 @@ class Run:
         """
         last = self._checkpoints.latest_step()
         if last is not None:
-            try:
-                state = self._read(last, state)
-            except Exception as error:  # Orbax raises whatever its storage layers raise.
-                _leave_out_echoes()
-                if meaning(error) is not error:  # It may be sound, and memory be short.
-                    raise
-                raise UserError(
-                    f"the checkpoint of step {last} in {self.folder} cannot be read: "
-                    f"{first_line(error)}. Move checkpoints/{last} to another folder to resume "
-                    "from the one before."
-                ) from error
+            state = self._read_last(last, state)
         step = last or 0
         self.rows = [row for row in self.rows if row["step"] <= step]
         complete, logged = epochs.epoch_of(step), len(self.rows)
@@ -135,6 +129,32 @@ class Run:
                 f"{step}. Choose another."
             )
         return step, state
+
+    def _read_last(self, step: int, state: Any) -> Any:
+        try:
+            return self._read(step, state)
+        except Exception as error:  # Orbax raises whatever its storage layers raise.
+            _leave_out_echoes()
+            if _has_other_cause(error):
+                raise
+            checkpoint = f"the checkpoint of step {step} in {self.folder}"
+            if difference := self._difference(step, state):
+                raise UserError(
+                    f"{checkpoint} is that of another network, or of other classes ({difference}); "
+                    "use the same model and images, or another --run-dir."
+                ) from error
+            raise UserError(
+                f"{checkpoint} cannot be read: {first_line(error)}. Move checkpoints/{step} to "
+                "another folder to resume from the one before."
+            ) from error
+
+    def _difference(self, step: int, state: Any) -> str | None:
+        """How a checkpoint differs from a state, if its metadata can be read."""
+        try:
+            saved = self._checkpoints.item_metadata(step).tree
+            return _first_difference(_shapes(saved), _shapes(state))
+        except Exception:  # The checkpoint is damaged, or another program wrote it.
+            return None
 
     def _read(self, step: int, state: Any) -> Any:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -159,8 +179,21 @@ class Run:
             self._checkpoints.save(step, args=ocp.args.StandardSave(state))
             if not self._is_read_back:
                 self._checkpoints.wait_until_finished()
-                self._read(step, state)
-                self._is_read_back = True
+        if not self._is_read_back:
+            self._read_back(step, state)
+
+    def _read_back(self, step: int, state: Any) -> None:
+        try:
+            self._read(step, state)
+        except Exception as error:  # Orbax raises whatever its storage layers raise.
+            _leave_out_echoes()
+            if _has_other_cause(error):
+                raise
+            raise UserError(
+                f"the checkpoint of step {step} was saved to {self.folder}, but cannot be read "
+                f"back: {first_line(error)}; choose another --run-dir."
+            ) from error
+        self._is_read_back = True
 
     def log(self, row: Row) -> None:
         """Adds a line to `metrics.jsonl`, with null for what is not finite."""
@@ -182,7 +215,7 @@ class Run:
             with self._writing("the last checkpoint"):
                 self._checkpoints.wait_until_finished()
         except UserError:
-            if well:  # Otherwise what went wrong first is told.
+            if well:  # Otherwise what went wrong first is reported.
                 raise
         finally:
             with contextlib.suppress(Exception):  # The same once more.
@@ -251,7 +284,7 @@ def check_free(folder: Path) -> None:
     if jax.process_count() > 1:
         refused = bool(multihost_utils.broadcast_one_to_all(np.int32(refused)))
     if refused:
-        raise _in_use(folder, owner) if owner else _refused_elsewhere(folder)
+        raise _in_use(folder, owner) if owner else _refused_elsewhere(folder, PassingError)
 
 
 def _owner(lock: IO[str]) -> str:
@@ -261,14 +294,14 @@ def _owner(lock: IO[str]) -> str:
 
 
 def _in_use(folder: Path, owner: str) -> UserError:
-    return UserError(
+    return PassingError(
         f"{folder} is in use by {owner}; wait until that run has ended, or choose another "
         "--run-dir."
     )
 
 
-def _refused_elsewhere(folder: Path) -> UserError:
-    return UserError(f"--run-dir {folder} cannot be used by process 0, which says why.")
+def _refused_elsewhere(folder: Path, kind: type[UserError]) -> UserError:
+    return kind(f"--run-dir {folder} cannot be used by process 0, which says why.")
 
 
 def _claim(folder: Path) -> IO[str] | None:
@@ -289,11 +322,12 @@ def _claim(folder: Path) -> IO[str] | None:
         except OSError as error:
             failed = _unusable(folder, error)
     if jax.process_count() > 1:
-        token = int(multihost_utils.broadcast_one_to_all(np.int32(token)))
+        mine = np.array([token, isinstance(failed, PassingError)], np.int32)
+        token, passes = multihost_utils.broadcast_one_to_all(mine).tolist()
         if not token and not failed:
-            failed = _refused_elsewhere(folder)
+            failed = _refused_elsewhere(folder, PassingError if passes else UserError)
         if token:
-            sees = multihost_utils.process_allgather(np.array(_token(folder) == token))
+            sees = multihost_utils.process_allgather(np.array(_sees(folder, token)))
             if not sees.all():
                 failed = UserError(
                     f"--run-dir {folder} is not the same folder for process 0 and process "
@@ -328,7 +362,18 @@ def _lock(folder: Path) -> tuple[IO[str], int]:
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n{token}\n")
     lock.flush()
+    os.fsync(lock.fileno())  # Until then other hosts read an empty file over NFS.
     return lock, token
+
+
+def _sees(folder: Path, token: int) -> bool:
+    """Whether a folder is that of process 0, whose token may take a while to reach this host."""
+    deadline = time.monotonic() + PATIENCE
+    while _token(folder) != token:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def _token(folder: Path) -> int:
@@ -349,10 +394,11 @@ def _read_settings(file: Path) -> Row:
 
 
 def _check_settings(folder: Path, recorded: Row, settings: Row) -> None:
+    recorded = {name: settings[name] for name in COUNTS if name in settings} | recorded
     # As they were written: tuples are lists there.
     recorded, settings = (json.loads(json.dumps(x)) for x in (recorded, settings))
     differing = [
-        f"--{name.replace('_', '-')} {recorded.get(name)} (now {settings.get(name)})"
+        f"{_setting(name, recorded.get(name))} (now {settings.get(name)})"
         for name in sorted(recorded.keys() | settings.keys())
         if recorded.get(name) != settings.get(name)
     ]
@@ -361,6 +407,42 @@ def _check_settings(folder: Path, recorded: Row, settings: Row) -> None:
             f"{folder} holds a run with {', '.join(differing)}; resume with the same settings, or "
             "choose another --run-dir."
         )
+
+
+def _setting(name: str, value: Any) -> str:
+    """A setting as a person would write it."""
+    if name in COUNTS:
+        return f"{value} {name.replace('_', ' ')}"
+    return f"--{name.replace('_', '-')} {value}"
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of all arrays, by the names that Orbax gives them."""
+    tree = ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
+    leaves = ocp.tree.to_flat_dict(tree, sep="/").items()
+    return {name.removesuffix("/value"): x.shape for name, x in leaves if hasattr(x, "shape")}
+
+
+def _first_difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """An array whose shapes differ, or that one side lacks; None if all are the same.
+
+    Also None if no name is the same, as in what another program has saved.
+    """
+    differing = [name for name in saved | wanted if saved.get(name) != wanted.get(name)]
+    if not differing or not saved.keys() & wanted.keys():
+        return None
+
+    def rank(name: str) -> tuple[bool, bool]:  # Parameters of both sides say most.
+        return name not in saved or name not in wanted, not name.startswith("params/")
+
+    name = min(differing, key=rank)
+    there, here = (x.get(name, "missing") for x in (saved, wanted))
+    return f"shape of {name}: {there} in the checkpoint, {here} now"
+
+
+def _has_other_cause(error: Exception) -> bool:
+    """Whether a checkpoint that cannot be read may be good: memory is short, or a process gone."""
+    return processes.is_lost(error) or meaning(error) is not error
 
 
 def _leave_out_echoes() -> None:

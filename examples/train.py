@@ -246,6 +246,7 @@ def prepare(config: Config) -> tuple[Job, Callable[..., State]]:
     # The folder may move.
     settings["data_folder"] = config.data_folder and config.data_folder.name
     settings = {name: value for name, value in settings.items() if name not in NOT_SETTINGS}
+    settings |= {"training_images": len(dataset.train), "classes": dataset.num_classes}
 
     def initial(seed: int = config.seed) -> State:
         return training.on_mesh(mesh, initial_state, np.uint32(seed), pretrained.arrays)
@@ -275,8 +276,9 @@ class Saver:
         """Raises a UserError if a state should not be saved, as nothing can go on from it."""
         if self._checks and not (training.is_finite(state) and math.isfinite(test_loss)):
             raise UserError(
-                f"the loss or a parameter is not finite at step {step}; lower --learning-rate, "
-                f"or use --go-on-if-not-finite. Otherwise {self._run.way_on()}"
+                f"the loss or a parameter is not finite at step {step}. Start again with a lower "
+                "--learning-rate in another --run-dir, as the same settings lead here again. With "
+                f"--go-on-if-not-finite, {self._run.way_on()}"
             )
 
     def save(self, step: int, state: State) -> None:

@@ -166,12 +166,18 @@ def test_a_task_that_is_killed_is_started_again(tmp_path):
 
 
 def test_two_jobs_in_one_folder(tmp_path):
-    run = tmp_path / "run"
+    """The second waits for the first to end, and goes on."""
+    run, log = tmp_path / "run", tmp_path / "second"
     first = submit(run, tmp_path / "first", 1000)
     wait_until(lambda: len(metrics(run)) >= 1)
-    second = submit(run, tmp_path / "second", 1000)
-    wait_until(lambda: state(second) == "FAILED", 120)
-    assert "is in use by process" in (tmp_path / "second").read_text()
+    second = submit(run, log, 1000)
+    wait_until(lambda: log.exists() and "attempt 1 of 3 ended with 75" in log.read_text(), 120)
+    assert "is in use by process" in log.read_text()
     output("scancel", first)
     wait_until(lambda: state(first) == "CANCELLED", 120)
     assert "Traceback" not in (tmp_path / "first").read_text()
+    complete = len(metrics(run))
+    wait_until(lambda: len(metrics(run)) > complete)
+    output("scancel", second)
+    wait_until(lambda: state(second) == "CANCELLED", 120)
+    assert "Traceback" not in log.read_text()

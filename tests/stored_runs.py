@@ -24,6 +24,7 @@ def final_state(folder, data_dir, **changes):
     """
     found = []
     settings = json.loads((folder / "settings.json").read_text()) | changes
+    settings = {name: x for name, x in settings.items() if name not in run_folder.COUNTS}
     settings["exempt"] = tuple(settings["exempt"])
     restore = run_folder.Run.restore
 

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -164,6 +165,23 @@ def test_pixel_statistics(digits):
     np.testing.assert_allclose(std, images.std(axis=(0, 1, 2), keepdims=True), rtol=1e-5)
     few, _ = data.pixel_statistics(digits, most=400)
     np.testing.assert_allclose(few, mean, atol=0.02)
+
+
+def test_pixel_statistics_hold_one_image_at_a_time(digits):
+    images, alive = [], []
+
+    class Source:
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, i):
+            image = np.zeros((8, 8, 1), np.uint8)
+            images.append(weakref.ref(image))
+            alive.append(sum(x() is not None for x in images))
+            return {"image": image}
+
+    data.pixel_statistics(digits._replace(train=Source()))
+    assert len(alive) == 100 and max(alive) <= 2  # One that is read, and the one before.
 
 
 @pytest.mark.parametrize("batch_size", [50, 64, 999])

@@ -340,7 +340,9 @@ def test_folders_that_are_wrong(photos, tmp_path):
     }
     for content, reason in contents.items():
         (photos / "cat/3.png").write_bytes(content)
-        with pytest.raises(UserError, match=f"cat/3.png cannot be read{reason}.*; replace it, or"):
+        with pytest.raises(
+            UserError, match=f"cat/3.png cannot be read{reason}.*; replace it with a good"
+        ):
             list(dataset.train)
     with pytest.raises(UserError, match="--data-folder .*nowhere is no folder"):
         data.load("digits", folder=tmp_path / "nowhere")
@@ -350,6 +352,18 @@ def test_folders_that_are_wrong(photos, tmp_path):
     (photos / "bird").mkdir()
     with pytest.raises(UserError, match="bird has no images"):
         data.load("digits", folder=photos)
+    save(photos / "bird/0.png")
+    with pytest.raises(UserError, match="photos/bird has one image; each class needs two"):
+        data.load("digits", folder=photos)
+
+
+def test_what_archives_of_a_mac_bring_along_is_skipped(photos):
+    hidden = photos.rename(photos.with_name(".hidden"))  # Above the classes it does not matter.
+    for name in ("__MACOSX", "cat/__MACOSX", "cat/.thumbnails", ".cache"):
+        save(hidden / name / "1.png")
+    (hidden / "dog/._1.jpg").write_bytes(b"resource fork")
+    train, test, num_classes = image_folder.load(hidden)
+    assert (len(train), len(test), num_classes) == (22, 2, 2)
 
 
 def write_idx(folder, images, labels, prefix):

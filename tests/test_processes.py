@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import yaml
 from stored_runs import assert_same_runs, metrics
@@ -217,6 +218,23 @@ def test_processes_with_different_run_folders(flags, tmp_path):
         assert "error: --run-dir run is not the same folder for process 0 and process 1" in shown
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [("DEADLINE_EXCEEDED: no process 1", errors.PassingError), ("no address", errors.UserError)],
+)
+def test_others_that_do_not_come_in_time(monkeypatch, joined, reason, kind):
+    """Another attempt may find them, but not an address that is missing."""
+
+    def initialize(*args, **kwargs):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(errors.UserError, match=f"did not start: {reason}") as caught:
+        processes.join("always")
+    assert caught.type is kind
+
+
 def test_steps_of_a_job_have_ports_of_their_own(monkeypatch, joined):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     ports = set()
@@ -307,6 +325,40 @@ def test_idle_gpus_are_told(monkeypatch, gpus, warns):
     shown = processes.device_summary()
     assert shown.startswith("1 process; 8 x cpu")
     assert (f"only 8 of the {gpus} GPUs of a node are used" in shown) == warns
+
+
+@pytest.mark.parametrize(
+    ("variables", "gpus"),
+    [
+        ({}, 3),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, 0),
+        ({"SLURM_GPUS_ON_NODE": "2"}, 2),
+        ({"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}, 2),
+    ],
+    ids=str,
+)
+def test_gpus_that_a_run_may_use(monkeypatch, variables, gpus):
+    """On a shared node, others have the rest."""
+    for name in ("SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["gpu"] * 3)
+    assert processes.num_gpus() == gpus
+
+
+@pytest.mark.parametrize(
+    ("nodes", "told"),
+    [([7, 7, 7, 7], "on one node"), ([7, 7, 9, 9], ", 2 on each of 2 nodes")]
+    + [([7, 7, 7, 9], ", 1 to 3 on each of 2 nodes")],
+    ids=str,
+)
+def test_the_devices_of_each_node_are_told(monkeypatch, joined, nodes, told):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    found = np.array([[node, 1, 0] for node in nodes])
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda mine: found)
+    assert re.fullmatch(f"4 processes; 4 x cpu ?{told}", processes.device_summary())
 
 
 def test_the_cause_of_an_error_is_told():
