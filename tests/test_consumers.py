@@ -54,7 +54,7 @@ def test_each_mask_of_a_chain_uses_its_own_selection():
     for given in ((first, second), [second, first]):
         updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, selection=given)
         chex.assert_trees_all_equal(updates, expected)
-    with pytest.raises(ValueError, match="selection.*another policy"):
+    with pytest.raises(ValueError, match="selection.*a policy that differs"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, selection=first)
 
 

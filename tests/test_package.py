@@ -33,13 +33,13 @@ def test_unknown_names():
 
 def imports(file, package):
     """The modules of a package that a file of it imports at run time."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    tree, found = ast.parse(file.read_text()), set()
+    # What only type checkers import stands at the top, in an `if`.
+    tree.body = [x for x in tree.body if not isinstance(x, ast.If)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(package):
             found.add(node.module)
             found |= {f"{node.module}.{name.name}" for name in node.names}
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
     return found
 
 
