@@ -86,6 +86,7 @@ class Run:
             checkpoints.mkdir(parents=True, exist_ok=True)
             self._checkpoints = _Checkpoints(
                 checkpoints,
+                item_handlers=ocp.StandardCheckpointHandler(),
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep, cleanup_tmp_directories=True
                 ),
@@ -131,14 +132,19 @@ class Run:
         return step, state
 
     def _read_last(self, step: int, state: Any) -> Any:
+        checkpoint = f"the checkpoint of step {step} in {self.folder}"
+        saved, wanted = self._saved_shapes(step), _shapes(state)
         try:
+            # Reading fails as well, but goes on in the background when the first array has failed.
+            shared = [x for x in saved.keys() & wanted.keys() if x.startswith("params/")]
+            if any(saved[name] != wanted[name] for name in shared):
+                raise ValueError("other shapes")
             return self._read(step, state)
         except Exception as error:  # Orbax raises whatever its storage layers raise.
             _leave_out_echoes()
             if _has_other_cause(error):
                 raise
-            checkpoint = f"the checkpoint of step {step} in {self.folder}"
-            if difference := self._difference(step, state):
+            if difference := _first_difference(saved, wanted):
                 raise UserError(
                     f"{checkpoint} is that of another network, or of other classes ({difference}); "
                     "use the same model and images, or another --run-dir."
@@ -148,13 +154,12 @@ class Run:
                 "another folder to resume from the one before."
             ) from error
 
-    def _difference(self, step: int, state: Any) -> str | None:
-        """How a checkpoint differs from a state, if its metadata can be read."""
+    def _saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of all arrays of a checkpoint, by name; none if its metadata is damaged."""
         try:
-            saved = self._checkpoints.item_metadata(step).tree
-            return _first_difference(_shapes(saved), _shapes(state))
-        except Exception:  # The checkpoint is damaged, or another program wrote it.
-            return None
+            return _shapes(self._checkpoints.item_metadata(step).tree)
+        except Exception:  # Orbax raises whatever its storage layers raise.
+            return {}
 
     def _read(self, step: int, state: Any) -> Any:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -417,10 +422,17 @@ def _setting(name: str, value: Any) -> str:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of all arrays, by the names that Orbax gives them."""
+    """The shapes of parameters and optimizer state, by the names that Orbax gives them.
+
+    What else the state holds is left out, as keys have another shape when they are saved.
+    """
     tree = ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
     leaves = ocp.tree.to_flat_dict(tree, sep="/").items()
-    return {name.removesuffix("/value"): x.shape for name, x in leaves if hasattr(x, "shape")}
+    return {
+        name.removesuffix("/value"): x.shape
+        for name, x in leaves
+        if hasattr(x, "shape") and not name.startswith("rest/")
+    }
 
 
 def _first_difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | None:
