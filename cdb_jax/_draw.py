@@ -275,7 +275,9 @@ def _draw_groups(policy: Policy, layout: channels.Layout, settings: _Settings) -
     layers = sorted(layout.layers, key=lambda layer: (layer.channels, layer.path))
     by_width = [tuple(layer for layer in layers if layer.channels == width) for width in widths]
     num_rows = [sum(layer.depth for layer in members) for members in by_width]
-    may_be_masked, chance = _choose_layers(policy, layers, settings.key)
+    may_be_masked, chance = (
+        _split(x, num_rows) for x in _choose_layers(policy, layers, settings.key)
+    )
     depths = [layer.depth for layer in layers]
     keys = _keys_of([layer.path for layer in layers], depths, settings.key)
     layer_words, channel_words = _random_words(policy, keys, widths, num_rows)
@@ -284,20 +286,18 @@ def _draw_groups(policy: Policy, layout: channels.Layout, settings: _Settings) -
         keys = _keys_of([block_of(policy, layer) for layer in layers], depths, settings.key)
         folded = _fold_pairwise(keys, np.zeros(sum(depths), np.uint32))
         mask_words = _split(jax.random.key_data(folded)[:, 0], num_rows)
-    groups, start = [], 0
-    for i, members in enumerate(by_width):
-        stop = start + num_rows[i]
-        rows = _Rows(
+    rows = [
+        _Rows(
             layers=members,
-            may_be_masked=may_be_masked[start:stop],
-            chance=chance[start:stop],
+            may_be_masked=may_be_masked[i],
+            chance=chance[i],
             mask_words=mask_words[i],
             offset_words=layer_words[i][:, 1],
             channel_words=channel_words[i],
         )
-        groups.append(_draw_group(policy, settings, rows))
-        start = stop
-    return groups
+        for i, members in enumerate(by_width)
+    ]
+    return [_draw_group(policy, settings, x) for x in rows]
 
 
 def _split(x: Any, sizes: Sequence[int]) -> list[Any]:
