@@ -134,21 +134,18 @@ class Run:
     def _read_last(self, step: int, state: Any) -> Any:
         checkpoint = f"the checkpoint of step {step} in {self.folder}"
         saved, wanted = self._saved_shapes(step), _shapes(state)
+        # Reading would fail as well, but go on in the background when the first array has failed.
+        shared = [x for x in saved.keys() & wanted.keys() if x.startswith("params/")]
+        if any(saved[name] != wanted[name] for name in shared):
+            raise _other_network(checkpoint, saved, wanted)
         try:
-            # Reading fails as well, but goes on in the background when the first array has failed.
-            shared = [x for x in saved.keys() & wanted.keys() if x.startswith("params/")]
-            if any(saved[name] != wanted[name] for name in shared):
-                raise ValueError("other shapes")
             return self._read(step, state)
         except Exception as error:  # Orbax raises whatever its storage layers raise.
             _leave_out_echoes()
             if _has_other_cause(error):
                 raise
-            if difference := _first_difference(saved, wanted):
-                raise UserError(
-                    f"{checkpoint} is that of another network, or of other classes ({difference}); "
-                    "use the same model and images, or another --run-dir."
-                ) from error
+            if _first_difference(saved, wanted):
+                raise _other_network(checkpoint, saved, wanted) from error
             raise UserError(
                 f"{checkpoint} cannot be read: {first_line(error)}. Move checkpoints/{step} to "
                 "another folder to resume from the one before."
@@ -450,6 +447,14 @@ def _first_difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str | No
     name = min(differing, key=rank)
     there, here = (x.get(name, "missing") for x in (saved, wanted))
     return f"shape of {name}: {there} in the checkpoint, {here} now"
+
+
+def _other_network(checkpoint: str, saved: dict[str, Any], wanted: dict[str, Any]) -> UserError:
+    difference = _first_difference(saved, wanted)
+    return UserError(
+        f"{checkpoint} is that of another network, or of other classes ({difference}); use the "
+        "same model and images, or another --run-dir."
+    )
 
 
 def _has_other_cause(error: Exception) -> bool:
