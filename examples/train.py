@@ -360,12 +360,12 @@ def train_epoch(
     start, end = time.perf_counter(), job.epochs.start(epoch + 1)
     num_images = untimed = 0
     title = f"{config.model}, {config.method}: epoch {epoch + 1}/{config.epochs}"
-    steps, queue = job.epochs.steps(epoch), training.Queue()
+    steps, in_flight = job.epochs.steps(epoch), training.StepsInFlight()
     with display.EpochProgress(display.console(), title, steps) as progress:
         for batch in training.epoch_batches(batches, job.epochs, epoch, step, saver.stop):
             batch = training.distribute(batch, job.mesh)
             state, metrics = job.train_step(state, batch, np.uint32(step))
-            queue.add(metrics)
+            in_flight.add(metrics)
             step += 1
             num_images += batch["label"].size
             if not untimed and step < end:

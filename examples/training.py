@@ -125,7 +125,7 @@ def epoch_batches(
         next(batches)
 
 
-class Queue:
+class StepsInFlight:
     """Steps that the device has yet to compute: at most two.
 
     JAX would queue dozens. A run that is asked to stop would have to wait for all of them before it
@@ -176,11 +176,11 @@ def evaluate(
     stop: StopRequest | None = None,
 ) -> dict[str, float] | None:
     """Mean loss and accuracy over the test images, each counted once; None if asked to stop."""
-    parts, queue = [], Queue()
+    parts, in_flight = [], StepsInFlight()
     for batch in test_batches(dataset, batch_size, **share):
         if stop and stop.is_now():
             return None
         parts.append(eval_step(state, distribute(batch, mesh)))
-        queue.add(parts[-1])
+        in_flight.add(parts[-1])
     loss, correct, weight = np.sum(jax.device_get(parts), axis=0).tolist()
     return {"test_loss": loss / weight, "test_accuracy": correct / weight}
