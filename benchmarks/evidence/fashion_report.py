@@ -100,18 +100,14 @@ def compare(done: dict[str, dict[str, Jobs]], runs: Runs, times: Times) -> list[
 def earlier_times(file: Path, done: dict[str, dict[str, Jobs]]) -> Times:
     """The times in a report of this machine and these versions."""
     report = json.loads(file.read_text()) if file.exists() else {}
+    if not {"machine": machine(), "versions": versions()}.items() <= report.items():
+        raise SystemExit(f"error: {file} is not from this machine with these versions.")
     times = report.get("seconds", {})
-    if {"machine": machine(), "versions": versions()}.items() <= report.items():
-        missing = {
-            arm
-            for model, tasks in done.items()
-            for arm in steps(tasks)
-            if arm not in times.get(model, {})
-        }
-        if not missing:
-            return times
+    needed = {(model, arm) for model, tasks in done.items() for arm in steps(tasks)}
+    missing = {arm for model, arm in needed if arm not in times.get(model, {})}
+    if missing:
         raise SystemExit(f"error: {file} has no times of {', '.join(sorted(missing))}.")
-    raise SystemExit(f"error: {file} is not from this machine with these versions.")
+    return times
 
 
 def state_bytes(program: Program) -> int:
