@@ -35,10 +35,10 @@ gpu-check:  ## Needs a GPU and a Python with jax, flax and optax: first the same
 	$(PYTHON) benchmarks/gpu_check.py
 	$(PYTHON) benchmarks/freezing.py
 	$(PYTHON) benchmarks/size.py
-	$(PYTHON) benchmarks/depth.py
+	$(PYTHON) benchmarks/depth.py --steps $(GPU_STEPS) --dtype bfloat16
 	$(PYTHON) benchmarks/methods.py --steps $(GPU_STEPS) --dtype bfloat16
 	$(PYTHON) benchmarks/overhead.py
-	$(PYTHON) benchmarks/skipping.py
+	$(PYTHON) benchmarks/skipping.py --steps $(GPU_STEPS) --dtype bfloat16 --optimizers adamw --rates 0.5
 
 accelerator-check:  ## Counts what a step costs on an H100 and a TPU v5e, compiled without them: hours.
 	$(PYTHON) -m venv build/accelerators

@@ -117,8 +117,15 @@ def compile_step(
     dtype: str,
     variant: Variant,
     kept: Any = None,
+    states: dict[Any, list[Any]] | None = None,
 ) -> Step:
-    """Compiles a step; `kept` replaces the draw of the branches that keep their backward pass."""
+    """Compiles a step.
+
+    Args:
+      kept: replaces the draw of the branches that keep their backward pass.
+      states: parameters and optimizer states of other steps. The new step goes on from one of them
+        if it fits, so that many steps of a large model find room on a GPU.
+    """
     graph, params, rest = nnx.split(build(name, size, dtype, variant), nnx.Param, ...)
     batch = jax.random.normal(jax.random.key(0), (batch_size, size, size, 3))
     batch = batch, jnp.arange(batch_size) % 1000
@@ -127,6 +134,9 @@ def compile_step(
     state = [params, opt_state, rest]
     jitted = jax.jit(train, donate_argnums=(0, 1, 2))  # As a training loop does.
     compiled = jitted.lower(*state, jnp.int32(0), *batch).compile()
+    if states is not None:
+        layout = jax.tree.structure(state), tuple(x.shape for x in jax.tree.leaves(state))
+        state = states.setdefault(layout, state)
     counts = itertools.count()
 
     def seconds() -> float:
@@ -225,9 +235,10 @@ def compare(
     name: str, size: int, batch: int, dtype: str, variants: Sequence[Variant], rounds: int
 ) -> list[dict[str, Any]]:
     settings = name, size, batch, dtype
-    full = compile_step(*settings, FULL)
+    states: dict[Any, list[Any]] = {}
+    full = compile_step(*settings, FULL, states=states)
     variants = [x for x in variants if x.how != "skip" or not is_slow_in_conditionals(name)]
-    steps = {x.name: compile_step(*settings, x) for x in variants}
+    steps = {x.name: compile_step(*settings, x, states=states) for x in variants}
     for step in (full, *steps.values()):
         step.seconds()
     base: list[float] = []

@@ -6,7 +6,8 @@
 
 Splits are called train and test (or val, validation). Without them, a tenth of each class is set
 aside to test on: the same images on every machine. Names that begin with a dot and
-__MACOSX, which archives made on a Mac contain, are skipped.
+__MACOSX, which archives made on a Mac contain, are skipped, as is a folder of test images that has
+no subfolders, and so no labels.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import PIL.ImageOps
 from errors import UserError, first_line, page_hint
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+UNSUPPORTED = (".heic", ".heif", ".avif", ".jxl")  # Pictures that Pillow may be unable to decode.
 TEST_NAMES = ("test", "val", "validation")
 
 
@@ -90,11 +92,11 @@ def load(folder: Path) -> tuple[Images, Images, int]:
     """
     if not folder.is_dir():
         raise UserError(f"--data-folder {folder} is no folder.")
-    tests = [name for name in TEST_NAMES if (folder / name).is_dir()]
+    tests = [name for name in TEST_NAMES if _holds_classes(folder / name)]
     splits = [folder / "train", folder / tests[0]] if tests else []
     if splits and not splits[0].is_dir():
         raise UserError(f"--data-folder {folder} has {tests[0]}, but no train, among its folders.")
-    if not splits and (folder / "train").is_dir():
+    if not splits and _holds_classes(folder / "train"):
         folder = folder / "train"
     classes = [_classes(x) for x in splits or [folder]]
     if classes[0] != classes[-1]:
@@ -112,6 +114,11 @@ def load(folder: Path) -> tuple[Images, Images, int]:
     return Images(train), Images(test), len(classes[0])
 
 
+def _holds_classes(folder: Path) -> bool:
+    """Whether a folder is a split; without subfolders, "train" is a class, say of railways."""
+    return folder.is_dir() and bool(_classes(folder))
+
+
 def _classes(folder: Path) -> list[str]:
     return sorted(x.name for x in folder.iterdir() if x.is_dir() and not _is_skipped(x.name))
 
@@ -122,8 +129,13 @@ def _is_skipped(name: str) -> bool:
 
 def _images(folder: Path) -> list[Path]:
     """The images of a class, in the order of their names."""
-    files = (x for x in folder.rglob("*") if x.suffix.lower() in SUFFIXES)
-    images = sorted(x for x in files if not any(map(_is_skipped, x.relative_to(folder).parts)))
+    files = [x for x in folder.rglob("*") if not any(map(_is_skipped, x.relative_to(folder).parts))]
+    images = sorted(x for x in files if x.suffix.lower() in SUFFIXES)
+    if others := sorted(x for x in files if x.suffix.lower() in UNSUPPORTED):
+        raise UserError(
+            f"{folder} has images that cannot be read ({len(others)}, such as {others[0].name}); "
+            "convert them to JPEG or PNG, or remove them."
+        )
     if not images:
         raise UserError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
     return images

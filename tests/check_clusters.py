@@ -40,7 +40,10 @@ SlurmdPidFile={folder}/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
 NodeName={host} NodeAddr=127.0.0.1 CPUs=8 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=40 OverSubscribe=FORCE:4
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=2
 """
 
 
@@ -104,9 +107,15 @@ def metrics(folder):
     return [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
 
 
-def submit(folder, log, epochs):
+def submit(folder, log, epochs, *more):
     """A job of the script that users start from, without GPUs."""
-    options = [f"--output={log}", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0"]
+    options = [
+        *more,
+        f"--output={log}",
+        "--ntasks-per-node=2",
+        "--cpus-per-task=1",
+        "--gpus-per-node=0",
+    ]
     flags = [*SETTINGS, "--epochs", str(epochs), "--run-dir", str(folder)]
     shown = output("sbatch", *options, str(SBATCH), *flags)
     return re.search(r"\d+", shown)[0]
@@ -152,6 +161,35 @@ def test_a_job_that_is_stopped_is_requeued_and_goes_on(tmp_path):
     wait_until(lambda: state(job) == "COMPLETED", 400)
     assert [row["epoch"] for row in metrics(run)] == list(range(1, 41))
     assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def goes_on(job, folder):
+    """Whether a requeued job goes on with its run; at once, as Slurm would wait for two minutes."""
+    complete = len(metrics(folder))
+    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=False)
+    wait_until(lambda: len(metrics(folder)) > complete)
+    output("scancel", job)
+    wait_until(lambda: state(job) == "CANCELLED", 120)
+    epochs = [row["epoch"] for row in metrics(folder)]
+    return epochs == list(range(1, len(epochs) + 1))
+
+
+def test_a_job_that_more_urgent_ones_preempt_goes_on_after_them(tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    job = submit(run, log, 1000)
+    wait_until(lambda: len(metrics(run)) >= 2)
+    urgent = output("sbatch", "--parsable", "-p", "urgent", "--exclusive", "--wrap", "sleep 20")
+    wait_until(lambda: "go on with --resume" in log.read_text(), 40)
+    wait_until(lambda: state(urgent.strip()) == "COMPLETED", 120)
+    assert goes_on(job, run) and "Traceback" not in log.read_text()
+
+
+def test_a_job_whose_time_is_up_is_saved_and_goes_on(tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    job = submit(run, log, 10_000, "--time=2")
+    wait_until(lambda: log.exists() and "go on with --resume" in log.read_text(), 180)
+    assert goes_on(job, run)
+    assert "Traceback" not in log.read_text() and "DUE TO TIME LIMIT" not in log.read_text()
 
 
 def test_a_task_that_is_killed_is_started_again(tmp_path):

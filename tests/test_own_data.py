@@ -357,6 +357,19 @@ def test_folders_that_are_wrong(photos, tmp_path):
         data.load("digits", folder=photos)
 
 
+def test_a_class_may_be_called_train(photos):
+    (photos / "cat").rename(photos / "train")
+    assert image_folder.load(photos)[2] == 2
+
+
+def test_images_of_other_kinds_are_not_left_out_silently(photos):
+    (photos / "dog/IMG_1.HEIC").write_bytes(b"")
+    with pytest.raises(
+        UserError, match="dog has images .*1, such as IMG_1.HEIC.*; convert them to JPEG"
+    ):
+        image_folder.load(photos)
+
+
 def test_what_archives_of_a_mac_bring_along_is_skipped(photos):
     hidden = photos.rename(photos.with_name(".hidden"))  # Above the classes it does not matter.
     for name in ("__MACOSX", "cat/__MACOSX", "cat/.thumbnails", ".cache"):

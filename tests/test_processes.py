@@ -104,46 +104,123 @@ def test_a_stopped_launch_stops_all(flags, tmp_path, number):
 
 
 A_SLOW_NETWORK = """
-import math, pathlib, time
+import math, os, pathlib, time
 import training
 from flax import nnx
 
-steps, distribute = pathlib.Path(__file__).with_name("steps"), training.distribute
+folder, distribute = pathlib.Path(__file__).parent, training.distribute
+
+
+def spend(seconds, event):
+    with (folder / event).open("a") as file:
+        file.write(".")
+    time.sleep(seconds)
 
 
 def slowly(*arguments):
-    with steps.open("a") as file:
-        file.write(".")
-    time.sleep(4.0)
+    spend(float(os.environ["STEP_SECONDS"]), "batches")
     return distribute(*arguments)
 
 
-training.distribute = slowly  # As long as a step of a large network.
+training.distribute = slowly  # As long as a step of a large network, or of its evaluation.
 
 
 def network(num_classes, image_shape, rngs):
+    spend(float(os.environ["BUILD_SECONDS"]), "builds")
     head = nnx.Linear(math.prod(image_shape), num_classes, rngs=rngs)
     return nnx.Sequential(lambda images: images.reshape(len(images), -1), head)
 """
+BATCHES = 8  # Of an epoch: 1,297 images in batches of 160.
+
+
+@pytest.fixture
+def start_slowly(flags, tmp_path, monkeypatch):
+    """Starts processes that train a slow network in the folder "run", and waits until each of them
+    has had an event so many times."""
+    (tmp_path / "slow.py").write_text(A_SLOW_NETWORK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def start(count, epochs, *more, step=0.0, build=0.0, until=None):
+        monkeypatch.setenv("STEP_SECONDS", str(step))
+        monkeypatch.setenv("BUILD_SECONDS", str(build))
+        network = ("--model", "slow:network", "--method", "none")
+        started = launch.start(count, flags("run", epochs, *network, *more))
+        event, times = until or ("batches", 0)
+        file, deadline = tmp_path / event, time.monotonic() + 240
+        while times and (not file.exists() or len(file.read_text()) < times * count):
+            assert time.monotonic() < deadline and all(x.poll() is None for x in started)
+            time.sleep(0.05)
+        return started
+
+    return start
+
+
+def checkpoints(folder):
+    """The steps of complete ones."""
+    return sorted(int(x.name) for x in (folder / "checkpoints").iterdir() if x.name.isdecimal())
+
+
+def stopped(processes, number=signal.SIGTERM):
+    """How processes end that a scheduler stops, which kills half a minute later."""
+    for process in processes:
+        process.send_signal(number)
+    return [x.wait(timeout=24.0) for x in processes]
 
 
 @pytest.mark.parametrize(("count", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 @pytest.mark.slow
-def test_a_stop_between_long_steps_is_saved_in_time(flags, tmp_path, monkeypatch, count, number):
-    """Within 24 seconds, as a scheduler that preempts may kill after 30."""
-    (tmp_path / "slow.py").write_text(A_SLOW_NETWORK)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    slow = flags("run", 100, "--model", "slow:network", "--method", "none")
-    started = launch.start(count, slow)
-    deadline, steps = time.monotonic() + 240, tmp_path / "steps"
-    while not steps.exists() or len(steps.read_text()) < 3 * count:
-        assert time.monotonic() < deadline and all(x.poll() is None for x in started)
-        time.sleep(0.05)
+def test_a_stop_between_long_steps_is_saved_in_time(start_slowly, tmp_path, count, number):
+    started = start_slowly(count, 100, step=4.0, until=("batches", 3))
+    assert stopped(started, number) == [128 + number] * count
+    assert checkpoints(tmp_path / "run")[0] >= 2
+
+
+@pytest.mark.slow
+def test_a_stop_before_the_first_step(start_slowly, tmp_path):
+    started = start_slowly(2, 100, build=4.0, until=("builds", 1))
+    assert stopped(started) == [128 + signal.SIGTERM] * 2
+    assert checkpoints(tmp_path / "run")[0] <= 2
+
+
+@pytest.mark.slow
+def test_a_stop_in_the_evaluation(start_slowly, tmp_path):
+    """The epoch that has been trained is saved, and evaluated later."""
+    started = start_slowly(2, 1, step=2.0, until=("batches", BATCHES + 1))
+    assert stopped(started) == [128 + signal.SIGTERM] * 2
+    assert checkpoints(tmp_path / "run") == [BATCHES]
+    assert not (tmp_path / "run/metrics.jsonl").exists() or not metrics(tmp_path / "run")
+    assert launch.outcome(start_slowly(2, 1, "--resume")) == 0
+    (row,) = metrics(tmp_path / "run")
+    assert row["step"] == BATCHES and row["images_per_second"] is None
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_within_an_epoch(start_slowly, tmp_path):
+    """From a checkpoint of `--save-every`, to what they learn without a break."""
+    started = start_slowly(2, 2, "--save-every", "3", step=1.0, until=("batches", 5))
     for process in started:
-        process.send_signal(number)
-    assert [x.wait(timeout=24.0) for x in started] == [128 + number] * count
-    saved = [int(x.name) for x in (tmp_path / "run/checkpoints").iterdir()]
-    assert saved and saved[0] >= 2
+        process.kill()
+        process.wait()
+    assert checkpoints(tmp_path / "run") == [3]
+    assert launch.outcome(start_slowly(2, 2, "--resume")) == 0
+    resumed = (tmp_path / "run").rename(tmp_path / "resumed")
+    assert launch.outcome(start_slowly(2, 2)) == 0
+    rows, unbroken = (
+        [row | {"images_per_second": 0} for row in metrics(folder)]
+        for folder in (resumed, tmp_path / "run")
+    )
+    assert len(rows) == 2 and rows == unbroken
+
+
+@pytest.mark.slow
+def test_a_run_folder_of_two_processes_that_is_removed(start_slowly, tmp_path, capfd):
+    started = start_slowly(2, 100, step=0.5, until=("batches", 2))
+    shutil.rmtree(tmp_path / "run")
+    start = time.monotonic()
+    launch.wait(started)
+    assert time.monotonic() - start < 60 and all(x.returncode for x in started)
+    shown = capfd.readouterr().err
+    assert "No such file" in shown and "Traceback" not in shown
 
 
 @pytest.fixture
@@ -374,6 +451,7 @@ class TestOpenMPI:
 
     def start(self, flags):
         command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2"]
+        command += ["--mca", "odls_base_sigkill_timeout", "60"]  # Else one second.
         return subprocess.Popen(
             [*command, sys.executable, train.__file__, *flags],
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
