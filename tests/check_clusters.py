@@ -166,7 +166,8 @@ def test_a_job_that_is_stopped_is_requeued_and_goes_on(tmp_path):
 def goes_on(job, folder):
     """Whether a requeued job goes on with its run; at once, as Slurm would wait for two minutes."""
     complete = len(metrics(folder))
-    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=False)
+    wait_until(lambda: state(job) == "PENDING", 60)
+    output("scontrol", "update", f"jobid={job}", "starttime=now")
     wait_until(lambda: len(metrics(folder)) > complete)
     output("scancel", job)
     wait_until(lambda: state(job) == "CANCELLED", 120)
@@ -178,7 +179,8 @@ def test_a_job_that_more_urgent_ones_preempt_goes_on_after_them(tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     job = submit(run, log, 1000)
     wait_until(lambda: len(metrics(run)) >= 2)
-    urgent = output("sbatch", "--parsable", "-p", "urgent", "--exclusive", "--wrap", "sleep 20")
+    options = ["--parsable", "--partition=urgent", "--exclusive", "--output=/dev/null"]
+    urgent = output("sbatch", *options, "--wrap", "sleep 20")
     wait_until(lambda: "go on with --resume" in log.read_text(), 40)
     wait_until(lambda: state(urgent.strip()) == "COMPLETED", 120)
     assert goes_on(job, run) and "Traceback" not in log.read_text()
@@ -186,8 +188,8 @@ def test_a_job_that_more_urgent_ones_preempt_goes_on_after_them(tmp_path):
 
 def test_a_job_whose_time_is_up_is_saved_and_goes_on(tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
-    job = submit(run, log, 10_000, "--time=2")
-    wait_until(lambda: log.exists() and "go on with --resume" in log.read_text(), 180)
+    job = submit(run, log, 10_000, "--time=3")  # Slurm may send the signal a minute early.
+    wait_until(lambda: log.exists() and "go on with --resume" in log.read_text())
     assert goes_on(job, run)
     assert "Traceback" not in log.read_text() and "DUE TO TIME LIMIT" not in log.read_text()
 
