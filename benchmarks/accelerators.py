@@ -221,9 +221,25 @@ def matrix(rows: list[dict[str, Any]], target: str, key: str) -> str:
     return "\n".join(lines)
 
 
+def bounds(rows: list[dict[str, Any]], target: str) -> str:
+    """What the full step of each model spends its time on."""
+    found = {(row["model"], row["target"]): row for row in rows if row["variant"] == FULL.name}
+    lines = ["| model | matrix units | memory | launches |", "| --- " * 4 + "|"]
+    for model in MODELS:
+        if row := found.get((model, target)):
+            shares = [f"{row['spent'][x] / row['seconds']:.0%}" for x in row["spent"]]
+            lines.append(f"| {model} | " + " | ".join(shares).replace("%", " %") + " |")
+    return "\n".join(lines)
+
+
 def with_tables(page: str, rows: list[dict[str, Any]]) -> str:
     """The page with the tables that `<!-- TARGET FIGURE -->` asks for."""
-    return fill(page, lambda name: matrix(rows, *name.split()))
+
+    def table(name: str) -> str:
+        target, figure = name.split()
+        return bounds(rows, target) if figure == "bound" else matrix(rows, target, figure)
+
+    return fill(page, table)
 
 
 def absolute(key: str, value: float) -> str:
