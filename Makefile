@@ -45,7 +45,9 @@ accelerator-check:  ## Counts what a step costs on an H100 and a TPU v5e, compil
 	build/accelerators/bin/pip install --quiet jax==0.10.2 jax-cuda12-plugin==0.10.2 libtpu flax optax
 	build/accelerators/bin/python benchmarks/accelerators.py
 
-cluster-check: $(VENV)/.installed  ## train.py under a real Slurm on this machine; as root, on Debian.
+cluster-check: $(VENV)/.installed  ## The job for Kubernetes, and train.py under a real Slurm; as root, on Debian.
+	$(BIN)/pip install --quiet kubernetes-validate
+	$(BIN)/kubernetes-validate --strict examples/cluster/train.yaml
 	apt-get install -y -qq --no-install-recommends slurmd slurmctld slurm-client munge
 	$(BIN)/pytest --noconftest tests/check_clusters.py
 
