@@ -70,13 +70,15 @@ docs: $(VENV)/.docs  ## The site, in build/docs; any warning is an error.
 notebook: $(VENV)/.docs  ## Runs docs/digits.ipynb and keeps its results in it.
 	JAX_PLATFORMS=cpu $(BIN)/jupyter execute --inplace docs/digits.ipynb
 
-wheel: $(VENV)/.installed  ## Builds sdist and wheel, and imports the wheel with only its core dependencies.
-	rm -rf dist build/wheel-venv
+wheel: $(VENV)/.installed  ## Builds sdist and wheel, and imports each with only its core dependencies.
+	rm -rf dist build/whl-venv build/gz-venv
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/twine check --strict dist/*
-	$(PYTHON) -m venv build/wheel-venv
-	build/wheel-venv/bin/pip install --quiet dist/*.whl
-	cd build && JAX_PLATFORMS=cpu wheel-venv/bin/python -c "import sys, cdb_jax; assert 'flax' not in sys.modules; print('cdb_jax', cdb_jax.__version__)"
+	for kind in whl gz; do \
+	  $(PYTHON) -m venv build/$$kind-venv && \
+	  build/$$kind-venv/bin/pip install --quiet dist/*.$$kind && \
+	  (cd build && JAX_PLATFORMS=cpu $$kind-venv/bin/python ../benchmarks/import_time.py) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info

@@ -260,7 +260,10 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", choices=names, default=names)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+    earlier = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
+    if earlier.get("versions", versions()) != versions():
+        raise SystemExit(f"error: {args.output} has rows of other versions; choose --output.")
+    rows = earlier["rows"]
     done = {(x["model"], x["target"], x["variant"]) for x in rows}
     for target in args.targets:
         for name in args.models:

@@ -38,5 +38,5 @@ for panel in axes[-1]:
     panel.set_xlabel("step")
 for panel in axes[:, 0]:
     panel.set_ylabel("output channel")
-figure.suptitle("Who learns: dark channels are updated in a step, light ones are not (rate 0.5)")
+figure.suptitle("Dark channels receive a gradient in a step, light ones do not (rate 0.5)")
 figure.savefig(Path(__file__).with_suffix(".png"))

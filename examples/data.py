@@ -15,6 +15,8 @@ import os
 import shlex
 import signal
 import sys
+import tarfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ import tyro
 from absl import flags, logging
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 import idx
 import image_folder
@@ -92,6 +95,9 @@ PREPROCESSING = {
 }
 
 
+# What TensorFlow Datasets raises where a download fails, or is not what it should be.
+UNPREPARED = (AssertionError, OSError, EOFError, tarfile.TarError, zipfile.BadZipFile)
+UNPREPARED += (tfds.download.DownloadError, NonMatchingChecksumError)
 FOLDER = Preprocessing((224, 224, 3), flip=True)  # For a folder of images.
 READABLE = {"array_record", "parquet"}  # The formats of TensorFlow Datasets with random access.
 
@@ -104,6 +110,14 @@ class DataSet(NamedTuple):
     test: Sequence[dict[str, Any]]
     num_classes: int
     preprocessing: Preprocessing
+
+
+def summary(data: DataSet) -> str:
+    """How much there is, for those who gave a folder."""
+    return (
+        f"{len(data.train):,} training images and {len(data.test):,} test images of "
+        f"{data.num_classes} classes"
+    )
 
 
 def load(
@@ -207,7 +221,9 @@ def _formats(builder: tfds.core.DatasetBuilder) -> set[str]:
 
 def _preparation(name: str, folder: object) -> str:
     option = f" --data-dir {shlex.quote(str(folder))}" if folder else ""
-    return f"'pip install tensorflow-cpu' and 'python examples/data.py {name}{option}'."
+    # The original files need no TensorFlow.
+    install = "" if idx.folder_of(name, None) else "'pip install tensorflow-cpu' and "
+    return f"{install}'python examples/data.py {name}{option}'."
 
 
 def _again(name: str) -> str:
@@ -520,7 +536,7 @@ def prepare(
         raise UserError(
             f"preparing {name} needs {error.name}; run 'pip install tensorflow-cpu' and try again."
         ) from error
-    except (AssertionError, OSError, tfds.download.DownloadError) as error:
+    except UNPREPARED as error:
         raise UserError(f"{name} could not be prepared: {' '.join(str(error).split())}") from error
 
 

@@ -1,7 +1,6 @@
 """Mistakes that a user can mend, and errors of other libraries that mean one."""
 
 import re
-import textwrap
 from typing import Any
 
 # What XLA puts before the cause of an error, once for every layer that it passes.
@@ -44,7 +43,8 @@ def first_line(error: Exception) -> str:
     """What is worth showing of an error that may fill a page."""
     line = str(error).strip().partition("\n")[0]
     line = PREFIX.sub("", line) or type(error).__name__
-    return textwrap.shorten(line.rstrip(".:"), 300, placeholder=" ...")
+    line = " ".join(line.rstrip(".:").split())
+    return line if len(line) <= 300 else line[:296] + " ..."
 
 
 def markup(content: bytes) -> str | None:

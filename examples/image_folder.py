@@ -4,8 +4,8 @@
     photos/train/dog/2.png                                       photos/dog/2.png
     photos/test/cat/3.jpg
 
-Splits are called train and test (or val, validation). Without them, a tenth of each class is set
-aside to test on: the same images on every machine. Names that begin with a dot and
+Splits are called train and test, or val, valid, dev, and so on. Without them, a tenth of each class
+is set aside to test on: the same images on every machine. Names that begin with a dot and
 __MACOSX, which archives made on a Mac contain, are skipped, as is a folder of test images that has
 no subfolders, and so no labels.
 """
@@ -25,7 +25,8 @@ from errors import UserError, first_line, page_hint
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 UNSUPPORTED = (".heic", ".heif", ".avif", ".jxl")  # Pictures that Pillow may be unable to decode.
-TEST_NAMES = ("test", "val", "validation")
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "val", "valid", "validation", "dev", "eval")
 
 
 class Images(Sequence[dict[str, Any]]):
@@ -92,31 +93,45 @@ def load(folder: Path) -> tuple[Images, Images, int]:
     """
     if not folder.is_dir():
         raise UserError(f"--data-folder {folder} is no folder.")
-    tests = [name for name in TEST_NAMES if _holds_classes(folder / name)]
-    splits = [folder / "train", folder / tests[0]] if tests else []
-    if splits and not splits[0].is_dir():
-        raise UserError(f"--data-folder {folder} has {tests[0]}, but no train, among its folders.")
-    if not splits and _holds_classes(folder / "train"):
-        folder = folder / "train"
+    splits = _splits(folder)
+    if len(splits) == 1:
+        (folder,) = splits
     classes = [_classes(x) for x in splits or [folder]]
     if classes[0] != classes[-1]:
+        first, last = (x.name for x in splits)
         differing = ", ".join(sorted(set(classes[0]) ^ set(classes[-1])))
-        raise UserError(f"--data-folder {folder}: train and {tests[0]} differ in {differing}.")
+        raise UserError(f"--data-folder {folder}: {first} and {last} differ in {differing}.")
     if len(classes[0]) < 2:
         raise UserError(
             f"--data-folder {folder} must have a subfolder with images for each class, at least "
             "two: class/image.jpg, or train/class/image.jpg and test/class/image.jpg."
         )
-    if splits:
+    if len(splits) == 2:
         train, test = (_files(x, classes[0]) for x in splits)
     else:
         train, test = _split(folder, classes[0])
     return Images(train), Images(test), len(classes[0])
 
 
-def _holds_classes(folder: Path) -> bool:
-    """Whether a folder is a split; without subfolders, "train" is a class, say of railways."""
-    return folder.is_dir() and bool(_classes(folder))
+def _splits(folder: Path) -> list[Path]:
+    """The folders of training and test images, or of the first alone; none if there are no splits.
+
+    A split has subfolders; without, "train" is a class, say of railways.
+    """
+    names = [x for x in _classes(folder) if _classes(folder / x)]
+    train, test = (
+        next((x for wanted in group for x in names if x.lower() == wanted), None)
+        for group in (TRAIN_NAMES, TEST_NAMES)
+    )
+    if test and not train:
+        raise UserError(f"--data-folder {folder} has {test}, but no train, among its folders.")
+    others = [x for x in names if x.lower() not in (*TRAIN_NAMES, *TEST_NAMES)]
+    if train and (alike := [x for x in others if _classes(folder / x) == _classes(folder / train)]):
+        raise UserError(
+            f"--data-folder {folder}: {alike[0]} has the same subfolders as {train}, but is not "
+            "called test or val; rename it, or move it elsewhere."
+        )
+    return [folder / x for x in (train, test) if x]
 
 
 def _classes(folder: Path) -> list[str]:

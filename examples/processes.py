@@ -24,6 +24,9 @@ from errors import PassingError, UserError, first_line, meaning
 START = 300  # Seconds that processes wait for process 0 to start.
 PATIENCE = 60  # Seconds until a process that gives no sign of life is taken for dead.
 LOST = os.EX_TEMPFAIL  # Exit code of a process that could not go on without another.
+# What an error says that comes from talking to another process.
+SIGNS_OF_LOSS = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "heartbeat")
+SIGNS_OF_LOSS += ("barrier", "remote process exited", "Connection reset", "Connection closed")
 # What tells a process how many of its kind a launcher has started.
 LAUNCHERS = {
     "SLURM_STEP_NUM_TASKS": "Slurm",
@@ -141,7 +144,12 @@ def _check_devices() -> None:
 
 
 def _choose_port() -> None:
-    """Another port for each step of a Slurm job: JAX takes one for all that run side by side."""
+    """Another port for each step of a Slurm job: JAX takes one for all that run side by side.
+
+    Of processes that `mpirun` has started in a Slurm job, only some know a step.
+    """
+    if "OMPI_COMM_WORLD_SIZE" in os.environ:
+        return
     job, step = (os.environ.get(f"SLURM_{x}_ID", "") for x in ("JOB", "STEP"))
     if job.isdecimal() and step.isdecimal():
         port = 61440 + (int(job) + 97 * int(step)) % 4096
@@ -196,6 +204,8 @@ def device_summary() -> str:
     text += f"; {jax.device_count()} x {kind}"
     if not alone:
         text += _on_nodes(used)
+    if jax.default_backend() == "gpu" and used == there:
+        text += ", all in use"
     idle = [pair for pair in zip(used, there, strict=True) if pair[0] < pair[1]]
     if idle and jax.default_backend() == "gpu":
         text += "\nwarning: only {} of the {} GPUs of a node are used; ".format(*idle[0])
@@ -279,8 +289,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 def is_lost(error: Exception) -> bool:
     """Whether an error comes from talking to another process."""
-    words = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "heartbeat", "barrier")
-    return jax.process_count() > 1 and any(word in str(error) for word in words)
+    return jax.process_count() > 1 and any(word in str(error) for word in SIGNS_OF_LOSS)
 
 
 class StoppedError(Exception):

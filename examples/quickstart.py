@@ -18,7 +18,8 @@ train_x, test_x, train_y, test_y = train_test_split(images, labels, test_size=50
 
 rngs = nnx.Rngs(0)
 model = nnx.Sequential(nnx.Linear(64, 128, rngs=rngs), nnx.relu, nnx.Linear(128, 10, rngs=rngs))
-policy = cdb_jax.Policy(0.3, key=jax.random.key(0), exempt=("layers/2",))  # Spare the last layer.
+# Half of the channels learn in each step; the last layer always learns.
+policy = cdb_jax.Policy(0.5, key=jax.random.key(0), channel_choice="window", exempt=("layers/2",))
 print(cdb_jax.channel_report(nnx.state(model, nnx.Param), policy))
 tx = optax.chain(cdb_jax.channel_drop_back(policy), optax.adamw(3e-3))
 optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -29,8 +30,10 @@ def step(model, optimizer, x, y):
     def loss(m):
         return optax.softmax_cross_entropy_with_integer_labels(m(x), y).mean()
 
-    value, gradients = nnx.value_and_grad(loss)(model)
-    optimizer.update(model, gradients)
+    selection = policy.select(model, cdb_jax.selection_count(optimizer.opt_state))
+    # The gradients of dropped channels are not computed.
+    value, gradients = cdb_jax.nnx.value_and_grad(loss)(model, selection=selection)
+    optimizer.update(model, gradients, selection=selection)
     return value
 
 

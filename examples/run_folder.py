@@ -14,7 +14,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,6 +69,7 @@ class Run:
         self._metrics_file = self.folder / "metrics.jsonl"
         self.speaks = jax.process_index() == 0
         self._is_read_back = False
+        self._kept = _Kept(keep)
         if bad := [x for x in UNREADABLE if x in str(self.folder)]:
             raise UserError(
                 f"--run-dir {folder}: checkpoints below a path with {bad[0]} could be saved, but "
@@ -88,9 +89,10 @@ class Run:
                 checkpoints,
                 item_handlers=ocp.StandardCheckpointHandler(),
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, cleanup_tmp_directories=True
+                    preservation_policy=self._kept, cleanup_tmp_directories=True
                 ),
             )
+            self._kept.finite = set(self._checkpoints.all_steps())
             if jax.process_count() > 1:  # No process may take this run's file for an older one's.
                 multihost_utils.sync_global_devices("run folder")
             if not exists and self._checkpoints.latest_step() is not None:
@@ -162,13 +164,15 @@ class Run:
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         return self._checkpoints.restore(step, args=ocp.args.StandardRestore(shapes))
 
-    def save(self, step: int, state: Any) -> None:
-        """Starts writing a checkpoint; the newest are kept.
+    def save(self, step: int, state: Any, *, is_finite: bool = True) -> None:
+        """Starts writing a checkpoint; the newest are kept, and the newest that is finite.
 
         The first one is read back, so that nobody trains for days on what cannot be resumed.
         """
         if self._checkpoints.latest_step() == step:
             return
+        if is_finite:
+            self._kept.finite = {step}
         with self._writing(f"the checkpoint of step {step}"):
             # Half a checkpoint would be of no use, and is harder to report.
             needed = sum(x.nbytes for x in jax.tree.leaves(state))
@@ -196,6 +200,13 @@ class Run:
                 f"back: {first_line(error)}; choose another --run-dir."
             ) from error
         self._is_read_back = True
+
+    def check(self) -> None:
+        """Raises a UserError if the folder is gone, or if a checkpoint could not be written."""
+        with self._writing("checkpoints"):
+            self._checkpoints.check_for_errors()
+            if not locations.is_bucket(self.folder):
+                (self.folder / "checkpoints").stat()
 
     def log(self, row: Row) -> None:
         """Adds a line to `metrics.jsonl`, with null for what is not finite."""
@@ -247,6 +258,22 @@ class Run:
         except Exception:  # The folder may be gone.
             complete = 0
         return f"--resume goes on from step {complete}." if complete else "start again."
+
+
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+    """Which checkpoints are not deleted: the newest, and those that must not go yet.
+
+    Attributes:
+      finite: the step of the newest finite one; all that were there until this process saves one.
+    """
+
+    def __init__(self, count: int):
+        self._count = count
+        self.finite: set[int] = set()
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        newest = len(checkpoints) - self._count
+        return [i >= newest or x.step in self.finite for i, x in enumerate(checkpoints)]
 
 
 class _Checkpoints(ocp.CheckpointManager):

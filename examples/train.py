@@ -43,6 +43,7 @@ from epochs import Epochs, SaveTimes
 from errors import UserError
 
 CHECK_EVERY = 50  # Steps; reading the loss waits for the device.
+LOOK_EVERY = 5.0  # Seconds; whether the run folder is still there.
 
 
 class Pixels(NamedTuple):
@@ -271,6 +272,7 @@ class Saver:
         self._run, self.stop = run, stop
         self._times = SaveTimes(config.save_every)
         self._checks = not config.go_on_if_not_finite
+        self._looked = time.monotonic()
 
     def check(self, step: int, state: State, test_loss: float = 0.0) -> None:
         """Raises a UserError if a state should not be saved, as nothing can go on from it."""
@@ -283,7 +285,7 @@ class Saver:
 
     def save(self, step: int, state: State) -> None:
         self.check(step, state)
-        self._run.save(step, state)
+        self._run.save(step, state, is_finite=self._checks or training.is_finite(state))
         self._times.saved()
 
     def save_and_stop(self, step: int, state: State) -> NoReturn:
@@ -294,6 +296,9 @@ class Saver:
         """What is due between two steps; after the last one of an epoch, it is saved anyway."""
         if step % CHECK_EVERY == 0:
             self.check(step, state)
+        if time.monotonic() - self._looked > LOOK_EVERY:
+            self._run.check()
+            self._looked = time.monotonic()
         if not is_last and self._times.is_due(step):
             self.save(step, state)
 
@@ -317,6 +322,8 @@ def train(config: Config, *, brief: bool = False) -> list[run_folder.Row]:
         out = display.console()
         if not brief:
             out.print(processes.device_summary(), soft_wrap=True)
+        if config.data_folder and not brief:
+            out.print(data.summary(job.dataset), soft_wrap=True)
         if job.report and not brief:
             display.show_report(out, job.report)
         step, state = run.restore(initial(), job.epochs)

@@ -446,6 +446,24 @@ def test_a_run_folder_that_is_removed_while_training(finished, tmp_path, monkeyp
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_folder_that_is_removed_is_missed_before_the_next_checkpoint(
+    finished, tmp_path, monkeypatch
+):
+    distribute, batches, folder = training.distribute, [], tmp_path / "run"
+
+    def remove_and_distribute(batch, mesh):
+        batches.append(batch)
+        shutil.rmtree(folder, ignore_errors=True)
+        return distribute(batch, mesh)
+
+    monkeypatch.setattr(training, "distribute", remove_and_distribute)
+    monkeypatch.setattr(train, "LOOK_EVERY", 0.0)
+    message = "checkpoints could not be written to .*run: .*No such file.* start again"
+    with pytest.raises(errors.UserError, match=message):
+        train.train(train.Config(**finished[1], run_dir=folder), brief=True)
+    assert len(batches) == 1
+
+
 def test_a_loss_that_is_not_finite(finished, tmp_path, monkeypatch):
     """It ends the run, or is null in the metrics; the last finite checkpoint stays."""
     distribute, batches = training.distribute, []
@@ -464,8 +482,9 @@ def test_a_loss_that_is_not_finite(finished, tmp_path, monkeypatch):
         train.train(train.Config(**finished[1], run_dir=folder), brief=True)
     assert [x.name for x in (folder / "checkpoints").iterdir()] == ["8"]
     batches.clear()
-    goes_on = train.Config(**finished[1], run_dir=tmp_path / "b", go_on_if_not_finite=True)
+    goes_on = train.Config(**finished[1], run_dir=tmp_path / "b", go_on_if_not_finite=True, keep=1)
     train.train(goes_on)
+    assert sorted(x.name for x in (tmp_path / "b/checkpoints").iterdir()) == ["16", "8"]
     first, second = metrics(tmp_path / "b")
     assert first["train_loss"] > 0 and second["train_loss"] is None
     display.show_results(tmp_path / "b", "a run", metrics(tmp_path / "b"))

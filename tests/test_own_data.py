@@ -1,6 +1,7 @@
 """Networks and images of users: by import path, from folders, from original files."""
 
 import gzip
+import shutil
 import sys
 
 import chex
@@ -57,6 +58,43 @@ def test_a_network_by_its_import_path(network, tmp_path, data_dir, capsys):
     )
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] and rows[0]["dropped_fraction"] > 0.3
     assert "w           64x24" in capsys.readouterr().out  # No name says so: it was inferred.
+
+
+class Told(nnx.Module):
+    """Its call is told whether it trains, and does not by default."""
+
+    def __init__(self, num_classes, image_shape, rngs):
+        self.norm = nnx.BatchNorm(image_shape[-1], use_running_average=True, rngs=rngs)
+        self.out = nnx.Linear(image_shape[-1], num_classes, rngs=rngs)
+
+    def __call__(self, images, training=False):
+        return self.out(self.norm(images, use_running_average=not training).mean((1, 2)))
+
+
+def test_an_nnx_network_that_is_told_whether_it_trains():
+    settings = dict(num_classes=3, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    model = models.create("test_own_data:Told", **settings)
+    images = 5 + jax.random.normal(jax.random.key(2), (16, 8, 8, 1))
+    model(images)
+    mean = model.network.norm.mean[...]
+    assert mean > 0.01
+    model.eval()
+    np.testing.assert_array_equal(model(images), model.network(images))
+    np.testing.assert_array_equal(model.network.norm.mean[...], mean)
+
+
+def test_modules_of_the_user_come_before_those_of_the_examples(tmp_path, monkeypatch):
+    """Whose names are common: here `models` and `config`."""
+    (tmp_path / "config.py").write_text("WIDTH = 5")
+    (tmp_path / "models.py").write_text(
+        "import config\nfrom flax import nnx\n"
+        "def net(num_classes, rngs): return nnx.Linear(config.WIDTH, num_classes, rngs=rngs)"
+    )
+    monkeypatch.chdir(tmp_path)
+    settings = dict(num_classes=3, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    model = models.create("models:net", **settings)
+    assert model.kernel.shape == (5, 3)
+    assert sys.modules["models"] is models and sys.modules["config"].Config is train.Config
 
 
 class Linen(linen.Module):
@@ -327,6 +365,24 @@ def test_a_folder_with_splits(photos, tmp_path):
             save(tmp_path / "both/val" / name / f"{i}.png")
     dataset = data.load("digits", folder=tmp_path / "both")
     assert (len(dataset.train), len(dataset.test)) == (24, 6)
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing"), ("train", "dev")])
+def test_splits_by_any_usual_name(photos, tmp_path, names):
+    for name in names:
+        shutil.copytree(photos, tmp_path / "both" / name)
+    train, test, num_classes = image_folder.load(tmp_path / "both")
+    assert len(train) == len(test) > 0 and num_classes == 2
+
+
+@pytest.mark.bad_input
+def test_a_split_of_another_name_is_not_left_out_silently(photos, tmp_path):
+    for name in ("train", "fold2"):
+        shutil.copytree(photos, tmp_path / "both" / name)
+    with pytest.raises(
+        UserError, match="fold2 has the same subfolders as train, but is not called"
+    ):
+        image_folder.load(tmp_path / "both")
 
 
 @pytest.mark.bad_input

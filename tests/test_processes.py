@@ -401,6 +401,7 @@ def test_idle_gpus_are_told(monkeypatch, gpus, warns):
     monkeypatch.setattr(processes, "num_gpus", lambda: gpus)
     shown = processes.device_summary()
     assert shown.startswith("1 process; 8 x cpu")
+    assert ("all in use" in shown) != warns
     assert (f"only 8 of the {gpus} GPUs of a node are used" in shown) == warns
 
 
@@ -438,10 +439,36 @@ def test_the_devices_of_each_node_are_told(monkeypatch, joined, nodes, told):
     assert re.fullmatch(f"4 processes; 4 x cpu ?{told}", processes.device_summary())
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "INTERNAL: NCCL operation ncclGroupEnd() failed: unhandled system error",
+        "INTERNAL: Async NCCL error: remote process exited or there was a network error",
+        "Gloo all-reduce failed: Connection reset by peer",
+    ],
+)
+def test_an_error_of_talking_to_another_process(monkeypatch, text):
+    assert not processes.is_lost(RuntimeError(text))  # There is no other.
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert processes.is_lost(RuntimeError(text))
+    assert not processes.is_lost(RuntimeError("INTERNAL: a product failed"))
+
+
+def test_under_mpi_in_a_slurm_job_the_port_is_that_of_mpi(monkeypatch, joined):
+    """Which all ranks can tell; only some of them know a step of the job."""
+    monkeypatch.delenv("JAX_COORDINATOR_PORT", raising=False)
+    variables = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    processes.join("auto")
+    assert "JAX_COORDINATOR_PORT" not in os.environ
+
+
 def test_the_cause_of_an_error_is_told():
     prefixes = "INTERNAL: Error dispatching computation: " * 20
     error = RuntimeError(prefixes + "Gloo all-reduce failed: connection closed by peer\n...")
     assert first_line(error) == "Gloo all-reduce failed: connection closed by peer"
+    assert first_line(KeyError("a" * 400)) == "'" + 295 * "a" + " ..."
     assert first_line(ValueError("a: b: c")) == "a: b: c" and first_line(OSError()) == "OSError"
 
 
@@ -479,7 +506,6 @@ class TestOpenMPI:
         assert shown.count("go on with --resume") == 1, shown
         assert "Traceback" not in shown
 
-    @pytest.mark.slow
     def test_a_killed_process_is_named(self, flags, tmp_path):
         launched = self.start(flags("two", 1000))
         wait_for_epoch(tmp_path / "two", 1, [launched])

@@ -65,12 +65,12 @@ class Costs(NamedTuple):
 
 
 def complete(runs: Runs) -> dict[str, dict[str, Jobs]]:
-    """By model and task, the methods whose runs are all there, if the baseline's are too."""
+    """By model and task, the methods whose runs are all there, the baseline among them."""
     done: dict[str, dict[str, Jobs]] = {}
     for model, (task, arms) in itertools.product(MODELS, ARMS.items()):
         jobs = {arm: final_jobs(program_of(task, model, arm), runs) for arm in arms}
         jobs = {arm: own for arm, own in jobs.items() if finals(own, runs)}
-        if BASELINE in jobs:
+        if BASELINE in jobs and len(jobs) > 1:
             done.setdefault(model, {})[task] = jobs
     return done
 
@@ -225,9 +225,12 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
 def draw(rows: Sequence[Row], file: Path, key: str, label: str) -> None:
     """Differences in accuracy against what a step costs, a panel for each task and model.
 
-    Left is cheaper. Within the grey band, accuracy differs by less than the margin.
+    Left is cheaper. Within the grey band, accuracy differs by less than the margin. Methods that
+    take the memory of the baseline would all lie on one line, and are left out.
     """
-    figure, panels = panels_of(rows, height=3.9, margin=1.6)
+    if key != "step_time":
+        rows = [row for row in rows if row["is_baseline"] or abs(row[key] - 1) > 0.005]
+    figure, panels = panels_of(rows, height=3.3, margin=1.6)
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     for panel, own in panels:
         draw_panel(panel, own, arms, key)

@@ -4,11 +4,15 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from flax import linen, nnx
 
-from models.from_linen import FromLinen
+from models.from_linen import FromLinen, WithMode, modes_of
+
+EXAMPLES = Path(__file__).resolve().parent.parent
 
 
 def is_path(name: str) -> bool:
@@ -40,10 +44,8 @@ def create(
         a model.
     """
     module, _, name = path.partition(":")
-    if "" not in sys.path:
-        sys.path.append("")  # The working directory.
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = getattr(_import(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"no network at {path}: {error}.") from error
     if not callable(function):
@@ -71,7 +73,30 @@ def create(
         return FromLinen(model, image_shape, rngs=rngs)
     if not isinstance(model, nnx.Module):
         raise ValueError(f"{path} returned {type(model).__name__}, not a Flax model.")
-    return model
+    modes = modes_of(model)
+    return WithMode(model, modes) if modes else model
+
+
+def _import(name: str) -> ModuleType:
+    """A module, for which all that the working directory has comes before these examples.
+
+    Both may have a `config.py` or a `data.py`.
+    """
+    folder = Path.cwd()
+    hidden = {}
+    if folder != EXAMPLES:
+        for loaded, module in list(sys.modules.items()):
+            file, top = getattr(module, "__file__", None), folder / loaded.partition(".")[0]
+            is_ours = file is not None and Path(file).resolve().is_relative_to(EXAMPLES)
+            if is_ours and (top.is_dir() or top.with_suffix(".py").is_file()):
+                hidden[loaded] = sys.modules.pop(loaded)
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
+        sys.path.append(str(folder))  # For what is imported later.
+        sys.modules |= hidden
 
 
 def _arguments(function: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], list[str]]:
