@@ -1,5 +1,6 @@
 """The data pipeline: the real code on `digits`, and on the other sets through TFDS's mock."""
 
+import io
 import itertools
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 
@@ -375,6 +377,18 @@ class TestMistakes:
     def test_a_batch_larger_than_the_set(self, digits):
         with pytest.raises(errors.UserError, match="--batch-size 1298 .* 1297 training images"):
             data.batches_per_epoch(digits, 1298)
+
+    def test_a_download_that_is_a_web_page(self, tmp_path, monkeypatch):
+        def get(*args, **kwargs):
+            response = requests.Response()
+            response.status_code, response.raw = 200, io.BytesIO(b"<html>log in</html>")
+            response.url = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+            return response
+
+        monkeypatch.setattr(requests.Session, "get", get)
+        with pytest.raises(errors.UserError, match="cifar10 could not be prepared: ") as caught:
+            data.prepare("cifar10", tmp_path)
+        assert "\n" not in str(caught.value)
 
     def test_preparing_an_unknown_set(self, tmp_path):
         result = subprocess.run(

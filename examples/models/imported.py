@@ -95,7 +95,8 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     finally:
         sys.path.remove(str(folder))
-        sys.path.append(str(folder))  # For what is imported later.
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))  # For what is imported later.
         sys.modules |= hidden
 
 
