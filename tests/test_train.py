@@ -384,10 +384,10 @@ def test_checkpoints_between_epochs(config, tmp_path, data_dir, monkeypatch):
     with monkeypatch.context() as patch:
         save = run_folder.Run.save
 
-        def save_or_die(run, step, state):
+        def save_or_die(run, step, state, **given):
             if step == 15:
                 raise KeyboardInterrupt
-            save(run, step, state)
+            save(run, step, state, **given)
             saved.append(step)
 
         patch.setattr(run_folder.Run, "save", save_or_die)
@@ -421,9 +421,12 @@ def test_a_run_killed_before_its_checkpoint_repeats_the_lost_epoch(
     with monkeypatch.context() as patch:
         # The second epoch is logged, and then the process dies before anything is saved.
         save = run_folder.Run.save
-        patch.setattr(
-            run_folder.Run, "save", lambda *args: save(*args) if args[1] < 16 else os.abort
-        )
+
+        def save_early(run, step, state, **given):
+            if step < 16:
+                save(run, step, state, **given)
+
+        patch.setattr(run_folder.Run, "save", save_early)
         train.train(config())
     assert final_state(tmp_path / "run", data_dir)[0] == 8
     assert len(train.train(config(resume=True))) == 2
