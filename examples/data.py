@@ -93,13 +93,11 @@ PREPROCESSING = {
     "svhn_cropped": Preprocessing((32, 32, 3), shift=4),
     "imagenet2012": Preprocessing((224, 224, 3), flip=True, test_split="validation"),
 }
-
-
+FOLDER = Preprocessing((224, 224, 3), flip=True)  # For a folder of images.
+READABLE = {"array_record", "parquet"}  # The formats of TensorFlow Datasets with random access.
 # What TensorFlow Datasets raises where a download fails, or is not what it should be.
 UNPREPARED = (AssertionError, OSError, EOFError, tarfile.TarError, zipfile.BadZipFile)
 UNPREPARED += (tfds.download.DownloadError, NonMatchingChecksumError)
-FOLDER = Preprocessing((224, 224, 3), flip=True)  # For a folder of images.
-READABLE = {"array_record", "parquet"}  # The formats of TensorFlow Datasets with random access.
 
 
 class DataSet(NamedTuple):

@@ -204,10 +204,12 @@ def device_summary() -> str:
     text += f"; {jax.device_count()} x {kind}"
     if not alone:
         text += _on_nodes(used)
-    if jax.default_backend() == "gpu" and used == there:
-        text += ", all in use"
+    if jax.default_backend() != "gpu":
+        return text
     idle = [pair for pair in zip(used, there, strict=True) if pair[0] < pair[1]]
-    if idle and jax.default_backend() == "gpu":
+    if used == there:
+        text += ", all in use"
+    elif idle:
         text += "\nwarning: only {} of the {} GPUs of a node are used; ".format(*idle[0])
         text += "start one process for each GPU, or one for all of them."
     return text
